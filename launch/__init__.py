@@ -1,0 +1,1 @@
+"""The programs a person runs. The only user of hydra and wandb."""

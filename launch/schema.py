@@ -1,0 +1,175 @@
+"""The configuration of a run. Hydra validates against these dataclasses: an unknown key is an error.
+
+`Config` is the root of recipes/train.yaml. A field's docstring entry says what the knob means; `check` holds the rules that
+join several knobs. The model's own part is moesaic.moe.config.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+from moesaic.moe.config import ModelConfig, require
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    steps             optimizer steps in all; a resumed run stops at the same one
+    seed              of initial weights and of the order of the data
+    global_batch      sequences of one optimizer step, over all ranks
+    micro_batch       sequences a rank takes at once (null: as many as fit 16,384 tokens, the share split evenly)
+    seq_len           tokens of a sequence
+    log_every         steps between progress lines and records of metrics.jsonl
+    checkpoint_every  steps between checkpoints (0: only the last step's)
+    keep_checkpoints  newest checkpoints that are kept
+    eval_every        steps between evaluations, and one at the end (0: never, not at the end either)
+    eval_batches      batches of global_batch held-out sequences in one evaluation (fewer where the set is smaller)
+    sample            tokens of text generated when the run ends (0: none)
+    """
+
+    steps: int = 1000
+    seed: int = 0
+    global_batch: int = 32
+    micro_batch: int | None = None
+    seq_len: int = 512
+    log_every: int = 10
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    eval_every: int = 100
+    eval_batches: int = 16
+    sample: int = 0
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with decoupled weight decay, none on norms, biases and other vectors.
+
+    lr             peak learning rate
+    schedule       cosine: to lr_min_ratio at the last step; wsd: constant, then linear to lr_min_ratio over the last decay_ratio
+    warmup         steps of linear warm-up, clamped to train.steps
+    clip           largest global gradient norm (0: no clipping)
+    """
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
+    warmup: int = 100
+    lr_min_ratio: float = 0.1
+    decay_ratio: float = 0.2
+    clip: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """What is read.
+
+    source      what is read when `files` is empty. python: the text of the running interpreter's standard library; files: nothing,
+                `files` must be given
+    files       text or JSONL files, glob patterns, or folders that launch/prepare.py wrote; given, they are what is read
+    val_files   the same for validation (empty: val_fraction of the documents of `files`, chosen by hash)
+    text_key    the field of a JSONL record that holds the text
+    tokenizer   bytes, or the path of a Hugging Face tokenizer.json
+    cache       folder for token shards made from text files
+    """
+
+    source: str = "files"
+    files: list[str] = field(default_factory=list)
+    val_files: list[str] = field(default_factory=list)
+    val_fraction: float = 0.05
+    text_key: str = "text"
+    tokenizer: str = "bytes"
+    cache: str = "~/.cache/moesaic"
+
+    def __post_init__(self) -> None:
+        # `recipe=tiny_moe data.files=mine.txt` must not train on the recipe's own corpus.
+        if self.files:
+            self.source = "files"
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread.
+
+    expert        ranks over which the experts are divided; auto: the largest divisor of both the world size and n_experts
+    expert_path   local: every rank holds all experts (expert=1); all_to_all: rows travel to their experts; auto: by `expert`
+    """
+
+    expert: str = "auto"
+    expert_path: str = "auto"
+
+
+@dataclass
+class PrecisionConfig:
+    """compute: the type of matrix products; weights, gradients' sums and optimizer are fp32. auto: bf16 on CUDA, fp32 on CPU."""
+
+    compute: str = "auto"
+
+
+@dataclass
+class WandbConfig:
+    """mode: offline (files under run_dir/wandb, `wandb sync` sends them), online (falls back to offline), disabled."""
+
+    mode: str = "offline"
+    project: str = "moesaic"
+    name: str | None = None
+
+
+@dataclass
+class Config:
+    """One run. `run_dir` holds all it writes; `resume` is auto (newest complete checkpoint of run_dir), never, or a path."""
+
+    name: str = "run"
+    run_dir: str = "runs/${name}"
+    resume: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.run_dir = os.path.expanduser(self.run_dir)  # a shell leaves the ~ of run_dir=~/runs/a alone
+        self.resume = os.path.expanduser(self.resume)
+
+
+def check(c: Config) -> None:
+    """Rules on the knobs of the loop, alone and together. Raises `ValueError` naming the knob, its value and the rule."""
+    for name in ("name", "run_dir", "resume"):
+        require(getattr(c, name) != "", f"{name}=: must not be empty")
+    for name in ("steps", "global_batch", "seq_len", "log_every", "keep_checkpoints", "eval_batches"):
+        require(getattr(c.train, name) >= 1, f"train.{name}={getattr(c.train, name)}: must be at least 1")
+    for name in ("seed", "checkpoint_every", "eval_every", "sample"):
+        require(getattr(c.train, name) >= 0, f"train.{name}={getattr(c.train, name)}: must not be negative")
+    require(c.train.micro_batch is None or c.train.micro_batch >= 1,
+            f"train.micro_batch={c.train.micro_batch}: must be at least 1, or null")  # fmt: skip
+    require(c.train.micro_batch is None or c.train.micro_batch <= c.train.global_batch,
+            f"train.micro_batch={c.train.micro_batch}: must not exceed train.global_batch={c.train.global_batch}")  # fmt: skip
+    require(c.optim.schedule in ("cosine", "wsd"), f"optim.schedule={c.optim.schedule}: must be one of cosine, wsd")
+    for name in ("lr", "eps"):
+        require(getattr(c.optim, name) > 0, f"optim.{name}={getattr(c.optim, name)}: must be positive")
+    for name in ("beta1", "beta2"):
+        require(0 <= getattr(c.optim, name) < 1, f"optim.{name}={getattr(c.optim, name)}: must be at least 0 and less than 1")
+    for name in ("weight_decay", "warmup", "clip"):
+        require(getattr(c.optim, name) >= 0, f"optim.{name}={getattr(c.optim, name)}: must not be negative")
+    for name in ("lr_min_ratio", "decay_ratio"):
+        require(0 <= getattr(c.optim, name) <= 1, f"optim.{name}={getattr(c.optim, name)}: must lie in 0..1")
+    require(c.data.source in ("python", "files"), f"data.source={c.data.source}: must be one of python, files")
+    require(0 < c.data.val_fraction < 1, f"data.val_fraction={c.data.val_fraction}: must lie between 0 and 1")
+    expert, path = c.parallel.expert, c.parallel.expert_path
+    require(path in ("auto", "local", "all_to_all"), f"parallel.expert_path={path}: must be one of auto, local, all_to_all")
+    if expert != "auto":
+        require(expert.isdecimal() and int(expert) >= 1, f"parallel.expert={expert}: must be auto or a positive number")
+        require(c.model.n_experts % int(expert) == 0,
+                f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
+        require(path != "local" or int(expert) == 1,
+                f"parallel.expert={expert}: must be 1 or auto with parallel.expert_path=local")  # fmt: skip
+    require(c.precision.compute in ("auto", "fp32", "bf16"),
+            f"precision.compute={c.precision.compute}: must be one of auto, fp32, bf16")  # fmt: skip
+    require(c.wandb.mode in ("offline", "online", "disabled"),
+            f"wandb.mode={c.wandb.mode}: must be one of offline, online, disabled")  # fmt: skip

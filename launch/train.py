@@ -1,0 +1,282 @@
+"""Train a Mixture-of-Experts language model. Read it from top to bottom.
+
+    torchrun --nproc-per-node 2 launch/train.py recipe=tiny_moe run_dir=runs/demo
+    torchrun --nproc-per-node 8 launch/train.py recipe=7b_moe data.files=data/corpus train.steps=20000
+
+A step's batch is `train.global_batch` sequences, dealt to ranks in order, each rank's share in micro-batches. A micro-batch of
+one rank is the routing domain. The loss of a step is the token mean over the global batch.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from moesaic.launch import cli
+from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
+from moesaic.launch.generate import sample_text
+from moesaic.launch.metrics import Meter, MetricsLog, peak_flops, progress_header, progress_line, start_wandb
+from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
+from moesaic.launch.schema import Config, TrainConfig
+from moesaic.launch.tokens import check_vocab
+from moesaic.moe.balance import load_figures
+from moesaic.moe.flops import flops_per_token, parameter_counts
+from moesaic.moe.model import Transformer
+from moesaic.parallel import checkpoint
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.clip import clip_gradients
+from moesaic.parallel.mesh import end_with_parent, expert_degree, make_meshes, start
+
+T = TypeVar("T")
+MICRO_BATCH_TOKENS = 16_384
+
+
+def main(config: Config) -> None:
+    end_with_parent()
+    device = start()
+    try:
+        train(config, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def train(config: Config, device: torch.device) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    say = print_now if rank == 0 else lambda line: None
+    run_dir = Path(config.run_dir)
+    checkpoints = run_dir / "checkpoints"
+
+    # --- what must be right before anything large is made: a mistake on one rank ends all of them with its line
+    expert = together(lambda: expert_degree(config.parallel.expert, config.model.n_experts, world))
+    together(lambda: check_path(config, expert))
+    source = agree_on(lambda: find_checkpoint(config, checkpoints))
+    first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
+    data = together(lambda: open_data(config.data, config.train.seq_len))
+    together(lambda: check_vocab(config.model.vocab_size, data.tokenizer))
+    saved = checkpoint.read_state(source) if source else {"step": 0, "samples": 0, "tokens": 0}
+    together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
+
+    # --- the model, spread over the ranks
+    compute = compute_dtype(config, device)
+    meshes = make_meshes(device.type, expert)
+    model = parallelize(config.model, meshes, seed=config.train.seed, device=device, compute=compute)
+    optimizer = make_optimizer(model, config.optim)
+    torch.manual_seed(config.train.seed * 1_000_003 + rank)
+    step, samples, tokens = saved["step"], saved["samples"], saved["tokens"]
+    if source:
+        checkpoint.load(source, model, optimizer)
+        say(f"resumed from {source}: step {step}, {tokens:,} tokens")
+
+    # --- what the run leaves behind
+    log = wandb = None
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_leftovers(checkpoints)
+        cli.save(config, run_dir / "config.yaml")
+        log = MetricsLog(run_dir, step)
+        wandb = start_wandb(config, run_dir, dataclasses.asdict(config))
+
+    def record(figures: dict[str, Any]) -> None:
+        if log and wandb:
+            log.write(figures)
+            wandb.log(figures)
+
+    flops = flops_per_token(config.model, config.train.seq_len)
+    peak, peak_name = peak_flops(device, compute)
+    counts = parameter_counts(config.model)
+    say(f"data: {data.description}")
+    say(
+        f"model: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active a token; "
+        f"{config.model.n_experts} experts, {config.model.router.top_k} a token"
+    )
+    say(f"ranks: {world} ({device.type}), parallel.expert={expert}; {str(compute).removeprefix('torch.')} products")
+    say(f"MFU is relative to {world} x {peak / 1e9:,.0f} GFLOP/s: {peak_name}")
+    say(progress_header())
+
+    # --- the loop
+    steps, every = config.train.steps, config.train
+    if step >= steps:
+        say(f"nothing to do: {source} is at step {step}, and train.steps={steps}")
+    val_loss = None
+    logged = tokens
+    meter = Meter()
+    meter.start()
+    while step < steps:
+        lr = learning_rate(step, steps, config.optim)
+        set_lr(optimizer, lr)
+        loss, rows_LE = train_step(model, data.train, config.train, samples, device)
+        norm = clip_gradients(model.parameters(), config.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        samples += config.train.global_batch
+        tokens += config.train.global_batch * config.train.seq_len
+
+        if step % every.log_every == 0 or step == steps:
+            dist.all_reduce(loss)
+            dist.all_reduce(rows_LE)
+            figures = {"step": step, "tokens": tokens, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+            rate = (tokens - logged) / meter.lap()
+            logged = tokens
+            figures |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world)} | load_figures(rows_LE.cpu())
+            record(figures)
+            say(progress_line(figures, steps))
+
+        meter.stop()
+        if every.eval_every and (step % every.eval_every == 0 or step == steps):
+            val_loss = evaluate(model, data.val, config.train, device)
+            record({"step": step, "tokens": tokens, "val_loss": val_loss})
+            say(f"step {step}: val_loss {val_loss:.4f} nats a token")
+        if step == steps or (every.checkpoint_every and step % every.checkpoint_every == 0):
+            state = {"step": step, "samples": samples, "tokens": tokens, "data": fingerprint(data)}
+            state |= {"world": world, "config": dataclasses.asdict(config)}
+            checkpoint.save(checkpoints, step, model, optimizer, state, every.keep_checkpoints)
+        meter.start()
+
+    if every.sample:
+        text = sample_text(model, data.tokenizer, "", every.sample, every.seq_len, seed=every.seed, device=device)
+        say(f"--- sample\n{text}\n---")
+    if log and wandb:
+        log.close()
+        wandb.finish()
+    if val_loss is not None:
+        say(f"final val_loss {val_loss:.4f}")
+    say(f"files: {run_dir}/metrics.jsonl, config.yaml, checkpoints/, wandb/")
+
+
+def train_step(
+    model: Transformer, stream: TokenStream, config: TrainConfig, first_sample: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of one global batch, added into the parameters' `.grad`.
+
+    Returns this rank's part of the loss, fp32 scalar, and its rows per layer and expert, int64 (L, E); their sums over ranks
+    are the step's.
+    """
+    loss: torch.Tensor | None = None
+    rows_LE: torch.Tensor | None = None
+    global_tokens = config.global_batch * config.seq_len
+    for first, count in micro_batches(config.global_batch, config, dist.get_rank(), dist.get_world_size()):
+        batch = torch.from_numpy(train_batch(stream, config.seed, first_sample + first, count)).to(device)
+        out = model(batch[:, :-1], batch[:, 1:])
+        assert out.loss is not None
+        share = count * config.seq_len / global_tokens
+        (out.loss / global_tokens + out.aux * share).backward()
+        part = out.loss.detach() / global_tokens
+        loss = part if loss is None else loss + part
+        rows_LE = out.counts if rows_LE is None else rows_LE + out.counts
+    assert loss is not None and rows_LE is not None
+    return loss, rows_LE
+
+
+def micro_batches(sequences: int, config: TrainConfig, rank: int, world: int) -> list[tuple[int, int]]:
+    """(first, count) of each micro-batch of `rank`, of `sequences` dealt to all ranks in order.
+
+    Every rank gets equally many micro-batches, for each is a collective: where a share is smaller, the last ones hold fewer
+    sequences, or none.
+    """
+    largest = -(-sequences // world)
+    micro = config.micro_batch
+    if micro is None:
+        micro = -(-largest // -(-largest * config.seq_len // MICRO_BATCH_TOKENS))
+    first = rank * (sequences // world) + min(rank, sequences % world)
+    end = first + sequences // world + (rank < sequences % world)
+    return [
+        (min(first + i * micro, end), max(0, min(micro, end - first - i * micro))) for i in range(-(-largest // micro))
+    ]
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, stream: TokenStream, config: TrainConfig, device: torch.device) -> float:
+    """Mean cross entropy, nats a token, over the first `eval_batches * global_batch` held-out sequences (or all there are)."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    sequences = min(config.eval_batches * config.global_batch, stream.windows)
+    for start_at in range(0, sequences, config.global_batch):
+        batch_size = min(config.global_batch, sequences - start_at)
+        for first, count in micro_batches(batch_size, config, dist.get_rank(), dist.get_world_size()):
+            batch = torch.from_numpy(val_batch(stream, start_at + first, count)).to(device)
+            total += model(batch[:, :-1], batch[:, 1:]).loss
+    model.train()
+    model.reshard()  # FSDP2 leaves the root's weights whole after a forward pass without a backward one
+    dist.all_reduce(total)
+    return total.item() / (sequences * config.seq_len)
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The type of matrix products that `precision.compute` names; auto: bf16 on CUDA, fp32 on a CPU, where bf16 is slow."""
+    if config.precision.compute == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.compute]
+
+
+def check_path(config: Config, expert: int) -> None:
+    path = config.parallel.expert_path
+    if path == "local" and expert > 1:
+        raise ValueError(f"parallel.expert_path=local: needs parallel.expert=1, not {expert}")
+
+
+def find_checkpoint(config: Config, checkpoints: Path) -> Path | None:
+    """The checkpoint to start from: what `resume` says. After a restart by torchrun, the newest of the run itself."""
+    own = checkpoint.complete_checkpoints(checkpoints)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if config.resume == "auto" or (restarted and own):
+        return own[-1] if own else None
+    if config.resume == "never":
+        if own and not restarted:
+            raise ValueError(f"resume=never: run_dir={config.run_dir} holds checkpoints; choose another run_dir")
+        return None
+    path = Path(config.resume)
+    if (path / checkpoint.STATE_FILE).is_file():
+        return path
+    inside = checkpoint.complete_checkpoints(path) or checkpoint.complete_checkpoints(path / "checkpoints")
+    if not inside:
+        raise ValueError(f"resume={config.resume}: must be auto, never, a checkpoint, or a run_dir that holds one")
+    return inside[-1]
+
+
+def check_resume(config: Config, data: str, saved: dict[str, Any], source: Path | None) -> None:
+    """Refuse what would silently train another model, or skip and repeat data."""
+    made_with = saved["config"]
+    pairs = [(f"model.{k}", v, made_with["model"].get(k)) for k, v in dataclasses.asdict(config.model).items()]
+    pairs += [(f"train.{k}", getattr(config.train, k), made_with["train"][k]) for k in ("seed", "seq_len")]
+    for knob, value, before in pairs:
+        if value != before and knob != "model.router":
+            raise ValueError(f"{knob}={value}: {source} was made with {before}")
+    if data != saved["data"]:
+        raise ValueError(f"data.files={config.data.files}: {source} was made with other data, or another tokenizer")
+
+
+def together(work: Callable[[], T]) -> T:
+    """`work` on every rank. A ValueError on any of them becomes a UserError on all: nobody waits for one that has left."""
+    result: T | None = None
+    mistake: str | None = None
+    try:
+        result = work()
+    except ValueError as error:
+        mistake = str(error)
+    mistakes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(mistakes, mistake)
+    for line in mistakes:
+        if line is not None:
+            raise cli.UserError(line)
+    return result  # type: ignore[return-value]
+
+
+def agree_on(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank; a ValueError there is a UserError everywhere."""
+    box = [together(lambda: work() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def print_now(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,56 @@
+"""The feed-forward layers of a block: Mixture of Experts, and the dense one of leading blocks and shared experts.
+
+Letters: T tokens, D model width, E experts.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.moe.balance import balance_loss, z_loss
+from moesaic.moe.config import ModelConfig
+from moesaic.moe.dispatch import ExpertPath, LocalPath
+from moesaic.moe.experts import Experts
+from moesaic.moe.router import Router
+
+Aux = dict[str, Tensor]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: x_TD -> w_down (silu(gate) * up), with gate and up rows in one matrix."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.w_up = nn.Linear(d_model, 2 * width, bias=False)
+        self.w_down = nn.Linear(width, d_model, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate, up = self.w_up(x_TD).chunk(2, dim=-1)
+        return self.w_down(F.silu(gate) * up)
+
+
+class MoE(nn.Module):
+    """A layer of routed experts, with an optional shared one. A token's way:
+
+    1. `router` scores all E experts in fp32 and keeps K, each with a weight: a frozen `Routing`.
+    2. `path` takes the token to its experts, wherever they are, and brings the weighted sum back. `LocalPath` when the layer
+       is made; moesaic.parallel puts another one in its place when experts live on several ranks.
+    3. The shared expert, if any, sees every token; the two are added.
+
+    x_TD -> (y_TD, aux) with aux: `balance` and `z`, scalars, the unweighted losses over this call's tokens, and `counts`,
+    int64 (E,), rows per expert.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = FeedForward(config.d_model, config.d_shared) if config.d_shared else None
+        self.path: ExpertPath = LocalPath()
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Aux]:
+        routing, logits_TE, probs_TE = self.router(x_TD)
+        y_TD = self.path(x_TD, routing, self.experts)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        aux = {"balance": balance_loss(probs_TE, routing.counts_E), "z": z_loss(logits_TE), "counts": routing.counts_E}
+        return y_TD, aux

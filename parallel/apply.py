@@ -1,0 +1,56 @@
+"""The one place where a model is spread over ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from moesaic.moe.config import ModelConfig
+from moesaic.moe.layer import MoE
+from moesaic.moe.model import Transformer, init_parameter
+from moesaic.parallel.expert import AllToAllPath
+from moesaic.parallel.fsdp import divide_experts, shard_block, shard_root
+from moesaic.parallel.mesh import Meshes
+
+
+def parallelize(
+    config: ModelConfig, meshes: Meshes, *, seed: int, device: torch.device, compute: torch.dtype
+) -> Transformer:
+    """A model with initial weights, spread over the ranks of `meshes`. Collective. In this order:
+
+    1. Build on the meta device: nothing is allocated.
+    2. Block by block: allocate, fill with the initial weights of (seed, name), keep this rank's experts, shard with FSDP2 (the
+       experts first, then the block). A rank never holds more than one whole block.
+    3. The same for embedding, norm and head.
+    4. Put the all-to-all path into every MoE layer, where experts are divided.
+
+    Gradients are sums over ranks: divide the loss by the tokens of the global batch. `compute` is the type of matrix
+    products; parameters, gradients and their sums are fp32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    with torch.device("meta"):
+        model = Transformer(config)
+    for i, block in enumerate(model.blocks):
+        _fill(block, f"blocks.{i}.", config, seed, device)
+        if isinstance(block.ffn, MoE) and meshes.expert_parallel > 1:
+            divide_experts(block.ffn.experts, meshes)
+            block.ffn.path = AllToAllPath(meshes.experts.get_group("expert"))
+        shard_block(block, meshes, policy)
+    for name in ("embedding", "norm", "head"):
+        _fill(getattr(model, name), f"{name}.", config, seed, device)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    shard_root(model, meshes, policy)
+    return model
+
+
+def _fill(module: nn.Module, prefix: str, config: ModelConfig, seed: int, device: torch.device) -> None:
+    module.to_empty(device=device)
+    for name, parameter in module.named_parameters():
+        init_parameter(prefix + name, parameter, config, seed)
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks, in place."""
+    dist.all_reduce(value)
+    return value

@@ -1,0 +1,53 @@
+"""FSDP2 over the two meshes of a run: dense parameters over all ranks, experts over those that hold the same ones."""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from moesaic.moe.experts import Experts
+from moesaic.moe.layer import MoE
+from moesaic.moe.model import Block
+from moesaic.parallel.mesh import Meshes
+
+
+def divide_experts(experts: Experts, meshes: Meshes) -> None:
+    """Keep this rank's experts: each weight (E, ...) becomes a DTensor sharded over `expert`, holding rows w*e to (w+1)*e."""
+    mesh = meshes.experts["expert"]
+    for name, weight in list(experts.named_parameters(recurse=False)):
+        local = weight.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+        setattr(experts, name, nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)))
+
+
+def shard_experts(experts: Experts, meshes: Meshes, policy: MixedPrecisionPolicy) -> None:
+    """Shard over `expert_shard` what `divide_experts` left: by expert where the number divides, else within each expert."""
+    mesh = meshes.experts["expert_shard"]
+
+    def placement(weight: nn.Parameter) -> Shard:
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        within = local.shape[0] % mesh.size() != 0 and local.shape[1] % mesh.size() == 0
+        return Shard(1 if within else 0)
+
+    _sum_gradients(fully_shard(experts, mesh=mesh, shard_placement_fn=placement, mp_policy=policy))
+
+
+def shard_block(block: Block, meshes: Meshes, policy: MixedPrecisionPolicy) -> None:
+    """Two or three groups a block: experts; the router by itself where the rest computes in low precision; all else."""
+    if isinstance(block.ffn, MoE):
+        shard_experts(block.ffn.experts, meshes, policy)
+        if policy.param_dtype is not torch.float32:
+            full = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
+            _sum_gradients(fully_shard(block.ffn.router, mesh=meshes.dense, mp_policy=full))
+    _sum_gradients(fully_shard(block, mesh=meshes.dense, mp_policy=policy))
+
+
+def shard_root(model: nn.Module, meshes: Meshes, policy: MixedPrecisionPolicy) -> None:
+    """Embedding, last norm and head."""
+    _sum_gradients(fully_shard(model, mesh=meshes.dense, mp_policy=policy))
+
+
+def _sum_gradients(module: FSDPModule) -> None:
+    # The loss is divided by the tokens of the global batch before backward, so gradients of all ranks are added and divided
+    # by nothing: one rule for dense and expert parameters, whatever the degrees and however unequal the ranks' batches.
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,80 @@
+"""Processes, devices and the device meshes of a run.
+
+Two meshes cover the same ranks. Dense parameters are sharded over all ranks. Expert parameters are divided by expert over
+`expert` neighbouring ranks (neighbours share a node, and dispatch is the traffic that wants the fast links), and each of these
+parts is sharded over the world / expert ranks that hold the same experts.
+"""
+
+import ctypes
+import os
+import signal
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """dense: 1-D (shard) over all ranks; experts: 2-D (expert_shard, expert) over the same."""
+
+    dense: DeviceMesh
+    experts: DeviceMesh
+
+    @property
+    def expert_parallel(self) -> int:
+        """Ranks over which the experts of a layer are divided."""
+        return self.experts["expert"].size()
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies.
+
+    torchrun puts every rank in a session of its own: killing the agent alone would leave the ranks running and holding
+    their ports. Linux only; elsewhere nothing happens.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(signal, "SIGKILL") and os.uname().sysname == "Linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def start() -> torch.device:
+    """Join the process group torchrun describes, or make one of a single process. Returns this rank's device.
+
+    NCCL carries CUDA tensors and gloo CPU tensors; without a GPU there is gloo alone.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def expert_degree(expert: str, n_experts: int, world: int) -> int:
+    """`parallel.expert` as a number; auto: the largest divisor of both the world size and the number of experts.
+
+    Raises ValueError where the experts, or the ranks, can't be divided evenly.
+    """
+    if expert == "auto":
+        return max(d for d in range(1, world + 1) if world % d == 0 and n_experts % d == 0)
+    degree = int(expert)
+    if world % degree:
+        raise ValueError(f"parallel.expert={degree}: must divide the number of ranks, {world}")
+    if n_experts % degree:
+        raise ValueError(f"parallel.expert={degree}: must divide model.n_experts={n_experts}")
+    return degree
+
+
+def make_meshes(device_type: str, expert: int) -> Meshes:
+    """Collective: every rank calls it with the same degree, which divides the world size."""
+    world = dist.get_world_size()
+    return Meshes(
+        dense=init_device_mesh(device_type, (world,), mesh_dim_names=("shard",)),
+        experts=init_device_mesh(device_type, (world // expert, expert), mesh_dim_names=("expert_shard", "expert")),
+    )

@@ -1,0 +1,1 @@
+"""YAML only: what to run. This file exists because Hydra looks for one."""
