@@ -1,8 +1,8 @@
 """From a command line to a checked `Config`: the one place that talks to Hydra.
 
-A program in this folder ends in `cli.run(main)`. Hydra composes recipes/train.yaml with the groups and overrides of the command
-line, the dataclasses of moesaic.launch.schema check the result, and `main` gets a plain `Config`. Whatever is wrong with what the
-user typed, or with a recipe, becomes one line on rank 0 and exit code 2 on every rank.
+A program in this folder ends in `cli.run(main)`. Hydra composes recipes/train.yaml with the groups and overrides of the
+command line, the dataclasses of moesaic.launch.schema check the result, and `main` gets a plain `Config`. Whatever is wrong
+with what the user typed, or with a recipe, becomes one line on rank 0 and exit code 2 on every rank.
 """
 
 import difflib
@@ -28,8 +28,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from moesaic.launch.schema import Config
 
-# Beside this file's folder in a checkout and in an installed package alike. Absolute, so that it is found from any working
-# directory, whether a program was started as a file or as a module.
+# Beside this file's folder in a checkout and in an installed package alike. Absolute, so that it is found from any
+# working directory, whether a program was started as a file or as a module.
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 # What Hydra, OmegaConf, a YAML file and a dataclass's own check raise while a configuration is put together.
@@ -37,6 +37,9 @@ MISTAKES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 # Seconds that ranks other than 0 wait before they exit, so that torchrun doesn't end rank 0 before it has spoken.
 GRACE = 10.0
+
+# Values that mean something to Hydra: none, null, a list or a quoted one, several (or an escape), a function.
+HYDRAS_OWN = re.compile(r"""$|null$|[\['"]|.*[,\\]|\w+\(.*\)$""")
 
 TYPES: dict[Any, str] = {
     int: "a whole number",
@@ -52,14 +55,14 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one line that names the knob, its value and the rule: no traceback, exit code 2."""
+    """A mistake of the user's, in one line that names the knob, its value and the rule: no traceback, exit code 2."""
 
 
 def run(main: Callable[[Config], None]) -> None:
     """Call `main` with the configuration of this process's command line (once per job with `--multirun`).
 
-    Exits with code 2 after a mistake in the command line or a recipe, or a `UserError` raised by `main`. Any other exception of
-    `main` goes through.
+    Exits with code 2 after a mistake in the command line or a recipe, or a `UserError` raised by `main`. Any other
+    exception of `main` goes through.
     """
     inside_main = False
 
@@ -101,22 +104,25 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         raise UserError(_explain(error)) from error
 
 
-def load(path: str | Path) -> Config:
-    """The configuration that `save` wrote. Raises `UserError` that names the file, when it is missing or doesn't hold one."""
-    try:
-        return _checked(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except MISTAKES as error:
-        raise UserError(f"{path}: {_explain(error)}") from error
-
-
 def from_dict(values: dict[str, Any]) -> Config:
-    """The configuration that `dataclasses.asdict` made a dict of. Raises `UserError` when it doesn't hold one."""
+    """The configuration that `dataclasses.asdict` made `values` of; what is missing has its default. Raises `UserError`."""
     try:
         return _checked(OmegaConf.merge(OmegaConf.structured(Config), values))
     except MISTAKES as error:
         raise UserError(_explain(error)) from error
+
+
+def load(path: str | Path) -> Config:
+    """The configuration that `save` wrote. Raises `UserError` that names the file if it is missing or holds something else."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(values, dict):
+            raise UserError("must hold the knobs of a run")
+        return from_dict({str(name): value for name, value in values.items()})
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except MISTAKES as error:
+        raise UserError(f"{path}: {_explain(error)}") from error
 
 
 def save(config: Config, path: str | Path) -> None:
@@ -127,18 +133,18 @@ def save(config: Config, path: str | Path) -> None:
 
 
 def as_typed(argument: str) -> str:
-    """Quote the value of a knob that holds text, so that it arrives as it was typed: `data.files=~/a/*.txt`, `run_dir=2026_01`.
+    """Quote the value of a knob that holds text, so that it arrives as typed: `data.files=~/a/*.txt`, `run_dir=2026_01`.
 
-    Unquoted, Hydra reads the first as a syntax error and the second as the number 202601. A single text for a knob that holds a
-    list becomes a list of one. What has a meaning of its own stays Hydra's: null, a list, a quoted value, several values with
-    commas or a function such as `choice(a,b)`, which are sweeps.
+    Unquoted, Hydra takes the first for a syntax error and the second for the number 202601. A single text for a knob that
+    holds a list becomes a list of one. What has a meaning of its own stays Hydra's: null, a list, a quoted value, and sweeps:
+    several values with commas, or a function such as `choice(a,b)`.
     """
     key, _, value = argument.partition("=")
     kind = knobs().get(key.lstrip("+"))
-    meant = re.compile(r"""(?x) $ | null $ | \[ | .* [,'"\\] | \w+ \( .* \) $""")
-    if kind not in (str, str | None, list[str]) or meant.match(value):
+    if kind not in (str, str | None, list[str]) or HYDRAS_OWN.match(value) or {"'", '"'} <= set(value):
         return argument
-    return f"{key}=['{value}']" if kind == list[str] else f"{key}='{value}'"
+    quoted = f'"{value}"' if "'" in value else f"'{value}'"
+    return f"{key}=[{quoted}]" if kind == list[str] else f"{key}={quoted}"
 
 
 @functools.cache
@@ -191,8 +197,8 @@ def _explain(error: Exception) -> str:
         group, name = error.missing_cfg_file.rsplit("/", 1)
         choices = error.options or sorted(path.stem for path in (RECIPES / group).glob("*.yaml"))
         return f"{_unknown(f'{group}={name}', name, choices)}; must be one of {', '.join(choices)}"
-    # Hydra wraps the exception of an override as the cause, that of a file as the context.
-    wrapped = error.__cause__ or error.__context__
+    # Hydra wraps OmegaConf's exception: that of an override as the cause, that of a file as the context.
+    wrapped = (error.__cause__ or error.__context__) if isinstance(error, HydraException) else None
     cause = wrapped if isinstance(wrapped, OmegaConfBaseException) else error
     file = re.match(r"In '(.*)': \w+ raised while composing", str(error))
     return (f"{file[1]}.yaml: " if file else "") + _detail(cause)
@@ -217,20 +223,20 @@ def _detail(error: Exception) -> str:
     return f"{key}: {told}" if key else told
 
 
-def _unknown(told: str, name: str, names: list[str]) -> str:
-    """`told` with the name nearest to `name`: one of the same last part (`lr`, `train.lr`: optim.lr), or of similar spelling."""
+def _unknown(told: str, name: str, names: Sequence[str]) -> str:
+    """`told` and the name nearest to `name`: with the same last part (for `lr` optim.lr), or else of similar spelling."""
     same = [other for other in names if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     nearest = (same or difflib.get_close_matches(name, names, n=1))[:1]
     return f"{told}: unknown" + "".join(f"; nearest: {other}" for other in nearest)
 
 
-def _exit(line: str) -> NoReturn:
+def _exit(message: str) -> NoReturn:
     """End this rank with code 2; rank 0 says why."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
     elif "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun ends all ranks when the first exits. Whoever is still here after the grace is not in rank 0's trouble.
+        # torchrun ends all ranks when the first exits. Whoever is still here after the grace is in a trouble of its own.
         time.sleep(GRACE)
-        print(f"error on rank {rank}: {line}", file=sys.stderr, flush=True)
+        print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)

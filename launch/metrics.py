@@ -1,8 +1,8 @@
 """What a run reports: metrics.jsonl, W&B, the progress line, and the clock and peak rate behind tokens/s and MFU.
 
-A record is a flat dict. Training records hold step (steps done), tokens (seen so far), loss, grad_norm, lr, tokens_per_s,
-mfu (0..1) and moe/... figures, of which moe/load_max_over_mean is on the progress line: rows of the busiest expert over
-the mean. Evaluation records hold step and val_loss.
+A record is a flat dict. Training records hold step (steps done), tokens (seen so far), loss, grad_norm, lr,
+tokens_per_s, mfu (0..1) and moe/... figures, of which the progress line shows moe/load_max_over_mean: rows of the
+busiest expert over the mean. Evaluation records hold step and val_loss.
 """
 
 import json
@@ -13,7 +13,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,8 +38,8 @@ SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 class MetricsLog:
     """run_dir/metrics.jsonl: one JSON object a line, in the file as soon as `write` returns. For rank 0 only.
 
-    Continues the file of an earlier launch that resumes from its checkpoint of step `step`: records past it are dropped,
-    for those steps will be done again, and so is a line cut short by a kill. At step 0 nothing is kept.
+    Continues the file of an earlier launch when resuming from its checkpoint of step `step`: records past it are
+    dropped, for those steps will be done again, and so is a line cut short by a kill. At step 0 nothing is kept.
     """
 
     def __init__(self, run_dir: Path, step: int) -> None:
@@ -81,7 +81,7 @@ def _finite(value: Any) -> Any:
 
 
 class WandbRun:
-    """A W&B run that never ends or holds up the training it watches: its first failure is told in one line and is its last.
+    """A W&B run that never ends or holds up the training it watches: its first failure is one warning, and its last.
 
     `run` is what wandb.init returned, or None for a run that records nothing.
     """
@@ -137,14 +137,16 @@ def _wandb_id(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _init_wandb(mode: str, config: Config, run_dir: Path, resolved: Record, run_id: str) -> Any:
+def _init_wandb(
+    mode: Literal["online", "offline"], config: Config, run_dir: Path, resolved: Record, run_id: str
+) -> Any:
     """The started `wandb.Run`. Raises whatever W&B does, within about 30 s."""
     # Read by wandb when it is imported, and not among its settings.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_CACHE_DIR", str((run_dir / "wandb" / "cache").absolute()))
     import wandb
 
-    settings: Any = wandb.Settings(
+    settings = wandb.Settings(
         mode=mode,
         init_timeout=15,
         finish_timeout=20,
@@ -158,7 +160,7 @@ def _init_wandb(mode: str, config: Config, run_dir: Path, resolved: Record, run_
         symlink=False,
     )
     wandb.setup(settings)
-    # Asked first, because wandb.init would prompt for a key on a terminal, and a failed init leaves a run folder behind.
+    # First, because wandb.init would ask for a key on a terminal, and a failed init leaves a run folder behind.
     if mode == "online" and not wandb.login(prompt=False, verify=True):
         raise RuntimeError("no API key (`wandb login` or WANDB_API_KEY)")
     run = wandb.init(
@@ -169,8 +171,8 @@ def _init_wandb(mode: str, config: Config, run_dir: Path, resolved: Record, run_
         id=run_id,
         resume="allow",
     )
-    # W&B drops records whose step it has passed, as those between a checkpoint and a kill. So its own step counts records,
-    # and ours is a value among others that serves as the x axis.
+    # W&B drops records whose step it has passed, as those between a checkpoint and a kill. So its own step counts
+    # records, and ours is a value among others that serves as the x axis.
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     return run

@@ -12,9 +12,9 @@ from moesaic.launch.schema import OptimConfig
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with decoupled weight decay on every trainable parameter of two or more dimensions, and none on the others.
 
-    So projections, the router, experts and the embedding decay (a tied embedding is the output head, and one rule serves
-    both), norms and biases do not. Call it on the parallelized model: parameters may be DTensors on different meshes.
-    The learning rate is `config.lr` until `set_lr` is called.
+    So projections, the router, experts and the embedding decay (a tied embedding is the output head, and one rule
+    serves both), norms and biases do not. Call it on the parallelized model: parameters may be DTensors on different
+    meshes. The learning rate is `config.lr` until `set_lr` is called.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.ndim >= 2]
@@ -30,9 +30,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """The learning rate of optimizer step `step` of `steps`, counted from 0: a pure function, so nothing needs saving.
 
-    Warm-up rises linearly, from lr / warmup at step 0 to lr at its last step; a warm-up longer than the run is cut to it.
-    Then `cosine` falls along half a cosine and reaches lr * lr_min_ratio at the last step; `wsd` stays at lr and falls on
-    a line to the same value over the last decay_ratio of all steps (less where warm-up takes that long).
+    Warm-up rises linearly, from lr / warmup at step 0 to lr at its last step; a warm-up longer than the run is cut to
+    it. Then `cosine` falls along half a cosine and reaches lr * lr_min_ratio at the last step; `wsd` stays at lr and
+    falls on a line to the same value over the last decay_ratio of all steps (less where warm-up takes that long).
     """
     assert 0 <= step < steps, (step, steps)
     peak = max(min(config.warmup, steps) - 1, 0)  # the first step at full rate

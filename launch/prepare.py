@@ -2,18 +2,20 @@
 
     python launch/prepare.py files='corpus/*.jsonl' out=data/corpus [tokenizer=bytes] [val_fraction=0.05] [text_key=text]
 
-A prepared folder holds `manifest.json` and, for each split (train, val), shards `train-00000.npy`, …: one-dimensional npy
-arrays of token ids, of at most 2^27 tokens. Every document is followed by the tokenizer's separator, which occurs nowhere else,
-so documents can be told apart from the tokens alone. One text file is one document; so is one record of a JSONL file.
+`files` is a path, a glob pattern (** reaches into subfolders) or a list of them in brackets: [a.txt,more/*.md].
 
-Which documents are held out is decided by a hash of their text (its first 2^18 characters), so it depends neither on order nor on
-place, and copies of a document fall on the same side. Where that leaves one side empty, the document with the lowest (highest)
-hash goes there; a single document is cut in two, its last `val_fraction` held out.
+A prepared folder holds `manifest.json` and, for each split (train, val), shards `train-00000.npy`, …: one-dimensional
+npy arrays of token ids, of at most 2^27 tokens. Every document is followed by the tokenizer's separator, which occurs
+nowhere else, so documents can be told apart from the tokens alone. One text file is one document; so is one record of a
+JSONL file.
+
+Which documents are held out is decided by a hash of their text (its first 2^18 characters), so it depends neither on
+order nor on place, and copies of a document fall on the same side. Where that leaves one side empty, the document with
+the lowest (highest) hash goes there; a single document is cut in two, its last `val_fraction` held out.
 
 Documents are streamed: memory does not grow with the corpus. The folder appears under its name only when it is whole.
 """
 
-import difflib
 import glob
 import hashlib
 import json
@@ -23,11 +25,13 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moesaic.launch.options import run
 from moesaic.launch.tokens import Tokenizer, load_tokenizer
 from moesaic.moe.config import require
 
@@ -54,7 +58,7 @@ class Source(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a document: `key` decides the split and is given with the first part only; `file` counts files from 1."""
+    """A part of a document. `key` decides the split and comes with the first part only; `file` counts files from 1."""
 
     text: str
     key: str | None
@@ -66,10 +70,10 @@ class Piece(NamedTuple):
 
 
 def expand(patterns: Sequence[str], knob: str, log: Log) -> tuple[list[Path], list[Path]]:
-    """The text files, and the prepared folders, that a list of paths and glob patterns names; each once, sorted within a pattern.
+    """The text files, and the prepared folders, that paths and glob patterns name; each once, sorted within a pattern.
 
-    Raises `ValueError` for a path that does not exist, a pattern that matches no file, and an empty file; but empty files
-    among others that match a pattern (every Python package has some) are skipped, and the log says so.
+    Raises `ValueError` for a path that does not exist, a pattern that matches no file, and an empty file; but empty
+    files among others that match a pattern (every Python package has some) are skipped, and the log says so.
     """
     files: dict[Path, None] = {}
     folders: dict[Path, None] = {}
@@ -118,15 +122,13 @@ def read_text(path: Path, where: str) -> Iterator[str]:
                 text = data[:end].decode()
             offset, pending = offset + end, data[end:]
             yield text
-    require(
-        not pending, f"{where}: not a UTF-8 text file, its end cuts the character at byte {offset}; it may be truncated"
-    )
+    require(not pending, f"{where}: not a UTF-8 text file, or truncated: its end cuts the character at byte {offset}")
 
 
 def read_jsonl(path: Path, text_key: str, where: str, text_key_knob: str) -> Iterator[str]:
     """The text of each record of a JSONL file; blank lines are passed over.
 
-    Raises `ValueError` naming file and line for a line that is no JSON object or whose `text_key` is missing or no string.
+    Raises `ValueError` naming file and line where a line is no JSON object, or its `text_key` is missing or no string.
     """
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -140,12 +142,15 @@ def read_jsonl(path: Path, text_key: str, where: str, text_key_knob: str) -> Ite
                 what = f"byte {error.start} is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
                 last = "" if file.read(1) else "; this is the last line, the file may be truncated"
                 raise ValueError(f"{where}:{number}: not valid JSON ({what}){last}") from error
-            require(isinstance(record, dict), f"{where}:{number}: must be a JSON object, not {str(record)[:40]!r}")
-            require(text_key in record,
-                    f"{text_key_knob}={text_key}: {path}:{number} has no such field, only {', '.join(record)[:200]}")  # fmt: skip
+            at = f"{path}:{number}"
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}:{number}: must be a JSON object, not {str(record)[:40]!r}")
+            if text_key not in record:
+                fields = ", ".join(record)[:200]
+                raise ValueError(f"{text_key_knob}={text_key}: {at} has no such field, only {fields or 'none'}")
             text = record[text_key]
-            require(isinstance(text, str),
-                    f"{text_key_knob}={text_key}: must be a string, but is {str(text)[:40]!r} in {path}:{number}")  # fmt: skip
+            if not isinstance(text, str):
+                raise ValueError(f"{text_key_knob}={text_key}: must be a string, {at} has {str(text)[:40]!r}")
             try:
                 text.encode()
             except UnicodeEncodeError:  # JSON can write half a surrogate pair, and text from the web does
@@ -156,8 +161,8 @@ def read_jsonl(path: Path, text_key: str, where: str, text_key_knob: str) -> Ite
 def cut(text: str) -> int:
     """Where to end a first piece of `text`, at most PIECE_CHARS characters.
 
-    Best before a line end that follows a letter or digit: there the usual pre-tokenizers (GPT-2's, Llama 3's, Qwen's) divide
-    anyhow, so that the pieces have the tokens of the whole. Else before a space, else anywhere.
+    Best before a line end that follows a letter or digit: there the usual pre-tokenizers (GPT-2's, Llama 3's, Qwen's)
+    divide anyhow, so that the pieces have the tokens of the whole. Else before a space, else anywhere.
     """
     at = PIECE_CHARS
     while (at := text.rfind("\n", 1, at)) > 0:
@@ -167,11 +172,15 @@ def cut(text: str) -> int:
     return at if at > 0 else PIECE_CHARS
 
 
-def split_document(blocks: Iterable[str], key: str | None, file: int) -> Iterator[Piece]:
-    """One document, given in blocks, as pieces of at most PIECE_CHARS characters; none when it is empty."""
+def blocks(text: str) -> Iterator[str]:
+    return (text[at : at + PIECE_CHARS] for at in range(0, len(text), PIECE_CHARS))
+
+
+def split_document(parts: Iterable[str], key: str | None, file: int) -> Iterator[Piece]:
+    """One document, given in parts, as pieces of at most PIECE_CHARS characters; none when it is empty."""
     rest, first = "", True
-    for block in blocks:
-        rest += block
+    for part in parts:
+        rest += part
         while len(rest) > PIECE_CHARS:
             at = cut(rest)
             yield Piece(rest[:at], (key or rest[:PIECE_CHARS]) if first else None, False, file)
@@ -188,7 +197,9 @@ def read_sources(sources: Sequence[Source], text_key: str, knob: str) -> Iterato
         try:
             if path.suffix in JSONL:
                 documents = read_jsonl(path, text_key, where, knob[: knob.rfind(".") + 1] + "text_key")
-                pieces = (piece for text in documents for piece in split_document([text], key, file))
+                pieces: Iterator[Piece] = (
+                    piece for text in documents for piece in split_document(blocks(text), key, file)
+                )
             else:
                 pieces = split_document(read_text(path, where), key, file)
             for piece in pieces:
@@ -205,7 +216,7 @@ def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     chars = 0
     for piece in pieces:
         batch.append(piece)
-        chars += len(piece.text) + 64  # an empty-looking piece costs memory too
+        chars += len(piece.text) + 64  # the last term: small pieces cost memory too
         if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
@@ -219,7 +230,7 @@ def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 class ShardWriter:
     """Appends the tokens of one split to shards `{split}-00000.npy`, … of at most `limit` tokens.
 
-    Tokens go straight to the file; the npy header, whose length does not depend on the count, is completed when a shard is full.
+    Tokens go straight to the file; the npy header, whose length does not depend on the count, is completed at the end.
     """
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, limit: int) -> None:
@@ -254,17 +265,15 @@ class ShardWriter:
             self.append(np.array([self.tokenizer.separator]))
 
     def close(self) -> list[dict[str, Any]]:
-        """Complete the last shard. The manifest's entries: file, tokens, documents ending in it, bytes, hash of the tokens."""
+        """Complete the last shard. The manifest's entries: file, tokens, documents that end in it, bytes, hash of tokens."""
         if self._file is not None:
             self._end_shard()
         return self.shards
 
     def _header(self) -> int:
         self._file.seek(0)
-        descr = np.lib.format.dtype_to_descr(self.tokenizer.dtype.newbyteorder("<"))
-        np.lib.format.write_array_header_1_0(
-            self._file, {"descr": descr, "fortran_order": False, "shape": (self._count,)}
-        )
+        header = {"descr": self.tokenizer.dtype.str, "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
         return int(self._file.tell())
 
     def _end_shard(self) -> None:
@@ -295,13 +304,13 @@ def prepare(
     log: Log = to_stderr,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
-    """Tokenize `sources` into the new folder `out` and return its manifest. `val_fraction=0`: all documents are in train.
+    """Tokenize `sources` into the new folder `out`, return its manifest. `val_fraction=0`: all documents are in train.
 
-    Raises `ValueError` for bad input (the message opens with `knob`) and `OSError` when the folder cannot
-    be written or `out` is there already, not empty. Whatever happens, no half-made folder remains.
+    Raises `ValueError` for bad input (the message opens with `knob`) and `OSError` when the folder cannot be written or
+    `out` is there already, not empty. No half-made folder remains, unless the process is killed.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.partial")
+    folder = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex[:12]}")
     folder.mkdir()
     try:
         writers = {split: ShardWriter(folder, split, tokenizer, shard_tokens) for split in ("train", "val")}
@@ -352,25 +361,33 @@ def _tokenize(
 ) -> tuple[tuple[Extreme, Extreme], int]:
     """Write every document to its split. Returns the documents of lowest and highest hash, and the bytes of text."""
     lowest, highest = Extreme(2.0, 0, 0), Extreme(-1.0, 0, 0)
-    writer, unit, start, text_bytes = writers["train"], 0.0, 0, 0
+    separator = np.array([tokenizer.separator], tokenizer.dtype)
+    totals = dict.fromkeys(writers, 0)
+    split, unit, start, text_bytes = "train", 0.0, 0, 0
     began = said = time.monotonic()
     for batch in batches(read_sources(sources, text_key, knob)):
+        arrays: dict[str, list[np.ndarray]] = {split: [] for split in writers}  # one write a batch: documents are short
         for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
             if piece.key is not None:
                 unit = hash_unit(piece.key)
-                writer = writers["val" if unit < val_fraction else "train"]
-                start = writer.total
-            writer.append(ids)
+                split = "val" if unit < val_fraction else "train"
+                start = totals[split]
+            arrays[split].append(ids)
+            totals[split] += ids.size
             text_bytes += len(piece.text.encode())
             if piece.last:
-                writer.end_document()
-                document = Extreme(unit, start, writer.total)
+                arrays[split].append(separator)
+                totals[split] += 1
+                document = Extreme(unit, start, totals[split])
                 lowest = document if unit < lowest.unit else lowest
                 highest = document if unit > highest.unit else highest
+        for name, parts in arrays.items():
+            if parts:
+                writers[name].append(np.concatenate(parts))
         now = time.monotonic()
         if now - said >= PROGRESS_SECONDS:
             said = now
-            tokens = sum(one.total for one in writers.values())
+            tokens = sum(totals.values())
             log(f"preparing: file {batch[-1].file:,} of {len(sources):,}, {text_bytes / 1e6:,.1f} MB of text, "
                 f"{tokens:,} tokens, {tokens / (now - began):,.0f} tokens/s")  # fmt: skip
     return (lowest, highest), text_bytes
@@ -384,12 +401,12 @@ def _fill_empty_split(
     tokenizer: Tokenizer,
     shard_tokens: int,
 ) -> None:
-    """All documents fell on one side: move one, or the end of a single one, to the other. Tokens are copied, not made again."""
+    """All documents fell on one side: move one, or the end of a single one, to the other, by copying their tokens."""
     full = "train" if writers["train"].total else "val"
     total = writers[full].total
     lowest, highest = extremes
     if lowest.unit == highest.unit:  # a single text
-        start, stop, target = total - max(1, round(total * val_fraction)), total, "val"
+        start, stop, target = total - min(max(1, round(total * val_fraction)), total - 1), total, "val"
     elif full == "train":
         start, stop, target = lowest.start, lowest.stop, "val"
     else:
@@ -417,67 +434,40 @@ def _fill_empty_split(
 
 # ---------------------------------------------------------------- the program
 
-DEFAULTS = {"files": "", "out": "", "tokenizer": "bytes", "val_fraction": "0.05", "text_key": "text"}
+
+@dataclass
+class Options:
+    """What the program takes; the module's docstring explains."""
+
+    files: str = ""
+    out: str = ""
+    tokenizer: str = "bytes"
+    val_fraction: float = 0.05
+    text_key: str = "text"
 
 
-def parse(arguments: Sequence[str]) -> dict[str, str]:
-    """`key=value` arguments over DEFAULTS. Raises `ValueError` for anything else."""
-    options = dict(DEFAULTS)
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key not in DEFAULTS:
-            nearest = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0)[0]
-            raise ValueError(f"{argument}: no such key; did you mean {nearest}=...? (keys: {', '.join(DEFAULTS)})")
-        require(bool(equals and value), f"{argument}: must be {key}=value")
-        options[key] = value
-    for key in ("files", "out"):
-        require(options[key] != "", f"{key}=: must be given, as in files='corpus/*.jsonl' out=data/corpus")
-    return options
-
-
-def run(options: dict[str, str]) -> None:
-    """Prepare and print the summary. Raises `ValueError` for a user's mistake."""
-    listed = options["files"]
-    patterns = [one.strip().strip("'\"") for one in listed[1:-1].split(",")] if listed.startswith("[") else [listed]
-    try:
-        val_fraction = float(options["val_fraction"])
-    except ValueError:
-        val_fraction = -1.0
-    require(0 <= val_fraction < 1, f"val_fraction={options['val_fraction']}: must be a number, at least 0 and below 1")
-    out = Path(options["out"]).expanduser().resolve()
-    empty = not out.exists() or out.is_dir() and not any(out.iterdir())
-    require(empty, f"out={options['out']}: exists already; give a new folder, or remove it")
-    tokenizer = load_tokenizer(options["tokenizer"], "tokenizer")
+def main(options: Options) -> None:
+    """Prepare and print a summary. Raises `ValueError`, or `OSError` when `out` cannot be written."""
+    for name in ("files", "out"):
+        require(getattr(options, name) != "", f"{name}=: must be given, as in files='corpus/*.jsonl' out=data/corpus")
+    require(0 <= options.val_fraction < 1, f"val_fraction={options.val_fraction}: must be at least 0 and below 1")
+    out = Path(options.out).expanduser().resolve()
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    require(free, f"out={options.out}: exists already; must be a new or an empty folder")
+    tokenizer = load_tokenizer(options.tokenizer, "tokenizer")
+    listed = options.files
+    patterns = [one.strip() for one in listed[1:-1].split(",")] if listed.startswith("[") else [listed]
     files, folders = expand(patterns, "files", to_stderr)
     require(not folders, f"files={listed}: {folders[0] if folders else ''} is prepared already")
     began = time.monotonic()
-    manifest = prepare(
-        [Source(path) for path in files],
-        out,
-        tokenizer,
-        text_key=options["text_key"],
-        val_fraction=val_fraction,
-        knob="files",
-    )
+    manifest = prepare([Source(path) for path in files], out, tokenizer, knob="files",
+                       text_key=options.text_key, val_fraction=options.val_fraction)  # fmt: skip
     seconds = time.monotonic() - began
-    counts = {split: sum(shard["tokens"] for shard in shards) for split, shards in manifest["splits"].items()}
+    train, val = (sum(shard["tokens"] for shard in manifest["splits"][split]) for split in ("train", "val"))
     documents = sum(shard["documents"] for shards in manifest["splits"].values() for shard in shards)
-    tokens = sum(counts.values())
-    print(f"prepared {documents:,} documents, {tokens:,} tokens (train {counts['train']:,}, val {counts['val']:,}), "
-          f"{manifest['text_bytes']:,} bytes of text, {tokens / seconds:,.0f} tokens/s, in {out}")  # fmt: skip
-
-
-def main(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        run(parse(arguments))
-    except (ValueError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(f"prepared {documents:,} documents, {train + val:,} tokens (train {train:,}, val {val:,}), "
+          f"{manifest['text_bytes']:,} bytes of text, {(train + val) / seconds:,.0f} tokens/s, in {out}")  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main, Options, __doc__)

@@ -66,8 +66,8 @@ class OptimConfig:
 class DataConfig:
     """What is read.
 
-    source      what is read when `files` is empty. python: the text of the running interpreter's standard library; files: nothing,
-                `files` must be given
+    source      what is read when `files` is empty. python: the text of the running interpreter's standard library;
+                files: nothing, `files` must be given
     files       text or JSONL files, glob patterns, or folders that launch/prepare.py wrote; given, they are what is read
     val_files   the same for validation (empty: val_fraction of the documents of `files`, chosen by hash)
     text_key    the field of a JSONL record that holds the text
@@ -82,11 +82,6 @@ class DataConfig:
     text_key: str = "text"
     tokenizer: str = "bytes"
     cache: str = "~/.cache/moesaic"
-
-    def __post_init__(self) -> None:
-        # `recipe=tiny_moe data.files=mine.txt` must not train on the recipe's own corpus.
-        if self.files:
-            self.source = "files"
 
 
 @dataclass
@@ -134,6 +129,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.data.files:  # `recipe=tiny_moe data.files=mine.txt` must not train on the recipe's own corpus
+            self.data.source = "files"
         self.run_dir = os.path.expanduser(self.run_dir)  # a shell leaves the ~ of run_dir=~/runs/a alone
         self.resume = os.path.expanduser(self.resume)
 
@@ -154,7 +151,7 @@ def check(c: Config) -> None:
     for name in ("lr", "eps"):
         require(getattr(c.optim, name) > 0, f"optim.{name}={getattr(c.optim, name)}: must be positive")
     for name in ("beta1", "beta2"):
-        require(0 <= getattr(c.optim, name) < 1, f"optim.{name}={getattr(c.optim, name)}: must be at least 0 and less than 1")
+        require(0 <= getattr(c.optim, name) < 1, f"optim.{name}={getattr(c.optim, name)}: must be in 0..1, without 1")
     for name in ("weight_decay", "warmup", "clip"):
         require(getattr(c.optim, name) >= 0, f"optim.{name}={getattr(c.optim, name)}: must not be negative")
     for name in ("lr_min_ratio", "decay_ratio"):
@@ -162,7 +159,8 @@ def check(c: Config) -> None:
     require(c.data.source in ("python", "files"), f"data.source={c.data.source}: must be one of python, files")
     require(0 < c.data.val_fraction < 1, f"data.val_fraction={c.data.val_fraction}: must lie between 0 and 1")
     expert, path = c.parallel.expert, c.parallel.expert_path
-    require(path in ("auto", "local", "all_to_all"), f"parallel.expert_path={path}: must be one of auto, local, all_to_all")
+    require(path in ("auto", "local", "all_to_all"),
+            f"parallel.expert_path={path}: must be one of auto, local, all_to_all")  # fmt: skip
     if expert != "auto":
         require(expert.isdecimal() and int(expert) >= 1, f"parallel.expert={expert}: must be auto or a positive number")
         require(c.model.n_experts % int(expert) == 0,

@@ -1,8 +1,9 @@
 """Tokenizers: text to token ids and back.
 
-Two kinds. `bytes`: ids 0..255 are the bytes of UTF-8, 256 is the document separator. Any Hugging Face `tokenizer.json`: the
-separator is its end-of-text token. Special tokens are never made from text, only by us: a document that happens to
-contain `<|endoftext|>` gets the ordinary tokens of those characters, so the separator always means a document's end.
+Two kinds. `bytes`: ids 0..255 are the bytes of UTF-8, 256 is the document separator `<|doc|>`. Any Hugging Face
+`tokenizer.json`: the separator is its end-of-text token. Special tokens are never made from text, only by us: a document
+that happens to contain `<|endoftext|>` gets the ordinary tokens of those characters, so the separator always means a
+document's end.
 """
 
 import hashlib
@@ -40,8 +41,8 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest type of the two that shards use, which holds every id."""
-        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        """The smaller of the two types of shards that holds every id; little-endian, as a file's type must be fixed."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, without any separator, as `dtype`."""
@@ -56,8 +57,9 @@ class Tokenizer:
         return [np.array(one.ids, self.dtype) for one in encodings]
 
     def decode(self, ids: ArrayLike) -> str:
-        """Text of a sequence of ids. Never fails: the separator becomes a line end, bytes that are no UTF-8 U+FFFD, and ids the
-        tokenizer does not have (a model's vocabulary may be larger) U+FFFD with `bytes`, nothing otherwise."""
+        """Text of a sequence of ids. Never fails: the separator becomes a line end, bytes that are no UTF-8 become U+FFFD,
+        and so do, with `bytes`, ids that the tokenizer does not have (a model's vocabulary may be larger); else nothing.
+        """
         flat = np.asarray(ids, np.int64).ravel()
         documents = np.split(flat, np.flatnonzero(flat == self.separator))  # all but the first open with the separator
         return "\n".join(self._decode(document[document != self.separator]) for document in documents)

@@ -7,8 +7,12 @@ A step's batch is `train.global_batch` sequences, dealt to ranks in order, each 
 one rank is the routing domain. The loss of a step is the token mean over the global batch.
 """
 
-import dataclasses
+# ruff: noqa: E402
 import os
+
+PARENT = os.getppid()  # before the imports, which take seconds: it may die meanwhile
+
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,14 +33,14 @@ from moesaic.moe.model import Transformer
 from moesaic.parallel import checkpoint
 from moesaic.parallel.apply import parallelize
 from moesaic.parallel.clip import clip_gradients
-from moesaic.parallel.mesh import end_with_parent, expert_degree, make_meshes, start
+from moesaic.parallel.mesh import end_with_parent, expert_degree, leave_after, make_meshes, start
 
 T = TypeVar("T")
 MICRO_BATCH_TOKENS = 16_384
 
 
 def main(config: Config) -> None:
-    end_with_parent()
+    end_with_parent(PARENT)
     device = start()
     try:
         train(config, device)
@@ -279,4 +283,4 @@ def print_now(line: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    leave_after(lambda: cli.run(main))

@@ -79,12 +79,8 @@ class _ExpertsOp(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         weights_R = torch.empty(source_R.shape, dtype=x_ND.dtype, device=x_ND.device)
         weights_R[position_NK.flatten()] = weights_NK.flatten().to(x_ND.dtype)
-        if x_ND.device.type == "cpu":
-            h_RG, y_RD = _forward_loop(x_ND, weights_R, w_up_eGD, w_down_eDF, source_R, counts_e.tolist())
-        else:
-            offsets_e = counts_e.cumsum(0, dtype=torch.int32)
-            h_RG = F.grouped_mm(x_ND[source_R], w_up_eGD.mT, offs=offsets_e)
-            y_RD = F.grouped_mm(_weighted_activation(h_RG, weights_R), w_down_eDF.mT, offs=offsets_e)
+        forward = _forward_loop if x_ND.device.type == "cpu" else _forward_grouped
+        h_RG, y_RD = forward(x_ND, weights_R, w_up_eGD, w_down_eDF, source_R, counts_e)
         ctx.save_for_backward(x_ND, h_RG, weights_R, w_up_eGD, w_down_eDF, source_R, position_NK, counts_e)
         ctx.weights_dtype = weights_NK.dtype
         return sum_slots(y_RD, position_NK)
@@ -92,33 +88,22 @@ class _ExpertsOp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, h_RG, weights_R, w_up_eGD, w_down_eDF, source_R, position_NK, counts_e = ctx.saved_tensors
-        dy_ND = dy_ND.contiguous()
-        if x_ND.device.type == "cpu":
-            dx_RD, dweights_R, dw_up, dw_down = _backward_loop(
-                dy_ND, x_ND, h_RG, weights_R, w_up_eGD, w_down_eDF, source_R, counts_e.tolist()
-            )
-        else:
-            offsets_e = counts_e.cumsum(0, dtype=torch.int32)
-            dy_RD = dy_ND[source_R]
-            dscaled_RF = F.grouped_mm(dy_RD, w_down_eDF, offs=offsets_e)
-            gate, up = h_RG.chunk(2, dim=1)
-            a_RF = F.silu(gate) * up
-            dweights_R = (dscaled_RF.float() * a_RF.float()).sum(dim=1)
-            dw_down = F.grouped_mm(dy_RD.mT, a_RF * weights_R[:, None], offs=offsets_e)
-            dh_RG = _swiglu_backward(dscaled_RF * weights_R[:, None], h_RG)
-            dw_up = F.grouped_mm(dh_RG.mT, x_ND[source_R], offs=offsets_e)
-            dx_RD = F.grouped_mm(dh_RG, w_up_eGD, offs=offsets_e)
+        backward = _backward_loop if x_ND.device.type == "cpu" else _backward_grouped
+        dx_RD, dweights_R, dw_up, dw_down = backward(
+            dy_ND.contiguous(), x_ND, h_RG, weights_R, w_up_eGD, w_down_eDF, source_R, counts_e
+        )
         dweights_NK = dweights_R[position_NK].to(ctx.weights_dtype)
         return sum_slots(dx_RD, position_NK), dweights_NK, dw_up, dw_down, None, None, None
 
 
 def _forward_loop(
-    x_ND: Tensor, weights_R: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source_R: Tensor, counts: list[int]
+    x_ND: Tensor, weights_R: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source_R: Tensor, counts_e: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """(h_RG, y_RD); each expert's rows are few enough to stay in cache between the two products."""
     h_RG = x_ND.new_empty(source_R.numel(), w_up_eGD.shape[1])
     y_RD = x_ND.new_empty(source_R.numel(), x_ND.shape[1])
     start = 0
-    for j, count in enumerate(counts):
+    for j, count in enumerate(counts_e.tolist()):
         part = slice(start, start + count)
         torch.mm(x_ND.index_select(0, source_R[part]), w_up_eGD[j].T, out=h_RG[part])
         torch.mm(_weighted_activation(h_RG[part], weights_R[part]), w_down_eDF[j].T, out=y_RD[part])
@@ -128,13 +113,14 @@ def _forward_loop(
 
 def _backward_loop(
     dy_ND: Tensor, x_ND: Tensor, h_RG: Tensor, weights_R: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor,
-    source_R: Tensor, counts: list[int],
+    source_R: Tensor, counts_e: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx_RD, dweights_R, dw_up, dw_down)."""
     dx_RD = x_ND.new_empty(source_R.numel(), x_ND.shape[1])
     dweights_R = weights_R.new_empty(weights_R.shape)
     dw_up, dw_down = torch.empty_like(w_up_eGD), torch.empty_like(w_down_eDF)
     start = 0
-    for j, count in enumerate(counts):
+    for j, count in enumerate(counts_e.tolist()):
         # An expert without rows gets zeros, as the product over no rows gives: never None, never what was in memory.
         part = slice(start, start + count)
         dy_rD = dy_ND.index_select(0, source_R[part])
@@ -149,6 +135,30 @@ def _backward_loop(
         torch.mm(dh_rG, w_up_eGD[j], out=dx_RD[part])
         start += count
     return dx_RD, dweights_R, dw_up, dw_down
+
+
+def _forward_grouped(
+    x_ND: Tensor, weights_R: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source_R: Tensor, counts_e: Tensor
+) -> tuple[Tensor, Tensor]:
+    offsets_e = counts_e.cumsum(0, dtype=torch.int32)
+    h_RG = F.grouped_mm(x_ND[source_R], w_up_eGD.mT, offs=offsets_e)
+    return h_RG, F.grouped_mm(_weighted_activation(h_RG, weights_R), w_down_eDF.mT, offs=offsets_e)
+
+
+def _backward_grouped(
+    dy_ND: Tensor, x_ND: Tensor, h_RG: Tensor, weights_R: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor,
+    source_R: Tensor, counts_e: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    offsets_e = counts_e.cumsum(0, dtype=torch.int32)
+    dy_RD = dy_ND[source_R]
+    dscaled_RF = F.grouped_mm(dy_RD, w_down_eDF, offs=offsets_e)
+    gate, up = h_RG.chunk(2, dim=1)
+    a_RF = F.silu(gate) * up
+    dweights_R = (dscaled_RF.float() * a_RF.float()).sum(dim=1)
+    dw_down = F.grouped_mm(dy_RD.mT, a_RF * weights_R[:, None], offs=offsets_e)
+    dh_RG = _swiglu_backward(dscaled_RF * weights_R[:, None], h_RG)
+    dw_up = F.grouped_mm(dh_RG.mT, x_ND[source_R], offs=offsets_e)
+    return F.grouped_mm(dh_RG, w_up_eGD, offs=offsets_e), dweights_R, dw_up, dw_down
 
 
 class Experts(nn.Module):

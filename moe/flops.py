@@ -41,9 +41,9 @@ def parameter_counts(config: ModelConfig) -> Counts:
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations that training costs per token of a sequence of `seq_len` tokens.
 
-    The usual convention of model FLOPs: 2 per multiply-add, backward twice the forward, so 6 for each matrix parameter a
-    token meets (router and output head included, the embedding lookup not), and attention's two products (QK^T and PV)
-    over half of the sequence, for the causal mask. Norms, softmax and recomputation do not count.
+    The usual convention of model FLOPs: 2 per multiply-add, backward twice the forward, so 6 for each matrix parameter
+    a token meets (router and output head included, the embedding lookup not), and attention's two products (QK^T and
+    PV) over half of the sequence, for the causal mask. Norms, softmax and recomputation do not count.
     """
     matrices = _active_block_matrices(config) + config.vocab_size * config.d_model
     attention_forward = 4 * seq_len * config.n_heads * config.head_width / 2
@@ -51,7 +51,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def _active_block_matrices(config: ModelConfig) -> int:
-    """Matrix parameters of all blocks that one token meets: attention, router, K experts, shared expert, dense layers."""
+    """Matrix parameters of all blocks that one token meets: attention, router, K experts, shared expert, dense part."""
     d_model = config.d_model
     attention = 2 * d_model * config.head_width * (config.n_heads + config.kv_heads)
     experts = 3 * d_model * (config.router.top_k * config.d_expert + config.d_shared)

@@ -116,6 +116,8 @@ def build(config: ModelConfig, seed: int, device: torch.device) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)
+    if config.tie_embeddings:  # which `to_empty` undoes
+        model.head.weight = model.embedding.weight
     for name, parameter in model.named_parameters():
         init_parameter(name, parameter, config, seed)
     return model

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 def load_model(path: Path, model: nn.Module) -> None:
     """Fill the weights of a model in one process, with or without a process group, whatever layout saved them."""
-    dcp.load(
-        {f"model.{name}": p.detach() for name, p in model.named_parameters()}, checkpoint_id=path, no_dist=True
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+        dcp.load({f"model.{name}": p.detach() for name, p in model.named_parameters()}, checkpoint_id=path, no_dist=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -121,7 +122,6 @@ def _rng_key() -> str:
 
 def _remove(folder: Path) -> None:
     # Under its final name a half-deleted folder would pass for a complete one.
-    doomed = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = folder.with_name(folder.name + ".old.tmp")
     folder.rename(doomed)
     shutil.rmtree(doomed)

@@ -8,7 +8,10 @@ parts is sharded over the world / expert ranks that hold the same experts.
 import ctypes
 import os
 import signal
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,15 +31,33 @@ class Meshes:
         return self.experts["expert"].size()
 
 
-def end_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies.
+def end_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies, or end it if it is no longer the child of `parent`.
 
     torchrun puts every rank in a session of its own: killing the agent alone would leave the ranks running and holding
-    their ports. Linux only; elsewhere nothing happens.
+    their ports, or waiting half an hour to meet. Linux only; elsewhere nothing happens.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(signal, "SIGKILL") and os.uname().sysname == "Linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_after(program: Callable[[], None]) -> NoReturn:
+    """Run `program` and end the process with its exit code, without the interpreter's own shutdown.
+
+    A thread of gloo may still hold tensors of the last collective, also after the group is destroyed; if it frees one that Python
+    knows while the interpreter shuts down, the process aborts (github.com/pytorch/pytorch/pull/179291). A busy machine shows it.
+    """
+    code: object = 0
+    try:
+        program()
+    except SystemExit as stop:
+        code = stop.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def start() -> torch.device:

@@ -1,6 +1,7 @@
 """The optimizer against a plain fp64 loop, the schedule against closed forms and torch's own schedulers."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,9 @@ class Block(nn.Module):
         self.frozen = nn.Parameter(torch.randn(2, 2), requires_grad=False)
 
 
-def naive_adamw(value: torch.Tensor, grads: list[torch.Tensor], lrs: list[float], decay: float, c: OptimConfig):
+def naive_adamw(
+    value: torch.Tensor, grads: list[torch.Tensor], lrs: list[float], decay: float, c: OptimConfig
+) -> torch.Tensor:
     """AdamW by the paper's algorithm (arXiv 1711.05101), one parameter, fp64."""
     value, m, v = value.double(), 0.0, 0.0
     for t, (grad, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
@@ -141,9 +144,15 @@ def test_cosine_by_hand():
 
 
 def test_wsd_by_hand():
-    """Warm-up over 2 steps, flat to step 5, then the last 0.4 * 10 steps on a line down to 0.1 of the peak at step 9."""
+    """Warm-up over 2 steps, flat to step 5, then the last 0.4 * 10 steps on a line down to 0.1 of the peak."""
     config = OptimConfig(lr=2.0, schedule="wsd", warmup=2, lr_min_ratio=0.1, decay_ratio=0.4)
     assert rates(10, config) == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.55, 1.1, 0.65, 0.2])
+
+
+def test_wsd_falls_from_the_peak_where_warmup_takes_part_of_the_fall():
+    """The last 0.4 * 10 steps would fall, but warm-up ends at step 7: two steps are left, from 1 to 0."""
+    config = OptimConfig(lr=1.0, schedule="wsd", warmup=8, lr_min_ratio=0.0, decay_ratio=0.4)
+    assert rates(10, config)[7:] == pytest.approx([1.0, 0.5, 0.0])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -179,7 +188,7 @@ def test_every_schedule_rises_to_the_peak_then_falls(schedule: str, warmup: int,
     peak = max(1, min(warmup, steps)) - 1
     assert found[0] > 0
     assert found[peak] == pytest.approx(0.5) == max(found)
-    assert all(a < b for a, b in zip(found[:peak], found[1 : peak + 1], strict=True))
-    assert all(a >= b >= 0 for a, b in zip(found[peak:], found[peak + 1 :], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(found[: peak + 1]))
+    assert all(a >= b >= 0 for a, b in itertools.pairwise(found[peak:]))
     if peak < steps - 1 and (schedule == "cosine" or round(decay_ratio * steps) > 0):
         assert found[-1] == pytest.approx(0.0, abs=1e-12)

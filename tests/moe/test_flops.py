@@ -1,4 +1,4 @@
-"""Parameter and FLOP formulas against published figures, against transformers' models, and against torch's FLOP counter."""
+"""Parameter and FLOP formulas against published figures, transformers' models and torch's FLOP counter."""
 
 import pytest
 import torch

@@ -1,0 +1,53 @@
+# `make help` lists what there is. Everything runs in .venv, which `make install` fills.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+# Computed once, so that every rank and every restart of one `make train` writes to the same folder.
+RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help install train test check bench clean
+
+help:
+	@echo "make install   make .venv and install Moesaic with its development tools (once; PYTHON=python3.12 chooses the Python)"
+	@echo "make train     train the demonstration, recipe=tiny_moe, on two processes; ARGS='train.steps=100 ...' overrides knobs"
+	@echo "make test      run the tests that need no GPU; ARGS='-k name' passes options to pytest"
+	@echo "make check     formatting, lint, types, structure"
+	@echo "make bench     run every file in benchmarks/"
+	@echo "make clean     remove .venv, caches and build products; runs/ stays"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: PYTHON=$(PYTHON): must be Python 3.11 or newer; name one, as in: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: PYTHON=$(PYTHON): has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+# torchrun gives each rank one thread unless told otherwise; two ranks share the machine.
+train: install
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(max(1, (os.cpu_count() or 2) // 2))')} \
+	  $(BIN)/torchrun --standalone --nproc-per-node 2 launch/train.py recipe=tiny_moe run_dir=$(RUN_DIR) $(ARGS)
+
+# Two test processes of one thread each: more threads than cores make everything slower.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_structure.py
+
+bench: .venv/installed-bench
+	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,18 @@
+"""Degrees of expert parallelism: what `auto` picks, and which mistakes are told."""
+
+import pytest
+
+from moesaic.parallel.mesh import expert_degree
+
+
+@pytest.mark.parametrize(("world", "experts", "degree"), [(1, 8, 1), (2, 8, 2), (8, 12, 4), (6, 9, 3), (7, 8, 1), (16, 8, 8)])
+def test_auto_is_the_largest_common_divisor(world: int, experts: int, degree: int) -> None:
+    assert expert_degree("auto", experts, world) == degree
+
+
+def test_mistakes_name_knob_value_and_rule() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.expert=3: must divide the number of ranks, 4"):
+        expert_degree("3", 6, 4)
+    with pytest.raises(ValueError, match=r"parallel\.expert=4: must divide model\.n_experts=6"):
+        expert_degree("4", 6, 8)
+    assert expert_degree("2", 6, 8) == 2
