@@ -27,9 +27,10 @@ from moesaic.launch.metrics import Meter, MetricsLog, peak_flops, progress_heade
 from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
 from moesaic.launch.schema import Config, TrainConfig
 from moesaic.launch.tokens import check_vocab
+from moesaic.moe.attention import document_ids
 from moesaic.moe.balance import load_figures
 from moesaic.moe.flops import flops_per_token, parameter_counts
-from moesaic.moe.model import Transformer
+from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint
 from moesaic.parallel.apply import parallelize
 from moesaic.parallel.clip import clip_gradients
@@ -90,6 +91,7 @@ def train(config: Config, device: torch.device) -> None:
             log.write(figures)
             wandb.log(figures)
 
+    separator = data.tokenizer.separator if config.model.document_mask else None
     flops = flops_per_token(config.model, config.train.seq_len)
     peak, peak_name = peak_flops(device, compute)
     counts = parameter_counts(config.model)
@@ -113,7 +115,7 @@ def train(config: Config, device: torch.device) -> None:
     while step < steps:
         lr = learning_rate(step, steps, config.optim)
         set_lr(optimizer, lr)
-        loss, rows_LE = train_step(model, data.train, config.train, samples, device)
+        loss, rows_LE = train_step(model, data.train, config.train, samples, device, separator)
         norm = clip_gradients(model.parameters(), config.optim.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -133,7 +135,7 @@ def train(config: Config, device: torch.device) -> None:
 
         meter.stop()
         if every.eval_every and (step % every.eval_every == 0 or step == steps):
-            val_loss = evaluate(model, data.val, config.train, device)
+            val_loss = evaluate(model, data.val, config.train, device, separator)
             record({"step": step, "tokens": tokens, "val_loss": val_loss})
             say(f"step {step}: val_loss {val_loss:.4f} nats a token")
         if step == steps or (every.checkpoint_every and step % every.checkpoint_every == 0):
@@ -154,7 +156,12 @@ def train(config: Config, device: torch.device) -> None:
 
 
 def train_step(
-    model: Transformer, stream: TokenStream, config: TrainConfig, first_sample: int, device: torch.device
+    model: Transformer,
+    stream: TokenStream,
+    config: TrainConfig,
+    first_sample: int,
+    device: torch.device,
+    separator: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of one global batch, added into the parameters' `.grad`.
 
@@ -166,7 +173,7 @@ def train_step(
     global_tokens = config.global_batch * config.seq_len
     for first, count in micro_batches(config.global_batch, config, dist.get_rank(), dist.get_world_size()):
         batch = torch.from_numpy(train_batch(stream, config.seed, first_sample + first, count)).to(device)
-        out = model(batch[:, :-1], batch[:, 1:])
+        out = predict(model, batch, separator)
         assert out.loss is not None
         share = count * config.seq_len / global_tokens
         (out.loss / global_tokens + out.aux * share).backward()
@@ -175,6 +182,12 @@ def train_step(
         rows_LE = out.counts if rows_LE is None else rows_LE + out.counts
     assert loss is not None and rows_LE is not None
     return loss, rows_LE
+
+
+def predict(model: Transformer, batch: torch.Tensor, separator: int | None) -> Output:
+    """The model's losses over sequences (B, S + 1): with a `separator`, a token sees its own document only."""
+    tokens, targets = batch[:, :-1], batch[:, 1:]
+    return model(tokens, targets, None if separator is None else document_ids(tokens, separator))
 
 
 def micro_batches(sequences: int, config: TrainConfig, rank: int, world: int) -> list[tuple[int, int]]:
@@ -195,7 +208,9 @@ def micro_batches(sequences: int, config: TrainConfig, rank: int, world: int) ->
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, stream: TokenStream, config: TrainConfig, device: torch.device) -> float:
+def evaluate(
+    model: Transformer, stream: TokenStream, config: TrainConfig, device: torch.device, separator: int | None
+) -> float:
     """Mean cross entropy, nats a token, over the first `eval_batches * global_batch` held-out sequences (or all there are)."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -204,7 +219,7 @@ def evaluate(model: Transformer, stream: TokenStream, config: TrainConfig, devic
         batch_size = min(config.global_batch, sequences - start_at)
         for first, count in micro_batches(batch_size, config, dist.get_rank(), dist.get_world_size()):
             batch = torch.from_numpy(val_batch(stream, start_at + first, count)).to(device)
-            total += model(batch[:, :-1], batch[:, 1:]).loss
+            total += predict(model, batch, separator).loss
     model.train()
     model.reshard()  # FSDP2 leaves the root's weights whole after a forward pass without a backward one
     dist.all_reduce(total)

@@ -1,28 +1,167 @@
-"""Causal self-attention with rotary positions and grouped queries.
+"""Causal self-attention: grouped queries (GQA) and latent keys and values (MLA), over whole sequences or documents packed in them.
 
-Letters: B sequences, S positions, D model width, H query heads, J key-value heads, C width of a head.
+Letters: B sequences, S positions, T = B * S tokens, D model width, H query heads, J key-value heads, C width of a head (of a query
+and its key, where a value's differs), P = C / 2 rotated pairs of a head, N blocks of positions.
+
+Positions are counted over the sequence, also where documents are packed: the rotary embedding makes a score depend on the
+distance of two tokens alone, and a document's tokens keep theirs wherever it begins.
 """
+
+import functools
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from moesaic.moe.config import ModelConfig
+from moesaic.moe.config import ModelConfig, YarnConfig
+
+LATENT_EPS = 1e-6  # of the norms of MLA's latents, in every published model, whatever the other norms have
+BLOCK = 128  # positions of a block of `block_mask`
+
+# Who sees whom: tokens all that stand before them (None), or those of their document, which is given by the lengths of
+# all documents, one sequence after another (on a CPU), or by blocks (elsewhere).
+Mask = tuple[int, ...] | BlockMask | None
 
 
-def rotary_table(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 (S, C): position times theta^(-2i/C) for i in 0..C/2, repeated for the two halves of a head."""
+# ---------------------------------------------------------------- rotary positions
+
+
+def rotary_table(
+    length: int, width: int, theta: float, device: torch.device, yarn: YarnConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 (S, P), of position * frequency; pair i has frequency theta^(-2i/C) (RoFormer, arXiv 2104.09864).
+
+    With `yarn`, frequencies that turn less than beta_slow times within the model's original positions are divided by the
+    factor, those above beta_fast times stay, in between linear in i, between the bounds rounded outwards; and the table
+    holds cos and sin times m(mscale) / m(mscale_all_dim). (YaRN, arXiv 2309.00071, as DeepSeek-V3 has it.)
+    """
     # fp64: at position 100,000 an fp32 angle is off by more than bf16 can tell.
-    frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency).repeat(1, 2)
-    return angle.cos().float(), angle.sin().float()
+    pair_P = torch.arange(width // 2, dtype=torch.float64, device=device)
+    frequency_P = theta ** (-2 * pair_P / width)
+    scale = 1.0
+    if yarn is not None and yarn.factor > 1:
+
+        def turning(times: float) -> float:
+            """The pair, a real number, that turns so often within the original positions."""
+            return width * math.log(yarn.original_max_position_embeddings / (2 * math.pi * times)) / (2 * math.log(theta))
+
+        low = max(math.floor(turning(yarn.beta_fast)), 0)
+        high = min(math.ceil(turning(yarn.beta_slow)), width - 1)
+        slowed_P = ((pair_P - low) / max(high - low, 1e-3)).clamp(0, 1)
+        frequency_P = frequency_P * (1 - slowed_P + slowed_P / yarn.factor)
+        scale = _magnitude(yarn, yarn.mscale) / _magnitude(yarn, yarn.mscale_all_dim)
+    angle_SP = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency_P)
+    return (angle_SP.cos() * scale).float(), (angle_SP.sin() * scale).float()
 
 
-def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Rotary embedding with halves as pairs (i, i + C/2), as in Llama's published weights. RoFormer, arXiv 2104.09864."""
-    first, second = x_BHSC.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_BHSC * cos_SC + turned * sin_SC).to(x_BHSC.dtype)
+def _magnitude(yarn: YarnConfig, mscale: float) -> float:
+    return 1 + 0.1 * mscale * math.log(yarn.factor)
+
+
+def rotate(x_BSHC: Tensor, cos_SP: Tensor, sin_SP: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn the pairs of each head by their position's angles. Pairs are (i, i + C/2), as in Llama's published weights, or
+    `interleaved` (2i, 2i + 1), as in DeepSeek's. The result has the halves in either case, which no score can tell."""
+    first, second = (x_BSHC[..., 0::2], x_BSHC[..., 1::2]) if interleaved else x_BSHC.chunk(2, dim=-1)
+    cos_S1P, sin_S1P = cos_SP[:, None], sin_SP[:, None]
+    turned = torch.cat((first * cos_S1P - second * sin_S1P, second * cos_S1P + first * sin_S1P), dim=-1)
+    return turned.to(x_BSHC.dtype)
+
+
+# ---------------------------------------------------------------- documents
+
+
+def document_ids(tokens_BS: Tensor, separator: int) -> Tensor:
+    """int32 (B, S): the number of the document, counted within its sequence, that each token belongs to. A document is followed
+    by the separator, which belongs to the document that it ends."""
+    ends_BS = (tokens_BS == separator).int()
+    return ends_BS.cumsum(dim=1, dtype=torch.int32) - ends_BS
+
+
+def document_mask(documents_BS: Tensor) -> Mask:
+    """What `attend` needs to know of the documents, made once for all layers: `block_mask`, or on a CPU `document_lengths`.
+
+    documents_BS: numbers, of any integer type, that never fall along a sequence, such as `document_ids` gives.
+    """
+    if documents_BS.device.type == "cpu":
+        return document_lengths(documents_BS)
+    return block_mask(documents_BS) if documents_BS.numel() else None
+
+
+def document_lengths(documents_BS: Tensor) -> tuple[int, ...] | None:
+    """The tokens of each document of each sequence, in order; None where every sequence is one document."""
+    begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    starts = begins_BS.flatten().nonzero().flatten()
+    if len(starts) == len(documents_BS):
+        return None
+    return tuple(torch.diff(starts, append=starts.new_tensor([documents_BS.numel()])).tolist())
+
+
+def block_mask(documents_BS: Tensor) -> BlockMask:
+    """The mask as flex_attention reads it: which blocks of keys a block of queries sees in part, and which it sees whole.
+
+    It equals what `create_block_mask` makes of `visible`, without ever holding S x S values: as numbers never fall along a
+    sequence, the first and the last of a block tell all. Nothing is read back to the host.
+    """
+
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents_BS[b, query] == documents_BS[b, key])
+
+    def listed(seen_BNN: Tensor) -> tuple[Tensor, Tensor]:
+        """How many blocks of keys each block of queries sees, and which: their numbers in order, then the others'."""
+        order_BNN = seen_BNN.int().argsort(dim=-1, descending=True, stable=True).int()
+        return seen_BNN.sum(dim=-1, dtype=torch.int32)[:, None], order_BNN[:, None].contiguous()
+
+    length = documents_BS.shape[1]
+    start_N = torch.arange(0, length, BLOCK, device=documents_BS.device)
+    end_N = start_N + BLOCK - 1
+    first_BN, last_BN = documents_BS[:, start_N], documents_BS[:, end_N.clamp(max=length - 1)]
+    before_NN = start_N[:, None] > start_N
+    seen_BNN = (start_N[:, None] >= start_N) & (last_BN[:, None, :] >= first_BN[:, :, None])
+    whole_BNN = before_NN & (end_N < length)[:, None] & (first_BN[:, None, :] == last_BN[:, :, None])
+    return BlockMask.from_kv_blocks(
+        *listed(seen_BNN & ~whole_BNN), *listed(whole_BNN), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
+    )
+
+
+# ---------------------------------------------------------------- attention proper
+
+
+def attend(q_BSHC: Tensor, k_BSJC: Tensor, v_BSJC: Tensor, mask: Mask, scale: float) -> Tensor:
+    """softmax(scale * q k^T) v over the tokens that `mask` and the order of positions let a token see -> y_BSHC, as wide as v.
+
+    On a CPU each document is a call of its own: no product is made to be masked, and no S x S mask is held.
+    """
+    if isinstance(mask, BlockMask):
+        flex = _compiled_flex() if q_BSHC.is_cuda else flex_attention
+        gqa = q_BSHC.shape[2] != k_BSJC.shape[2]
+        q_BHSC, k_BJSC, v_BJSC = (x.transpose(1, 2) for x in (q_BSHC, k_BSJC, v_BSJC))
+        return flex(q_BHSC, k_BJSC, v_BJSC, block_mask=mask, scale=scale, enable_gqa=gqa).transpose(1, 2)
+    if mask is None:
+        return _causal(q_BSHC, k_BSJC, v_BSJC, scale)
+    documents = zip(*(x.flatten(0, 1).split(list(mask)) for x in (q_BSHC, k_BSJC, v_BSJC)), strict=True)
+    y_THC = torch.cat([_causal(q[None], k[None], v[None], scale)[0] for q, k, v in documents])
+    return y_THC.view(*q_BSHC.shape[:3], v_BSJC.shape[3])
+
+
+def _causal(q_BSHC: Tensor, k_BSJC: Tensor, v_BSJC: Tensor, scale: float) -> Tensor:
+    q_BHSC, k_BJSC, v_BJSC = (x.transpose(1, 2) for x in (q_BSHC, k_BSJC, v_BSJC))
+    width = v_BSJC.shape[3]
+    if q_BSHC.device.type == "cpu" and width < q_BSHC.shape[3]:
+        # torch's CPU kernel takes heads of one width only; for others it holds all S x S scores.
+        v_BJSC = F.pad(v_BJSC, (0, q_BSHC.shape[3] - width))
+    gqa = q_BSHC.shape[2] != k_BSJC.shape[2]
+    y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BJSC, v_BJSC, is_causal=True, scale=scale, enable_gqa=gqa)
+    return y_BHSC[..., :width].transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    # Not compiled, flex_attention holds all scores.
+    return torch.compile(flex_attention)
 
 
 class Attention(nn.Module):
@@ -39,19 +178,57 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.width * (1 if per_head else self.heads), config.norm_eps)
             self.k_norm = nn.RMSNorm(self.width * (1 if per_head else self.kv_heads), config.norm_eps)
 
-    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-        batch, length, _ = x_BSD.shape
+    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, mask: Mask = None) -> Tensor:
         widths = [self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width]
         q, k, v = self.wqkv(x_BSD).split(widths, dim=2)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BHSC = q.view(batch, length, self.heads, self.width).transpose(1, 2)
-        k_BJSC = k.view(batch, length, self.kv_heads, self.width).transpose(1, 2)
-        v_BJSC = v.view(batch, length, self.kv_heads, self.width).transpose(1, 2)
+        q_BSHC, k_BSJC, v_BSJC = (x.unflatten(2, (-1, self.width)) for x in (q, k, v))
         if self.qk_norm == "head":
-            q_BHSC, k_BJSC = self.q_norm(q_BHSC), self.k_norm(k_BJSC)
-        q_BHSC, k_BJSC = rotate(q_BHSC, cos_SC, sin_SC), rotate(k_BJSC, cos_SC, sin_SC)
-        y_BHSC = F.scaled_dot_product_attention(
-            q_BHSC, k_BJSC, v_BJSC, is_causal=True, enable_gqa=self.heads != self.kv_heads
-        )
-        return self.wo(y_BHSC.transpose(1, 2).reshape(batch, length, self.heads * self.width))
+            q_BSHC, k_BSJC = self.q_norm(q_BSHC), self.k_norm(k_BSJC)
+        q_BSHC, k_BSJC = rotate(q_BSHC, cos_SP, sin_SP), rotate(k_BSJC, cos_SP, sin_SP)
+        return self.wo(attend(q_BSHC, k_BSJC, v_BSJC, mask, self.width**-0.5).flatten(2))
+
+
+class LatentAttention(nn.Module):
+    """x_BSD -> y_BSD. Multi-head latent attention (MLA) of DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437):
+
+    1. `wkv_a` makes of a token a latent of kv_lora_rank values, and one rotated key that all heads share. A cache would
+       hold these and nothing else.
+    2. `wkv_b` makes of the normed latent each head's key without position, and its value, head by head.
+    3. `wq`, or `wq_a` and `wq_b` with a normed latent between them, makes each head's query: the part without position,
+       then the one that is rotated.
+    4. Heads attend with keys of both parts, scaled by the root of their joint width, and `wo` joins the values.
+
+    Names are those of DeepSeek's own inference code, and every matrix is laid out as published.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        mla = self.mla = config.mla
+        self.heads = config.n_heads
+        self.scale = mla.qk_head_dim**-0.5 * _magnitude(config.yarn, config.yarn.mscale_all_dim) ** 2
+        if mla.q_lora_rank is None:
+            self.wq = nn.Linear(config.d_model, self.heads * mla.qk_head_dim, bias=False)
+        else:
+            self.wq_a = nn.Linear(config.d_model, mla.q_lora_rank, bias=False)
+            self.q_norm = nn.RMSNorm(mla.q_lora_rank, LATENT_EPS)
+            self.wq_b = nn.Linear(mla.q_lora_rank, self.heads * mla.qk_head_dim, bias=False)
+        self.wkv_a = nn.Linear(config.d_model, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(mla.kv_lora_rank, LATENT_EPS)
+        self.wkv_b = nn.Linear(mla.kv_lora_rank, self.heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
+        self.wo = nn.Linear(self.heads * mla.v_head_dim, config.d_model, bias=False)
+
+    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, mask: Mask = None) -> Tensor:
+        mla = self.mla
+        q = self.wq(x_BSD) if mla.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x_BSD)))
+        latent, k_rope = self.wkv_a(x_BSD).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=2)
+        kv = self.wkv_b(self.kv_norm(latent))
+
+        q_nope, q_rope = q.unflatten(2, (self.heads, -1)).split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=3)
+        k_nope, v_BSHC = kv.unflatten(2, (self.heads, -1)).split([mla.qk_nope_head_dim, mla.v_head_dim], dim=3)
+        q_rope = rotate(q_rope, cos_SP, sin_SP, mla.rope_interleave)
+        k_rope = rotate(k_rope.unsqueeze(2), cos_SP, sin_SP, mla.rope_interleave)
+        q_BSHC = torch.cat((q_nope, q_rope), dim=3)
+        k_BSHC = torch.cat((k_nope, k_rope.expand_as(q_rope)), dim=3)
+        return self.wo(attend(q_BSHC, k_BSHC, v_BSHC, mask, self.scale).flatten(2))

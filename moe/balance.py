@@ -1,20 +1,49 @@
-"""Losses that keep experts evenly used, and the figures that show whether they are.
+"""What keeps experts evenly used, and the figures that show whether they are.
 
-Letters: T tokens, E experts, K experts per token. Every value is over one routing domain: one rank's micro-batch.
+Letters: B sequences, T tokens, E experts, K experts per token, L MoE layers, M tile rows.
 """
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from moesaic.moe.model import Transformer
+    from moesaic.moe.router import Routing
 
-def balance_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
-    """E * sum_e f_e P_e, with f_e expert e's share of the rows and P_e its mean probability; 1 when both are even.
+# What a layer adds up over the tokens of a call: see `load_figures`.
+FIGURES = ("tokens", "router_entropy", "dropped", "added")
+
+
+def balance_loss(
+    routing: "Routing", shares_TE: Tensor, over: str, sequences: int, reduce: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """E * sum_e f_e P_e: f_e expert e's share of the rows, P_e its mean share of a token's scores; 1 when both are even.
 
     Switch Transformer (arXiv 2101.03961) equation 4, with the rows of all K choices. The gradient flows through P alone.
-    A domain without tokens gives 0.
+    `over` says which tokens f and P are means of:
+
+    micro_batch   those of this call
+    sequence      of each sequence by itself, then the mean of the losses (the balance loss of DeepSeek-V3, arXiv 2412.19437)
+    global        f over the calls of all ranks at once, through `reduce`; P over this call's. The loss weighted with a rank's tokens
+                  is then that of all of them together (arXiv 2501.11873). With accumulation, each micro-batch by itself.
+
+    A call without tokens gives 0 (and still calls `reduce`).
     """
+    tokens, n_experts = shares_TE.shape
+    if over == "sequence" and tokens:
+        slot_B = torch.div(routing.token_S * sequences, tokens, rounding_mode="floor")
+        cell_S = slot_B * (n_experts + 1) + routing.expert_S  # the last column takes the unused slots
+        counts = torch.zeros(sequences * (n_experts + 1), dtype=torch.int64, device=cell_S.device)
+        counts_BE = counts.scatter_add_(0, cell_S, torch.ones_like(cell_S)).view(sequences, -1)[:, :-1]
+        share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
+        mean_BE = shares_TE.view(sequences, -1, n_experts).mean(dim=1)
+        return n_experts * (share_BE * mean_BE).sum() / sequences
+    counts_E = reduce(routing.counts_E) if over == "global" else routing.counts_E
     share_E = counts_E / counts_E.sum().clamp(min=1)
-    return probs_TE.shape[1] * (share_E * probs_TE.sum(dim=0)).sum() / max(probs_TE.shape[0], 1)
+    return n_experts * (share_E * shares_TE.sum(dim=0)).sum() / max(tokens, 1)
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
@@ -22,20 +51,43 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     return logits_TE.logsumexp(dim=1).square().sum() / max(logits_TE.shape[0], 1)
 
 
-def load_figures(counts_LE: Tensor) -> dict[str, float]:
-    """Figures of one step from the rows per expert, int64 (L, E), summed over the global batch.
+@torch.no_grad()
+def update_bias(model: "Transformer", counts_LE: Tensor) -> None:
+    """Move each router's selection bias by rate * sign(mean load - load), with the rows per expert of the whole global batch.
 
-    moe/load_max_over_mean: the busiest expert's rows over the mean, worst layer; moe/load_cv: standard deviation over the mean, mean of
-    layers; moe/dead_fraction: share of experts that got no row; moe/load_entropy: entropy of the load over log E, mean.
+    Auxiliary-loss-free balancing, DeepSeek-V3. Call it once after each optimizer step, with the sum over ranks and micro-batches.
     """
-    load_LE = counts_LE.double()
-    share_LE = load_LE / load_LE.sum(dim=1, keepdim=True).clamp(min=1)
+    for layer, counts_E in zip(model.moe_layers(), counts_LE, strict=True):
+        load_E = counts_E.double()
+        layer.router.bias_E += layer.router.config.bias_rate * (load_E.mean() - load_E).sign().float()
+
+
+def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int) -> dict[str, float]:
+    """Figures of one step, from sums over the global batch: rows per expert, int64 (L, E), and FIGURES, (L, 4).
+
+    moe/load_max_over_mean  the busiest expert's rows over the mean; moe/load_cv standard deviation over the mean; moe/dead_fraction
+    share of experts without a row; moe/load_entropy entropy of the load over log E; moe/router_entropy mean entropy of a token's
+    scores over log E; moe/dropped and moe/added choices that capacity and rounding changed, per token; moe/padding rows that tiles of
+    `tile` rows would add to the routed ones, as a share of these, were all on one rank. Over all layers (load_max_over_mean:
+    the worst), and for layer l of the MoE layers as moe/layer<l>/....
+    """
     n_experts = counts_LE.shape[1]
-    entropy_L = torch.special.entr(share_LE).sum(dim=1)
+    load_LE, figures = counts_LE.double(), figures_LF.double()
+    rows_L = load_LE.sum(dim=1)
+    share_LE = load_LE / rows_L.clamp(min=1)[:, None]
     uniform = torch.log(torch.tensor(float(max(n_experts, 2)), dtype=torch.float64))
-    return {
-        "moe/load_max_over_mean": (share_LE.amax(dim=1) * n_experts).max().item(),
-        "moe/load_cv": ((share_LE * n_experts).std(dim=1, correction=0)).mean().item(),
-        "moe/dead_fraction": (counts_LE == 0).double().mean().item(),
-        "moe/load_entropy": (entropy_L / uniform).mean().item() if n_experts > 1 else 1.0,
+    tokens_L = figures[:, 0].clamp(min=1)
+    columns = {
+        "load_max_over_mean": share_LE.amax(dim=1) * n_experts,
+        "load_cv": (share_LE * n_experts).std(dim=1, correction=0),
+        "dead_fraction": (counts_LE == 0).double().mean(dim=1),
+        "load_entropy": torch.special.entr(share_LE).sum(dim=1) / uniform if n_experts > 1 else torch.ones_like(rows_L),
+        "router_entropy": figures[:, 1] / tokens_L / uniform,
+        "dropped": figures[:, 2] / tokens_L,
+        "added": figures[:, 3] / tokens_L,
+        "padding": (-counts_LE % tile).sum(dim=1) / rows_L.clamp(min=1),
     }
+    result = {f"moe/{name}": (v.max() if name == "load_max_over_mean" else v.mean()).item() for name, v in columns.items()}
+    for layer in range(counts_LE.shape[0]):
+        result |= {f"moe/layer{layer}/{name}": v[layer].item() for name, v in columns.items()}
+    return result

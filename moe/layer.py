@@ -3,6 +3,9 @@
 Letters: T tokens, D model width, E experts.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +16,11 @@ from moesaic.moe.experts import Experts
 from moesaic.moe.router import Router
 
 Aux = dict[str, Tensor]
+
+
+def alone(counts: Tensor) -> Tensor:
+    """The sum over all ranks, of one rank: `MoE.reduce` until moesaic.parallel puts a collective in its place."""
+    return counts
 
 
 class FeedForward(nn.Module):
@@ -31,26 +39,32 @@ class FeedForward(nn.Module):
 class MoE(nn.Module):
     """A layer of routed experts, with an optional shared one. A token's way:
 
-    1. `router` scores all E experts in fp32 and keeps K, each with a weight: a frozen `Routing`.
+    1. `router` scores all E experts in fp32 and decides who visits whom, with what weight: a frozen `Routing`.
     2. `path` takes the token to its experts, wherever they are, and brings the weighted sum back. `LocalPath` when the layer
        is made; moesaic.parallel puts another one in its place when experts live on several ranks.
     3. The shared expert, if any, sees every token; the two are added.
 
-    x_TD -> (y_TD, aux) with aux: `balance` and `z`, scalars, the unweighted losses over this call's tokens, and `counts`,
-    int64 (E,), rows per expert.
+    x_TD of `sequences` sequences -> (y_TD, aux). aux: `balance` and `z`, scalars, the unweighted losses over this call's tokens;
+    `counts`, int64 (E,), rows per expert; `figures`, fp32 (4,), the sums over tokens that moesaic.moe.balance.FIGURES names.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.balance_over = config.router.balance_over
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared = FeedForward(config.d_model, config.d_shared) if config.d_shared else None
         self.path: ExpertPath = LocalPath()
+        self.reduce: Callable[[Tensor], Tensor] = alone
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Aux]:
-        routing, logits_TE, probs_TE = self.router(x_TD)
+    def forward(self, x_TD: Tensor, sequences: int = 1) -> tuple[Tensor, Aux]:
+        routing, scores = self.router(x_TD)
         y_TD = self.path(x_TD, routing, self.experts)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        aux = {"balance": balance_loss(probs_TE, routing.counts_E), "z": z_loss(logits_TE), "counts": routing.counts_E}
-        return y_TD, aux
+        with torch.no_grad():
+            entropy = torch.special.entr(scores.shares_TE).sum()
+            tokens = torch.full_like(entropy, routing.tokens)
+            figures = torch.stack([tokens, entropy, routing.dropped.float(), routing.added.float()])
+        balance = balance_loss(routing, scores.shares_TE, self.balance_over, sequences, self.reduce)
+        return y_TD, {"balance": balance, "z": z_loss(scores.logits_TE), "counts": routing.counts_E, "figures": figures}

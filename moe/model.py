@@ -8,10 +8,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.moe.attention import Attention, rotary_table
+from moesaic.kernels.cross_entropy import linear_cross_entropy
+from moesaic.moe.attention import Attention, LatentAttention, Mask, document_mask, rotary_table
+from moesaic.moe.balance import FIGURES
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import Aux, FeedForward, MoE
 
@@ -25,12 +26,14 @@ class Output(NamedTuple):
     loss     scalar fp32, the sum of the cross entropies of all targets that are not IGNORED, else None
     aux      auxiliary loss of this call's tokens, weighted with the configuration's coefficients, mean over MoE layers
     counts   int64 (MoE layers, E), rows per expert
+    figures  fp32 (MoE layers, 4), sums over tokens that moesaic.moe.balance.FIGURES names
     """
 
     logits: Tensor | None
     loss: Tensor | None
     aux: Tensor
     counts: Tensor
+    figures: Tensor
 
 
 class Block(nn.Module):
@@ -39,20 +42,23 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = LatentAttention(config) if config.attention == "mla" else Attention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         dense = layer < config.n_dense_layers
         self.ffn = FeedForward(config.d_model, config.d_dense) if dense else MoE(config)
 
-    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Aux]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SC, sin_SC)
+    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, mask: Mask = None) -> tuple[Tensor, Aux]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SP, sin_SP, mask)
         x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
-        y_TD, aux = self.ffn(x_TD) if isinstance(self.ffn, MoE) else (self.ffn(x_TD), {})
+        y_TD, aux = self.ffn(x_TD, x_BSD.shape[0]) if isinstance(self.ffn, MoE) else (self.ffn(x_TD), {})
         return x_BSD + y_TD.view_as(x_BSD), aux
 
 
 class Transformer(nn.Module):
     """Decoder-only language model. tokens_BS (and targets_BS) -> Output.
+
+    A token sees all tokens that stand before it in its sequence, or with documents_BS, the numbers that
+    moesaic.moe.attention.document_ids gives, those of its own document alone.
 
     Losses are computed inside `forward` because sharded training engines gather weights only there.
     """
@@ -67,42 +73,49 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Output:
-        config = self.config
-        cos_SC, sin_SC = rotary_table(tokens_BS.shape[1], config.head_width, config.rope_theta, tokens_BS.device)
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, documents_BS: Tensor | None = None
+    ) -> Output:
+        config, length = self.config, tokens_BS.shape[1]
+        cos_SP, sin_SP = rotary_table(length, config.rotary_width, config.rope_theta, tokens_BS.device, config.yarn)
+        mask = None if documents_BS is None else document_mask(documents_BS)
         x_BSD = self.embedding(tokens_BS)
         records: list[Aux] = []
         for block in self.blocks:
-            x_BSD, record = block(x_BSD, cos_SC, sin_SC)
+            x_BSD, record = block(x_BSD, cos_SP, sin_SP, mask)
             if record:
                 records.append(record)
-        logits_BSV = self.head(self.norm(x_BSD))
-        loss = None
-        if targets_BS is not None:
-            loss = F.cross_entropy(
-                logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
-        aux, counts = self._collect(records, x_BSD)
-        return Output(logits_BSV if targets_BS is None else None, loss, aux, counts)
+        x_BSD = self.norm(x_BSD)
+        logits = loss = None
+        if targets_BS is None:
+            logits = self.head(x_BSD)
+        else:
+            loss = linear_cross_entropy(x_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten(), IGNORED)
+        aux, counts, figures = self._collect(records, x_BSD)
+        return Output(logits, loss, aux, counts, figures)
 
-    def _collect(self, records: list[Aux], x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def _collect(self, records: list[Aux], x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         router = self.config.router
         if not records:
-            none = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=x_BSD.device)
-            return torch.zeros((), device=x_BSD.device), none
+            counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=x_BSD.device)
+            return torch.zeros((), device=x_BSD.device), counts, torch.zeros(0, len(FIGURES), device=x_BSD.device)
         losses = [router.balance_coef * r["balance"] + router.z_coef * r["z"] for r in records]
-        return torch.stack(losses).mean(), torch.stack([r["counts"] for r in records])
+        return torch.stack(losses).mean(), *(torch.stack([r[key] for r in records]) for key in ("counts", "figures"))
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE layers in order: row l of `Output.counts` is of the l-th."""
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
 
 
 @torch.no_grad()
 def init_parameter(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
-    """Fill one whole parameter of the model: 1 for norms, else normal with `init_std`, the matrices that write into the
+    """Fill one whole parameter of the model: 1 for norms, 0 for biases, else normal with `init_std`, the matrices that write into the
     residual stream with init_std / sqrt(2 L).
 
     The values depend on (seed, name) alone, so that every way to spread a model over ranks starts from the same weights.
     """
-    if "norm" in name.split(".")[-2]:
-        parameter.fill_(1.0)
+    if parameter.ndim == 1 or ".b_" in name:  # norms, biases
+        parameter.fill_(1.0 if "norm" in name else 0.0)
         return
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "little"))
@@ -111,13 +124,21 @@ def init_parameter(name: str, parameter: Tensor, config: ModelConfig, seed: int)
     parameter.normal_(0.0, std, generator=generator)
 
 
+def initialize(module: nn.Module, prefix: str, config: ModelConfig, seed: int, device: torch.device) -> None:
+    """Allocate a part of the model, whose names there begin with `prefix`, and fill it: parameters as `init_parameter` says, and
+    buffers with 0. It undoes the tie of tied embeddings."""
+    module.to_empty(device=device)
+    for name, parameter in module.named_parameters():
+        init_parameter(prefix + name, parameter, config, seed)
+    for buffer in module.buffers():
+        buffer.zero_()
+
+
 def build(config: ModelConfig, seed: int, device: torch.device) -> Transformer:
     """A model with initial weights on one device."""
     with torch.device("meta"):
         model = Transformer(config)
-    model.to_empty(device=device)
-    if config.tie_embeddings:  # which `to_empty` undoes
+    initialize(model, "", config, seed, device)
+    if config.tie_embeddings:
         model.head.weight = model.embedding.weight
-    for name, parameter in model.named_parameters():
-        init_parameter(name, parameter, config, seed)
     return model

@@ -1,9 +1,10 @@
 """The router: which experts a token visits, and with what weight.
 
-Letters: T tokens, D model width, E experts, K experts per token.
+Letters: T tokens, D model width, E experts, K experts per token, S slots, M tile rows, C capacity of an expert.
 
-The routing domain is one rank's micro-batch: `counts_E` and the losses of moesaic.moe.balance are taken over the tokens of
-one call. Everything here runs in fp32 whatever the model computes in: a bf16 score decides ties by rounding.
+**Routing domain**: one rank's micro-batch. Whatever depends on which tokens are routed together (rounding, capacity, expert choice,
+the micro-batch balance loss) is defined over the tokens of one call. Everything here runs in fp32 whatever the model computes in:
+a bf16 score would decide ties by rounding.
 """
 
 from dataclasses import dataclass
@@ -12,57 +13,188 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.kernels.rounding import round_routing, token_weights
+from moesaic.kernels.tiles import rounding_tile
 from moesaic.moe.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decides, and all that an expert path may know of it.
+    """What a router decides, and all that an expert path may know of it. A slot pairs a token with one of its experts.
 
-    experts_TK   int64, expert ids by falling probability; equal probabilities by rising id
-    weights_TK   fp32, what each expert's output is multiplied with; carries the gradient to the router
-    counts_E     int64, rows of each expert; sums to T * K
+    token_S     int64, the token of each slot; within a token, slots are in the order in which its experts' outputs are added
+    expert_S    int64, the expert of each slot; E where the slot is unused (dropped, or reserved and not needed)
+    weights_S   fp32, what the expert's output is multiplied with; 0 where unused; carries the gradient to the router
+    counts_E    int64, used slots of each expert
+    tokens      T
+    per_token   K, where the slots are those of token 0, then token 1, … with K each, all used; else 0
+    dropped     int64 scalar, top-K choices that capacity or rounding took away
+    added       int64 scalar, choices beyond the top K that rounding made
     """
 
-    experts_TK: Tensor
-    weights_TK: Tensor
+    token_S: Tensor
+    expert_S: Tensor
+    weights_S: Tensor
     counts_E: Tensor
+    tokens: int
+    per_token: int
+    dropped: Tensor
+    added: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the balance losses need: logits_TE, and scores_TE that sum to 1 over experts (fp32, with gradient)."""
+
+    logits_TE: Tensor
+    shares_TE: Tensor
+
+
+def topk_routing(experts_TK: Tensor, weights_TK: Tensor, n_experts: int) -> Routing:
+    """The routing in which every token visits K experts and nothing is dropped."""
+    tokens, k = experts_TK.shape
+    none = torch.zeros((), dtype=torch.int64, device=experts_TK.device)
+    token_S = torch.arange(tokens, device=experts_TK.device).repeat_interleave(k)
+    counts_E = count_rows(experts_TK, n_experts)
+    return Routing(token_S, experts_TK.flatten(), weights_TK.flatten(), counts_E, tokens, k, none, none)
+
+
+def ordered_keys(scores: Tensor) -> Tensor:
+    """int64 of the same order as the fp32 scores, in a range of 2^32, so that a tie-breaker fits beside it."""
+    bits = (scores.detach().float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: -0.0 becomes 0.0, which it equals
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # the bits of negative floats rise as the numbers fall
 
 
 def stable_topk(scores_TE: Tensor, k: int) -> Tensor:
     """Ids of the k largest scores of each row, largest first, ties to the lower id. fp32 (T, E) -> int64 (T, k).
 
-    `torch.topk` leaves the order of ties open, and backends differ. So the score, as an integer of the same order, and the
-    reversed id are packed into one int64: no two keys of a row are equal.
+    `torch.topk` leaves the order of ties open, and backends differ. So score and reversed id are packed into one int64: no two
+    keys of a row are equal.
     """
-    bits = scores_TE.detach().contiguous().view(torch.int32).long()
-    # Two's complement orders positive floats rightly and negative ones backwards. Adding 0.0 first would make -0.0 equal 0.0;
-    # a softmax yields no negative number at all.
-    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
     reversed_ids = torch.arange(scores_TE.shape[1] - 1, -1, -1, device=scores_TE.device)
-    return (ordered * 2**20 + reversed_ids).topk(k, dim=1).indices
+    return (ordered_keys(scores_TE) * 2**30 + reversed_ids).topk(k, dim=1).indices
 
 
-def count_rows(experts_TK: Tensor, n_experts: int) -> Tensor:
-    """Rows per expert, int64 (E,). Unlike `bincount`, needs no synchronisation with the host."""
-    ids = experts_TK.flatten()
+def count_rows(experts: Tensor, n_experts: int) -> Tensor:
+    """Rows per expert, int64 (E,), of ids of any shape. Unlike `bincount`, needs no synchronisation with the host."""
+    ids = experts.flatten()
     return torch.zeros(n_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 
+def keep_best_groups(scores_TE: Tensor, groups: int, kept: int) -> Tensor:
+    """`scores_TE` with -inf outside each token's `kept` best groups of experts; a group's score is the sum of its two best.
+
+    DeepSeek-V3 (arXiv 2412.19437) limits the nodes a token reaches this way. Ties between groups go to the lower group.
+    """
+    if groups == 1:
+        return scores_TE
+    grouped = scores_TE.view(scores_TE.shape[0], groups, -1)
+    best = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2)
+    keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, stable_topk(best, kept), True)
+    return grouped.masked_fill(~keep[:, :, None], -torch.inf).flatten(1)
+
+
 class Router(nn.Module):
-    """Linear scores, softmax, top-K. x_TD -> (Routing, logits_TE fp32, probabilities_TE fp32)."""
+    """x_TD -> (Routing, Scores). One matrix makes a logit per expert; `model.router.kind` says what follows.
+
+    softmax_topk    scores softmax(logits); the K best
+    sigmoid_bias    scores sigmoid(logits); the K best of scores + bias, within the best groups; weights are the scores without
+                    the bias. The bias is moved after each step by moesaic.moe.balance.update_bias, and is no parameter
+    expert_choice   scores softmax(logits); each expert takes its T * K / E best tokens (arXiv 2202.09368). In training only:
+                    whether a token is taken depends on later tokens, which generation does not have
+
+    In training, `capacity_factor` or `rounding` may follow; evaluation uses the plain choice. Weights are divided by their sum over
+    a token's experts where `renormalize` says so, then multiplied with `scale`.
+    """
+
+    bias_E: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config.router
         self.weight_ED = nn.Parameter(torch.empty(config.n_experts, config.d_model))
+        if self.config.kind == "sigmoid_bias":
+            self.register_buffer("bias_E", torch.zeros(config.n_experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor) -> tuple[Routing, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Routing, Scores]:
+        config = self.config
         logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
-        probs_TE = logits_TE.softmax(dim=1)
-        experts_TK = stable_topk(probs_TE, self.config.top_k)
-        weights_TK = probs_TE.gather(1, experts_TK)
+        if config.kind == "sigmoid_bias":
+            scores_TE = logits_TE.sigmoid()
+            shares_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True)
+            choice_TE = keep_best_groups(scores_TE + self.bias_E.float(), config.groups, config.groups_kept)
+        else:
+            scores_TE = shares_TE = choice_TE = logits_TE.softmax(dim=1)
+        scores = Scores(logits_TE, shares_TE)
+        if config.kind == "expert_choice":
+            return self._expert_choice(scores_TE), scores
+
+        experts_TK = stable_topk(choice_TE, config.top_k)
+        if self.training and config.rounding != "none":
+            return self._rounded(scores_TE, experts_TK), scores
+        weights_TK = scores_TE.gather(1, experts_TK)
+        if self.training and config.capacity_factor:
+            return self._capped(experts_TK, weights_TK), scores
+        return topk_routing(experts_TK, self._weights(weights_TK), logits_TE.shape[1]), scores
+
+    def _weights(self, weights_TK: Tensor) -> Tensor:
         if self.config.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
-        counts_E = count_rows(experts_TK, logits_TE.shape[1])
-        return Routing(experts_TK, weights_TK, counts_E), logits_TE, probs_TE
+            # A token that lost all its experts has weights 0, not 0 / 0. 1e-20 as in DeepSeek's code.
+            weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + 1e-20)
+        return weights_TK * self.config.scale if self.config.scale != 1 else weights_TK
+
+    def _expert_choice(self, scores_TE: Tensor) -> Routing:
+        if not self.training:
+            raise ValueError(
+                "model.router.kind=expert_choice: works in training only; which tokens an expert takes depends on later tokens, "
+                "so the model can't be evaluated or sampled token by token"
+            )
+        tokens, n_experts = scores_TE.shape
+        capacity = min(tokens, -(-tokens * self.config.top_k // n_experts))
+        token_EC = stable_topk(scores_TE.T, capacity)
+        weights_EC = scores_TE.T.gather(1, token_EC)
+        expert_EC = torch.arange(n_experts, device=token_EC.device)[:, None].expand_as(token_EC)
+        if self.config.renormalize:
+            total_T = torch.zeros_like(scores_TE[:, 0]).index_add(0, token_EC.flatten(), weights_EC.flatten())
+            weights_EC = weights_EC / (total_T[token_EC] + 1e-20)
+        counts_E = torch.full((n_experts,), capacity, dtype=torch.int64, device=token_EC.device)
+        none = torch.zeros((), dtype=torch.int64, device=token_EC.device)
+        weights_S = (weights_EC * self.config.scale).flatten()
+        return Routing(token_EC.flatten(), expert_EC.flatten(), weights_S, counts_E, tokens, 0, none, none)
+
+    def _capped(self, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
+        """At most C = ceil(capacity_factor * T * K / E) rows an expert: those with the highest score, ties to the earlier token."""
+        tokens, k = experts_TK.shape
+        n_experts = self.weight_ED.shape[0]
+        capacity = -(-round(self.config.capacity_factor * tokens * k) // n_experts)
+        expert_S, counts_E = experts_TK.flatten(), count_rows(experts_TK, n_experts)
+        by_score = ordered_keys(weights_TK.flatten()).argsort(descending=True, stable=True)
+        slot_R = by_score[expert_S[by_score].argsort(stable=True)]
+        place_R = torch.arange(slot_R.numel(), device=slot_R.device) - (counts_E.cumsum(0) - counts_E)[expert_S[slot_R]]
+        keep_S = torch.zeros_like(expert_S, dtype=torch.bool).scatter_(0, slot_R, place_R < capacity)
+        weights_TK = self._weights(weights_TK * keep_S.view(tokens, k))
+        routing = topk_routing(experts_TK, weights_TK, n_experts)
+        kept_E = counts_E.clamp(max=capacity)
+        expert_S = expert_S.masked_fill(~keep_S, n_experts)
+        dropped = (counts_E - kept_E).sum()
+        return Routing(routing.token_S, expert_S, routing.weights_S, kept_E, tokens, 0, dropped, routing.added)
+
+    def _rounded(self, scores_TE: Tensor, experts_TK: Tensor) -> Routing:
+        """Token rounding (SonicMoE, arXiv 2512.14080): every expert's rows a multiple of the tile. See moesaic.kernels.rounding."""
+        tokens, k = experts_TK.shape
+        n_experts = scores_TE.shape[1]
+        tile = rounding_tile(scores_TE.device, self.config.rounding_tile)
+        # From the CPU's generator, whose state checkpoints hold: a resumed run draws what the uninterrupted one would.
+        seed = int(torch.randint(2**62, ()))
+        rounded = round_routing(scores_TE.detach(), experts_TK, tile=tile, rule=self.config.rounding, seed=seed)
+        weights_TK, weights_EA = token_weights(scores_TE, experts_TK, rounded, self.config.renormalize)
+        expert_TK = experts_TK.masked_fill(~rounded.keep_TK, n_experts)
+        own_E1 = torch.arange(n_experts, device=experts_TK.device)[:, None]
+        expert_EA = torch.where(rounded.added_EA, own_E1, n_experts)
+        token_S = torch.arange(tokens, device=experts_TK.device).repeat_interleave(k)
+        return Routing(
+            torch.cat((token_S, rounded.added_token_EA.flatten())),
+            torch.cat((expert_TK.flatten(), expert_EA.flatten())),
+            torch.cat((weights_TK.flatten(), weights_EA.flatten())) * self.config.scale,
+            rounded.counts_E, tokens, 0, rounded.dropped, rounded.added,
+        )  # fmt: skip

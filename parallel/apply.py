@@ -2,12 +2,11 @@
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import MoE
-from moesaic.moe.model import Transformer, init_parameter
+from moesaic.moe.model import Transformer, initialize
 from moesaic.parallel.expert import AllToAllPath
 from moesaic.parallel.fsdp import divide_experts, shard_block, shard_root
 from moesaic.parallel.mesh import Meshes
@@ -22,7 +21,8 @@ def parallelize(
     2. Block by block: allocate, fill with the initial weights of (seed, name), keep this rank's experts, shard with FSDP2 (the
        experts first, then the block). A rank never holds more than one whole block.
     3. The same for embedding, norm and head.
-    4. Put the all-to-all path into every MoE layer, where experts are divided.
+    4. Put the all-to-all path into every MoE layer, where experts are divided, and the sum over ranks that statistics over the
+       global batch go through.
 
     Gradients are sums over ranks: divide the loss by the tokens of the global batch. `compute` is the type of matrix
     products; parameters, gradients and their sums are fp32.
@@ -31,26 +31,23 @@ def parallelize(
     with torch.device("meta"):
         model = Transformer(config)
     for i, block in enumerate(model.blocks):
-        _fill(block, f"blocks.{i}.", config, seed, device)
+        initialize(block, f"blocks.{i}.", config, seed, device)
         if isinstance(block.ffn, MoE) and meshes.expert_parallel > 1:
             divide_experts(block.ffn.experts, meshes)
             block.ffn.path = AllToAllPath(meshes.experts.get_group("expert"))
+        if isinstance(block.ffn, MoE):
+            block.ffn.reduce = total
         shard_block(block, meshes, policy)
     for name in ("embedding", "norm", "head"):
-        _fill(getattr(model, name), f"{name}.", config, seed, device)
+        initialize(getattr(model, name), f"{name}.", config, seed, device)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
     shard_root(model, meshes, policy)
     return model
 
 
-def _fill(module: nn.Module, prefix: str, config: ModelConfig, seed: int, device: torch.device) -> None:
-    module.to_empty(device=device)
-    for name, parameter in module.named_parameters():
-        init_parameter(prefix + name, parameter, config, seed)
-
-
 def total(value: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, in place."""
+    """The sum over all ranks, a new tensor. Collective."""
+    value = value.clone()
     dist.all_reduce(value)
     return value

@@ -95,7 +95,8 @@ def load_model(path: Path, model: nn.Module) -> None:
     """Fill the weights of a model in one process, with or without a process group, whatever layout saved them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
-        dcp.load({f"model.{name}": p.detach() for name, p in model.named_parameters()}, checkpoint_id=path, no_dist=True)
+        values = [*model.named_parameters(), *model.named_buffers()]
+        dcp.load({f"model.{name}": value.detach() for name, value in values}, checkpoint_id=path, no_dist=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -113,6 +114,8 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
             tensors["optim.step"] = moments["step"]
         for moment in _MOMENTS:
             tensors[f"optim.{moment}.{name}"] = moments[moment]
+    for name, buffer in model.named_buffers():
+        tensors[f"model.{name}"] = buffer
     return tensors
 
 

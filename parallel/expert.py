@@ -1,11 +1,11 @@
 """The all-to-all expert path: rows travel to the rank that holds their expert and back.
 
-    1. sort the T * K slots by expert: rows of one destination lie together, for ranks hold consecutive experts
+    1. sort the slots by expert: rows of one destination lie together, for ranks hold consecutive experts
     2. exchange counts, (W, e) of them: how many rows each rank sends to each of its peers' experts
     3. exchange rows and their router weights, uneven all-to-all
     4. the rank's experts compute; their operation gathers by index, so that (source, expert) order need not become
        (expert, source) order by a copy
-    5. the reverse all-to-all brings weighted outputs home, where a token's K rows are summed in k order
+    5. the reverse all-to-all brings weighted outputs home, where a token's rows are summed in slot order
 
 Backward is the same journey: the gradient of dispatch is combine, and the reverse. Same inputs, same bits.
 
@@ -13,14 +13,15 @@ Letters: T tokens of this rank, D model width, K experts per token, E experts in
 R rows sent, N rows received.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesaic.moe.dispatch import Rows, sort_rows
-from moesaic.moe.experts import Experts, sum_slots
+from moesaic.kernels.permute import Rows, sort_slots, sum_bags
+from moesaic.moe.experts import Experts
 from moesaic.moe.router import Routing
 
 
@@ -45,30 +46,30 @@ def exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.Proc
 
 
 class _Gather(torch.autograd.Function):
-    """x_TD[source_R]; the gradient of a token is the sum of its rows' in k order, not a scatter-add in any order."""
+    """x_TD[source_R]; the gradient of a token is the sum of its rows' in slot order, not a scatter-add in any order."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, source_R: Tensor, position_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(position_TK)
-        return x_TD.index_select(0, source_R)
+    def forward(ctx: Any, x_TD: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(rows.bag, rows.starts)
+        return x_TD.index_select(0, rows.source_R)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        return sum_slots(grad_RD, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return sum_bags(grad_RD, *ctx.saved_tensors), None
 
 
 class _Combine(torch.autograd.Function):
-    """y_TD[t] = sum_k y_RD[position_TK[t, k]]; the adjoint of `_Gather`."""
+    """y_TD[t] = sum of y_RD over the rows of token t, in slot order; the adjoint of `_Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, source_R: Tensor, position_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(source_R)
-        return sum_slots(y_RD, position_TK)
+    def forward(ctx: Any, y_RD: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(rows.source_R)
+        return sum_bags(y_RD, rows.bag, rows.starts)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         (source_R,) = ctx.saved_tensors
-        return grad_TD.index_select(0, source_R), None, None
+        return grad_TD.index_select(0, source_R), None
 
 
 def received_rows(received_We: Tensor) -> Rows:
@@ -79,8 +80,9 @@ def received_rows(received_We: Tensor) -> Rows:
     """
     n_experts = received_We.shape[1]
     expert_of_block = torch.arange(n_experts, device=received_We.device).repeat(received_We.shape[0])
-    expert_N1 = expert_of_block.repeat_interleave(received_We.flatten())[:, None]
-    return sort_rows(expert_N1, received_We.sum(dim=0))
+    expert_N = expert_of_block.repeat_interleave(received_We.flatten())
+    row_N = torch.arange(expert_N.numel(), device=expert_N.device)
+    return sort_slots(row_N, expert_N, received_We.sum(dim=0), expert_N.numel(), per_input=1)
 
 
 class AllToAllPath:
@@ -100,15 +102,15 @@ class AllToAllPath:
         dist.all_to_all_single(received_We, sent_We.contiguous(), group=self.group)
         send, receive = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
 
-        rows = sort_rows(routing.experts_TK, routing.counts_E)
-        x_RD = _Gather.apply(x_TD, rows.source_R, rows.position_NK)
-        slot_R = torch.empty_like(rows.source_R)
-        slot_R[rows.position_NK.flatten()] = torch.arange(slot_R.numel(), device=slot_R.device)
-        weights_R1 = routing.weights_TK.flatten().index_select(0, slot_R)[:, None]
-        x_ND = _AllToAll.apply(x_RD, send, receive, self.group)
+        rows = sort_slots(routing.token_S, routing.expert_S, routing.counts_E, routing.tokens, routing.per_token)
+        if rows.slot_R.numel() > sum(send):  # padding of unused slots does not travel
+            used = sum(send)
+            rows = dataclasses.replace(rows, source_R=rows.source_R[:used], slot_R=rows.slot_R[:used], bag=rows.bag[:used])
+        x_ND = _AllToAll.apply(_Gather.apply(x_TD, rows), send, receive, self.group)
+        weights_R1 = routing.weights_S.index_select(0, rows.slot_R)[:, None]
         weights_N1 = _AllToAll.apply(weights_R1, send, receive, self.group)
 
-        y_ND = experts(x_ND, weights_N1, received_rows(received_We))
+        y_ND = experts(x_ND, weights_N1[:, 0], received_rows(received_We))
 
         y_RD = _AllToAll.apply(y_ND, receive, send, self.group)
-        return _Combine.apply(y_RD, rows.source_R, rows.position_NK)
+        return _Combine.apply(y_RD, rows)

@@ -1,0 +1,75 @@
+"""Output head and cross entropy in one operation, without the logits of all tokens at once.
+
+    for a chunk of tokens n:   z_n   = W x_n                         V logits, fp32
+                               loss += logsumexp(z_n) - z_n[target_n]
+                               g_n   = softmax(z_n) - onehot(target_n)
+                               dx_n  = W^T g_n,   dW += g_n x_n^T
+
+The gradient of a sum of losses needs nothing that comes later but one factor, so it is made in the forward pass, while a chunk's
+logits are there: no logits are kept, and none are computed twice. Kept for backward are dx (N x D) and dW (V x D). A loss that
+nobody differentiates makes neither.
+
+Letters: N tokens, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = 32 * 2**20  # of fp32 logits; a few times the last cache of a CPU, and enough rows for a GPU
+
+
+def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
+    """The specification: the sum of the cross entropies of all targets that are not `ignored`, in x's own type."""
+    return F.cross_entropy(x_ND @ weight_VD.T, targets_N, ignore_index=ignored, reduction="sum")
+
+
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """Sum of the cross entropies of all targets that are not `ignored`, fp32 scalar. Products in x's type, all else in fp32.
+
+    targets_N: int64 below V, or `ignored`, which is negative. Peak memory beyond inputs and gradients: about `chunk_bytes`.
+    """
+    rows = max(1, chunk_bytes // (4 * weight_VD.shape[0]))
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, ignored, rows)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        needed = any(ctx.needs_input_grad)
+        dx_ND = torch.empty_like(x_ND) if needed else None
+        # fp32 whatever the weights are in: it sums over chunks.
+        dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed else None
+        for x_nD, targets_n, dx_nD in zip(
+            x_ND.split(rows), targets_N.split(rows), dx_ND.split(rows) if dx_ND is not None else x_ND.split(rows), strict=True
+        ):
+            if x_nD.shape[0] == 0:
+                continue
+            z_nV = (x_nD @ weight_VD.T).float()
+            real_n1 = (targets_n != ignored)[:, None]
+            target_n1 = targets_n.clamp(min=0)[:, None]
+            lse_n1 = z_nV.logsumexp(dim=1, keepdim=True)
+            loss += torch.where(real_n1, lse_n1 - z_nV.gather(1, target_n1), 0).sum()
+            if dw_VD is not None:
+                g_nV = z_nV.sub_(lse_n1).exp_()
+                g_nV.scatter_add_(1, target_n1, torch.full_like(lse_n1, -1.0))
+                g_nV *= real_n1
+                g_nV = g_nV.to(x_nD.dtype)
+                torch.mm(g_nV, weight_VD, out=dx_nD)
+                if dw_VD.dtype is g_nV.dtype:
+                    dw_VD.addmm_(g_nV.T, x_nD)
+                else:
+                    dw_VD += g_nV.T @ x_nD
+        if dw_VD is not None:
+            ctx.save_for_backward(dx_ND, dw_VD.to(weight_VD.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        dx_ND, dw_VD = ctx.saved_tensors
+        return dx_ND * dloss.to(dx_ND.dtype), dw_VD * dloss.to(dw_VD.dtype), None, None, None

@@ -1,0 +1,72 @@
+"""From slots, pairs of a token and an expert, to rows sorted by expert, and back to sums per token.
+
+    sorted    = the used slots by expert, each expert's in slot order
+    rows      = x[token of each]                                   gather
+    y[n]      = sum over the rows of input row n, in slot order    `sum_bags`
+
+Letters: N input rows, D model width, E experts, S slots, R routed rows, K slots per input row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R rows sorted by expert, and the way there and back.
+
+    source_R   int64, row r is a copy of input row source_R[r]
+    slot_R     int64, the slot that row r is
+    expert_R   int64, the expert of row r
+    bag        int64, the rows of input row 0 in slot order, then those of input row 1, …: (N, K) where all have K, else (R,)
+    starts     None where bag is (N, K), else int64 (N + 1,): input row n has bag[starts[n] : starts[n + 1]]
+    counts_E   int64, rows of each expert; rows past their sum are padding, in no bag
+    """
+
+    source_R: Tensor
+    slot_R: Tensor
+    expert_R: Tensor
+    bag: Tensor
+    starts: Tensor | None
+    counts_E: Tensor
+
+
+def sort_slots(token_S: Tensor, expert_S: Tensor, counts_E: Tensor, inputs: int, per_input: int) -> Rows:
+    """Rows of the slots (token_S[s], expert_S[s]), int64; expert E marks an unused slot. counts_E: used slots per expert.
+
+    `per_input` = K > 0 says that slots are those of input row 0, then of row 1, …, K each, all used. Else, unused slots are
+    cut off on a CPU, where sizes are known without waiting, and stay as padding on CUDA.
+    """
+    slot_R = expert_S.argsort(stable=True)
+    if per_input:
+        bag = _inverse(slot_R).view(-1, per_input)
+        return Rows(slot_R // per_input, slot_R, expert_S[slot_R], bag, None, counts_E)
+    unused = expert_S == counts_E.numel()
+    token_S = token_S.masked_fill(unused, inputs)
+    bag = _inverse(slot_R)[token_S.argsort(stable=True)]
+    per_token = torch.zeros(inputs + 2, dtype=torch.int64, device=token_S.device)
+    starts = per_token.scatter_add_(0, token_S + 1, torch.ones_like(token_S)).cumsum(0)[:-1]
+    if on_host(slot_R):
+        used = int(counts_E.sum())
+        slot_R, bag = slot_R[:used], bag[:used]
+    return Rows(token_S[slot_R].clamp(max=max(inputs - 1, 0)), slot_R, expert_S[slot_R], bag, starts, counts_E)
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a value costs no wait for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    places = torch.arange(permutation.numel(), device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, places)
+
+
+def sum_bags(y_RD: Tensor, bag: Tensor, starts: Tensor | None) -> Tensor:
+    """y_ND[n] = sum of y_RD over the rows of bag n, in slot order: the same bits every time, unlike a scatter-add on CUDA."""
+    if bag.numel() == 0:
+        return y_RD.new_zeros(bag.shape[0] if starts is None else starts.numel() - 1, y_RD.shape[1])
+    return F.embedding_bag(bag, y_RD, starts, mode="sum", include_last_offset=starts is not None)
