@@ -89,7 +89,8 @@ class ParallelConfig:
     """How the model is spread.
 
     expert        ranks over which the experts are divided; auto: the largest divisor of both the world size and n_experts
-    expert_path   local: every rank holds all experts (expert=1); all_to_all: rows travel to their experts; auto: by `expert`
+    expert_path   local: every rank computes all experts, and expert is 1; all_to_all: rows travel to their experts;
+                  auto: local where expert comes to 1
     """
 
     expert: str = "auto"

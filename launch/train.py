@@ -55,8 +55,8 @@ def train(config: Config, device: torch.device) -> None:
     checkpoints = run_dir / "checkpoints"
 
     # --- what must be right before anything large is made: a mistake on one rank ends all of them with its line
-    expert = together(lambda: expert_degree(config.parallel.expert, config.model.n_experts, world))
-    together(lambda: check_path(config, expert))
+    local = config.parallel.expert_path == "local"
+    expert = together(lambda: expert_degree("1" if local else config.parallel.expert, config.model.n_experts, world))
     source = agree_on(lambda: find_checkpoint(config, checkpoints))
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
@@ -68,7 +68,8 @@ def train(config: Config, device: torch.device) -> None:
     # --- the model, spread over the ranks
     compute = compute_dtype(config, device)
     meshes = make_meshes(device.type, expert)
-    model = parallelize(config.model, meshes, seed=config.train.seed, device=device, compute=compute)
+    path = "all_to_all" if expert > 1 or config.parallel.expert_path == "all_to_all" else "local"
+    model = parallelize(config.model, meshes, path, seed=config.train.seed, device=device, compute=compute)
     optimizer = make_optimizer(model, config.optim)
     torch.manual_seed(config.train.seed * 1_000_003 + rank)
     step, samples, tokens = saved["step"], saved["samples"], saved["tokens"]
@@ -91,6 +92,7 @@ def train(config: Config, device: torch.device) -> None:
             wandb.log(figures)
 
     flops = flops_per_token(config.model, config.train.seq_len)
+    dist.barrier()  # all ranks measure at once, as they will compute
     peak, peak_name = peak_flops(device, compute)
     counts = parameter_counts(config.model)
     say(f"data: {data.description}")
@@ -98,7 +100,9 @@ def train(config: Config, device: torch.device) -> None:
         f"model: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active a token; "
         f"{config.model.n_experts} experts, {config.model.router.top_k} a token"
     )
-    say(f"ranks: {world} ({device.type}), parallel.expert={expert}; {str(compute).removeprefix('torch.')} products")
+    say(
+        f"ranks: {world} ({device.type}), parallel.expert={expert} ({path}); {str(compute).removeprefix('torch.')} products"
+    )
     say(f"MFU is relative to {world} x {peak / 1e9:,.0f} GFLOP/s: {peak_name}")
     say(progress_header())
 
@@ -206,7 +210,7 @@ def evaluate(model: Transformer, stream: TokenStream, config: TrainConfig, devic
             batch = torch.from_numpy(val_batch(stream, start_at + first, count)).to(device)
             total += model(batch[:, :-1], batch[:, 1:]).loss
     model.train()
-    model.reshard()  # FSDP2 leaves the root's weights whole after a forward pass without a backward one
+    model.reshard()  # type: ignore[operator]  # FSDP2 leaves the root's weights whole after a forward pass without a backward one
     dist.all_reduce(total)
     return total.item() / (sequences * config.seq_len)
 
@@ -216,12 +220,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.precision.compute == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.compute]
-
-
-def check_path(config: Config, expert: int) -> None:
-    path = config.parallel.expert_path
-    if path == "local" and expert > 1:
-        raise ValueError(f"parallel.expert_path=local: needs parallel.expert=1, not {expert}")
 
 
 def find_checkpoint(config: Config, checkpoints: Path) -> Path | None:
@@ -235,12 +233,14 @@ def find_checkpoint(config: Config, checkpoints: Path) -> Path | None:
             raise ValueError(f"resume=never: run_dir={config.run_dir} holds checkpoints; choose another run_dir")
         return None
     path = Path(config.resume)
-    if (path / checkpoint.STATE_FILE).is_file():
-        return path
-    inside = checkpoint.complete_checkpoints(path) or checkpoint.complete_checkpoints(path / "checkpoints")
-    if not inside:
+    found = [path] if (path / checkpoint.STATE_FILE).is_file() else (
+        checkpoint.complete_checkpoints(path) or checkpoint.complete_checkpoints(path / "checkpoints"))  # fmt: skip
+    if not found:
         raise ValueError(f"resume={config.resume}: must be auto, never, a checkpoint, or a run_dir that holds one")
-    return inside[-1]
+    if own and not found[-1].samefile(own[-1]):  # steps done again would mix with those that are there
+        raise ValueError(f"resume={config.resume}: must be auto, for run_dir={config.run_dir} holds {own[-1].name}; "
+                         "or choose another run_dir")  # fmt: skip
+    return found[-1]
 
 
 def check_resume(config: Config, data: str, saved: dict[str, Any], source: Path | None) -> None:

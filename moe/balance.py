@@ -25,8 +25,8 @@ def z_loss(logits_TE: Tensor) -> Tensor:
 def load_figures(counts_LE: Tensor) -> dict[str, float]:
     """Figures of one step from the rows per expert, int64 (L, E), summed over the global batch.
 
-    moe/load_max_over_mean: the busiest expert's rows over the mean, worst layer; moe/load_cv: standard deviation over the mean, mean of
-    layers; moe/dead_fraction: share of experts that got no row; moe/load_entropy: entropy of the load over log E, mean.
+    moe/load_max_over_mean: the busiest expert's rows over the mean, worst layer; moe/load_cv: standard deviation over the mean,
+    mean of layers; moe/dead_fraction: share of experts that got no row; moe/load_entropy: entropy of the load over log E, mean.
     """
     load_LE = counts_LE.double()
     share_LE = load_LE / load_LE.sum(dim=1, keepdim=True).clamp(min=1)

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from moesaic.moe.dispatch import Rows
 
 
-def experts_reference(
-    x_ND: Tensor, weights_NK: Tensor, rows: Rows, w_up_eGD: Tensor, w_down_eDF: Tensor
-) -> Tensor:
+def experts_reference(x_ND: Tensor, weights_NK: Tensor, rows: Rows, w_up_eGD: Tensor, w_down_eDF: Tensor) -> Tensor:
     """The specification, in plain differentiable torch of any floating type: a loop over experts, then over slots."""
     weights_R = torch.zeros_like(rows.source_R, dtype=weights_NK.dtype)
     weights_R = weights_R.index_put((rows.position_NK,), weights_NK)

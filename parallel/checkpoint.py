@@ -35,7 +35,9 @@ def complete_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, oldest first; none where the folder does not exist."""
     if not root.is_dir():
         return []
-    found = [(int(m[1]), p) for p in root.iterdir() if (m := _COMPLETE.fullmatch(p.name)) and (p / STATE_FILE).is_file()]
+    found = [
+        (int(m[1]), p) for p in root.iterdir() if (m := _COMPLETE.fullmatch(p.name)) and (p / STATE_FILE).is_file()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -95,7 +97,9 @@ def load_model(path: Path, model: nn.Module) -> None:
     """Fill the weights of a model in one process, with or without a process group, whatever layout saved them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
-        dcp.load({f"model.{name}": p.detach() for name, p in model.named_parameters()}, checkpoint_id=path, no_dist=True)
+        dcp.load(
+            {f"model.{name}": p.detach() for name, p in model.named_parameters()}, checkpoint_id=path, no_dist=True
+        )
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -22,7 +22,9 @@ WORKLOADS = ["random", "one_hot", "empty_experts"]
 def choose(tokens: int, experts: int, k: int, workload: str) -> Tensor:
     """Expert ids (tokens, k), distinct within a row."""
     if workload == "one_hot":  # everybody's first choice is the last expert
-        return torch.stack([torch.cat((torch.tensor([experts - 1]), torch.randperm(experts - 1)[: k - 1])) for _ in range(tokens)])
+        return torch.stack(
+            [torch.cat((torch.tensor([experts - 1]), torch.randperm(experts - 1)[: k - 1])) for _ in range(tokens)]
+        )
     used = max(k, experts // 2) if workload == "empty_experts" else experts
     return torch.stack([torch.randperm(used)[:k] for _ in range(tokens)])
 
