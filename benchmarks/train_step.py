@@ -4,11 +4,12 @@
 
 Forward, loss with the balance loss, backward, clipping to norm 1, AdamW, clearing gradients; one process, two threads, fp32. The
 peer runs with each of its expert implementations, SDPA attention and the faster AdamW of PyTorch's two; the line with
-`"best": true` is against the fastest of them. No time is taken before the losses agree.
+`"best": true` is against the fastest of them.
 
-The balance losses are the two libraries' own: transformers' takes the mean over layers before the product of load and
-probability and counts each token's K rows as K, ours takes the product in each layer and counts them as 1. With K times the
-coefficient they agree closely, not exactly; the loss compared is the cross entropy.
+Times are taken with the balance loss on both sides. The two libraries define it differently (transformers multiplies load and
+probability after averaging them over layers, ours does so in each layer), so that it would make the losses part; hence the
+comparison of losses, 10 steps from the same weights on the same batches, is made without it. Where they part there, nothing
+is timed.
 """
 
 import dataclasses
@@ -31,8 +32,9 @@ STEPS, ROUNDS = 10, 11
 SEQUENCES, LENGTH = 4, 512
 SHAPE = ModelConfig(
     vocab_size=4096, d_model=256, n_layers=4, n_heads=4, n_experts=32, d_expert=128, qk_norm="full",
-    router=RouterConfig(top_k=4, renormalize=False, balance_coef=0.04, z_coef=0.0),
+    router=RouterConfig(top_k=4, renormalize=False, balance_coef=0.0, z_coef=0.0),
 )  # fmt: skip
+BALANCE = 0.01
 CASE = "D 256, L 4, H 4, E 32, K 4, F 128, V 4096, batch 4x512, fp32, 2 threads"
 OPTIM = OptimConfig(lr=1e-3, clip=1.0)
 EXPERTS = ("eager", "grouped_mm", "batched_mm")  # the others of transformers 5.23 (deepgemm, sonicmoe) need CUDA
@@ -63,8 +65,9 @@ class Side:
         return loss
 
 
-def our_side() -> Side:
-    model = build(SHAPE, seed=0, device=CPU)
+def our_side(balance: float) -> Side:
+    router = dataclasses.replace(SHAPE.router, balance_coef=balance)
+    model = build(dataclasses.replace(SHAPE, router=router), seed=0, device=CPU)
 
     def losses(tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         out = model(tokens, targets)
@@ -75,12 +78,12 @@ def our_side() -> Side:
     return Side(model, make_optimizer(model, OPTIM), losses)
 
 
-def peer_side(experts: str, optimizer: str) -> Side:
+def peer_side(experts: str, optimizer: str, balance: float) -> Side:
     config = OlmoeConfig(
         vocab_size=SHAPE.vocab_size, hidden_size=SHAPE.d_model, intermediate_size=SHAPE.d_expert,
         num_hidden_layers=SHAPE.n_layers, num_attention_heads=SHAPE.n_heads, num_experts=SHAPE.n_experts,
         num_experts_per_tok=SHAPE.router.top_k, norm_topk_prob=SHAPE.router.renormalize, rms_norm_eps=SHAPE.norm_eps,
-        output_router_logits=True, router_aux_loss_coef=SHAPE.router.balance_coef / SHAPE.router.top_k,
+        output_router_logits=True, router_aux_loss_coef=balance,
         rope_parameters={"rope_type": "default", "rope_theta": SHAPE.rope_theta}, max_position_embeddings=LENGTH,
         use_cache=False, pad_token_id=None, eos_token_id=None,
     )  # fmt: skip
@@ -166,14 +169,14 @@ def without_hopeless(sides: dict[str, Side]) -> dict[str, Side]:
     return {name: side for name, side in sides.items() if times[name] <= 5 * min(times.values())}
 
 
-def train_together(ours: Side, peers: dict[str, Side]) -> tuple[float, dict[str, float]]:
-    """The cross entropy of each at the last of `STEPS` steps on the same batches. Ends the program where they part."""
+def check_losses(ours: Side, peers: dict[str, Side]) -> tuple[float, dict[str, float]]:
+    """The last cross entropy of each, of `STEPS` steps on the same batches. Ends the program where they part."""
     for step, batch in enumerate(batches(STEPS)):
         loss = ours.step(batch)
         peer_losses = {name: side.step(batch) for name, side in peers.items()}
         for name, peer_loss in peer_losses.items():
-            if not abs(loss - peer_loss) <= (1e-4 if step == 0 else 1e-3) * abs(peer_loss):
-                raise SystemExit(f"step {step}: our loss {loss} and that of {name}, {peer_loss}, differ: no times")
+            if not abs(loss - peer_loss) <= 1e-4 * abs(peer_loss):
+                raise SystemExit(f"step {step}: our loss {loss} and {peer_loss} of {name} differ; nothing is timed")
     return loss, peer_losses
 
 
@@ -181,21 +184,23 @@ def main() -> None:
     compare.warn_if_busy()
     torch.set_num_threads(THREADS)
     optimizer = faster_adamw()
-    ours = our_side()
-    peers = without_hopeless({name: peer_side(name, optimizer) for name in EXPERTS})
-    our_loss, peer_losses = train_together(ours, peers)
+    peers = without_hopeless({name: peer_side(name, optimizer, balance=0.0) for name in EXPERTS})
+    our_loss, peer_losses = check_losses(our_side(balance=0.0), peers)
 
     def timed(side: Side) -> Callable[[], float]:
-        remaining = iter(batches(STEPS + ROUNDS)[STEPS:])
+        remaining = iter(batches(1 + ROUNDS))
+        side.step(next(remaining))
         return lambda: side.step(next(remaining))
 
-    seconds = compare.alternate({name: timed(side) for name, side in {"ours": ours, **peers}.items()}, ROUNDS)
+    sides = {"ours": our_side(BALANCE)} | {name: peer_side(name, optimizer, BALANCE) for name in peers}
+    seconds = compare.alternate({name: timed(side) for name, side in sides.items()}, ROUNDS)
     rates = {name: SEQUENCES * LENGTH / value for name, value in seconds.items()}
+    fastest = max(rates[name] for name in peers)
     for name in sorted(peers, key=lambda name: rates[name]):
         compare.report(
             "train_step", CASE, rates["ours"], rates[name],
             f"transformers {transformers.__version__} OLMoE, {name} experts, SDPA, {optimizer} AdamW",
-            "tokens/s", more_is_better=True, best=rates[name] == max(rates[n] for n in peers),
+            "tokens/s", more_is_better=True, best=rates[name] == fastest,
             ours_loss=round(our_loss, 5), peer_loss=round(peer_losses[name], 5),
         )  # fmt: skip
 

@@ -46,7 +46,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # fp32 whatever the weights are in: it sums over chunks.
         dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed else None
         for x_nD, targets_n, dx_nD in zip(
-            x_ND.split(rows), targets_N.split(rows), dx_ND.split(rows) if dx_ND is not None else x_ND.split(rows), strict=True
+            x_ND.split(rows),
+            targets_N.split(rows),
+            dx_ND.split(rows) if dx_ND is not None else x_ND.split(rows),
+            strict=True,
         ):
             if x_nD.shape[0] == 0:
                 continue

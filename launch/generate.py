@@ -1,8 +1,9 @@
 """Write text with a trained model, in one process.
 
-    python launch/generate.py run_dir=runs/demo prompt='def ' tokens=200 temperature=0.8 top_k=50 seed=0
+python launch/generate.py run_dir=runs/demo prompt='def ' tokens=200 temperature=0.8 top_k=50 seed=0
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def sample_tokens(
             continue
         if 0 < top_k < logits.numel():
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+        logits -= logits.max()  # so that a very low temperature divides to -inf, never to inf
         ids.append(int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)))
     model.train()
     return ids[prompt_S.numel() :]
@@ -73,18 +75,16 @@ def main(choice: Options) -> None:
     for name in ("tokens", "temperature", "top_k"):
         if getattr(choice, name) < 0:
             raise ValueError(f"{name}={getattr(choice, name)}: must not be negative")
+    if not math.isfinite(choice.temperature):
+        raise ValueError(f"temperature={choice.temperature}: must be a finite number")
     path = newest_checkpoint(choice.run_dir)
     config = cli.from_dict(checkpoint.read_state(path)["config"])
     tokenizer = load_tokenizer(config.data.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(config.model, 0, device)
     checkpoint.load_model(path, model)
-    print(
-        sample_text(
-            model, tokenizer, choice.prompt, choice.tokens, config.train.seq_len,
-            temperature=choice.temperature, top_k=choice.top_k, seed=choice.seed, device=device,
-        )  # fmt: skip
-    )
+    knobs = {name: getattr(choice, name) for name in ("temperature", "top_k", "seed")}
+    print(sample_text(model, tokenizer, choice.prompt, choice.tokens, config.train.seq_len, device=device, **knobs))
 
 
 if __name__ == "__main__":

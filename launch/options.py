@@ -13,7 +13,8 @@ WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text"}
 def parse(kind: type[T], arguments: Sequence[str]) -> T:
     """An instance of the dataclass `kind` (fields int, float or str, all with defaults) from `name=value` arguments.
 
-    Raises ValueError, one line, for an argument without "=", an unknown name (with the nearest known one), a value of another type.
+    Raises ValueError, one line, for an argument without "=", an unknown name (told with the nearest known one), or a value of
+    another type.
     """
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
@@ -23,7 +24,9 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
             raise ValueError(f"{argument}: must be written name=value")
         if name not in hints:
             nearest = difflib.get_close_matches(name, hints, n=1)
-            raise ValueError(f"{name}: unknown; " + (f"nearest: {nearest[0]}" if nearest else f"known: {', '.join(hints)}"))
+            raise ValueError(
+                f"{name}: unknown; " + (f"nearest: {nearest[0]}" if nearest else f"known: {', '.join(hints)}")
+            )
         try:
             values[name] = hints[name](value)
         except ValueError:

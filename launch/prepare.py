@@ -366,7 +366,7 @@ def _tokenize(
     split, unit, start, text_bytes = "train", 0.0, 0, 0
     began = said = time.monotonic()
     for batch in batches(read_sources(sources, text_key, knob)):
-        arrays: dict[str, list[np.ndarray]] = {split: [] for split in writers}  # one write a batch: documents are short
+        arrays: dict[str, list[np.ndarray]] = {name: [] for name in writers}  # one write a batch: documents are short
         for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
             if piece.key is not None:
                 unit = hash_unit(piece.key)

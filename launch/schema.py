@@ -89,7 +89,8 @@ class ParallelConfig:
     """How the model is spread.
 
     expert        ranks over which the experts are divided; auto: the largest divisor of both the world size and n_experts
-    expert_path   local: every rank holds all experts (expert=1); all_to_all: rows travel to their experts; auto: by `expert`
+    expert_path   local: every rank computes all experts, and expert is 1; all_to_all: rows travel to their experts;
+                  auto: local where expert comes to 1
     """
 
     expert: str = "auto"
@@ -161,6 +162,10 @@ def check(c: Config) -> None:
     expert, path = c.parallel.expert, c.parallel.expert_path
     require(path in ("auto", "local", "all_to_all"),
             f"parallel.expert_path={path}: must be one of auto, local, all_to_all")  # fmt: skip
+    if c.model.router.kind == "expert_choice":
+        for name in ("eval_every", "sample"):
+            require(getattr(c.train, name) == 0, f"train.{name}={getattr(c.train, name)}: must be 0 with "
+                    "model.router.kind=expert_choice, whose choice depends on later tokens")  # fmt: skip
     if expert != "auto":
         require(expert.isdecimal() and int(expert) >= 1, f"parallel.expert={expert}: must be auto or a positive number")
         require(c.model.n_experts % int(expert) == 0,

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from moesaic.kernels.tiles import rounding_tile
 from moesaic.launch import cli
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
 from moesaic.launch.generate import sample_text
@@ -28,11 +29,11 @@ from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
 from moesaic.launch.schema import Config, TrainConfig
 from moesaic.launch.tokens import check_vocab
 from moesaic.moe.attention import document_ids
-from moesaic.moe.balance import load_figures
+from moesaic.moe.balance import load_figures, update_bias
 from moesaic.moe.flops import flops_per_token, parameter_counts
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint
-from moesaic.parallel.apply import parallelize
+from moesaic.parallel.apply import parallelize, total
 from moesaic.parallel.clip import clip_gradients
 from moesaic.parallel.mesh import end_with_parent, expert_degree, leave_after, make_meshes, start
 
@@ -56,8 +57,8 @@ def train(config: Config, device: torch.device) -> None:
     checkpoints = run_dir / "checkpoints"
 
     # --- what must be right before anything large is made: a mistake on one rank ends all of them with its line
-    expert = together(lambda: expert_degree(config.parallel.expert, config.model.n_experts, world))
-    together(lambda: check_path(config, expert))
+    local = config.parallel.expert_path == "local"
+    expert = together(lambda: expert_degree("1" if local else config.parallel.expert, config.model.n_experts, world))
     source = agree_on(lambda: find_checkpoint(config, checkpoints))
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
@@ -69,7 +70,8 @@ def train(config: Config, device: torch.device) -> None:
     # --- the model, spread over the ranks
     compute = compute_dtype(config, device)
     meshes = make_meshes(device.type, expert)
-    model = parallelize(config.model, meshes, seed=config.train.seed, device=device, compute=compute)
+    path = "all_to_all" if expert > 1 or config.parallel.expert_path == "all_to_all" else "local"
+    model = parallelize(config.model, meshes, path, seed=config.train.seed, device=device, compute=compute)
     optimizer = make_optimizer(model, config.optim)
     torch.manual_seed(config.train.seed * 1_000_003 + rank)
     step, samples, tokens = saved["step"], saved["samples"], saved["tokens"]
@@ -93,6 +95,7 @@ def train(config: Config, device: torch.device) -> None:
 
     separator = data.tokenizer.separator if config.model.document_mask else None
     flops = flops_per_token(config.model, config.train.seq_len)
+    dist.barrier()  # all ranks measure at once, as they will compute
     peak, peak_name = peak_flops(device, compute)
     counts = parameter_counts(config.model)
     say(f"data: {data.description}")
@@ -100,7 +103,9 @@ def train(config: Config, device: torch.device) -> None:
         f"model: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active a token; "
         f"{config.model.n_experts} experts, {config.model.router.top_k} a token"
     )
-    say(f"ranks: {world} ({device.type}), parallel.expert={expert}; {str(compute).removeprefix('torch.')} products")
+    say(
+        f"ranks: {world} ({device.type}), parallel.expert={expert} ({path}); {str(compute).removeprefix('torch.')} products"
+    )
     say(f"MFU is relative to {world} x {peak / 1e9:,.0f} GFLOP/s: {peak_name}")
     say(progress_header())
 
@@ -109,27 +114,32 @@ def train(config: Config, device: torch.device) -> None:
     if step >= steps:
         say(f"nothing to do: {source} is at step {step}, and train.steps={steps}")
     val_loss = None
+    tile = rounding_tile(device, config.model.router.rounding_tile)
     logged = tokens
     meter = Meter()
     meter.start()
     while step < steps:
         lr = learning_rate(step, steps, config.optim)
         set_lr(optimizer, lr)
-        loss, rows_LE = train_step(model, data.train, config.train, samples, device, separator)
+        loss, rows_LE, figures_LF = train_step(model, data.train, config.train, samples, device, separator)
         norm = clip_gradients(model.parameters(), config.optim.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if config.model.router.kind == "sigmoid_bias":
+            update_bias(model, total(rows_LE))
         step += 1
         samples += config.train.global_batch
         tokens += config.train.global_batch * config.train.seq_len
 
         if step % every.log_every == 0 or step == steps:
             dist.all_reduce(loss)
-            dist.all_reduce(rows_LE)
+            rows_LE, figures_LF = total(rows_LE), total(figures_LF)
             figures = {"step": step, "tokens": tokens, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
             rate = (tokens - logged) / meter.lap()
             logged = tokens
-            figures |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world)} | load_figures(rows_LE.cpu())
+            figures |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world)} | load_figures(
+                rows_LE.cpu(), figures_LF.cpu(), tile
+            )
             record(figures)
             say(progress_line(figures, steps))
 
@@ -162,14 +172,13 @@ def train_step(
     first_sample: int,
     device: torch.device,
     separator: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> list[torch.Tensor]:
     """Gradients of one global batch, added into the parameters' `.grad`.
 
-    Returns this rank's part of the loss, fp32 scalar, and its rows per layer and expert, int64 (L, E); their sums over ranks
-    are the step's.
+    Returns this rank's part of the loss, fp32 scalar, its rows per MoE layer and expert, int64 (L, E), and its routing figures,
+    fp32 (L, 4), as in moesaic.moe.model.Output; their sums over ranks are the step's.
     """
-    loss: torch.Tensor | None = None
-    rows_LE: torch.Tensor | None = None
+    sums: list[torch.Tensor] = []
     global_tokens = config.global_batch * config.seq_len
     for first, count in micro_batches(config.global_batch, config, dist.get_rank(), dist.get_world_size()):
         batch = torch.from_numpy(train_batch(stream, config.seed, first_sample + first, count)).to(device)
@@ -177,11 +186,9 @@ def train_step(
         assert out.loss is not None
         share = count * config.seq_len / global_tokens
         (out.loss / global_tokens + out.aux * share).backward()
-        part = out.loss.detach() / global_tokens
-        loss = part if loss is None else loss + part
-        rows_LE = out.counts if rows_LE is None else rows_LE + out.counts
-    assert loss is not None and rows_LE is not None
-    return loss, rows_LE
+        parts = [out.loss.detach() / global_tokens, out.counts, out.figures]
+        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    return sums
 
 
 def predict(model: Transformer, batch: torch.Tensor, separator: int | None) -> Output:
@@ -213,17 +220,18 @@ def evaluate(
 ) -> float:
     """Mean cross entropy, nats a token, over the first `eval_batches * global_batch` held-out sequences (or all there are)."""
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     sequences = min(config.eval_batches * config.global_batch, stream.windows)
     for start_at in range(0, sequences, config.global_batch):
         batch_size = min(config.global_batch, sequences - start_at)
         for first, count in micro_batches(batch_size, config, dist.get_rank(), dist.get_world_size()):
             batch = torch.from_numpy(val_batch(stream, start_at + first, count)).to(device)
-            total += predict(model, batch, separator).loss
+            out = predict(model, batch, separator)
+            assert out.loss is not None
+            loss += out.loss
     model.train()
-    model.reshard()  # FSDP2 leaves the root's weights whole after a forward pass without a backward one
-    dist.all_reduce(total)
-    return total.item() / (sequences * config.seq_len)
+    model.reshard()  # type: ignore[operator]  # FSDP2 leaves the root's weights whole after a forward pass without a backward one
+    return total(loss).item() / (sequences * config.seq_len)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -231,12 +239,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.precision.compute == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.compute]
-
-
-def check_path(config: Config, expert: int) -> None:
-    path = config.parallel.expert_path
-    if path == "local" and expert > 1:
-        raise ValueError(f"parallel.expert_path=local: needs parallel.expert=1, not {expert}")
 
 
 def find_checkpoint(config: Config, checkpoints: Path) -> Path | None:
@@ -250,12 +252,14 @@ def find_checkpoint(config: Config, checkpoints: Path) -> Path | None:
             raise ValueError(f"resume=never: run_dir={config.run_dir} holds checkpoints; choose another run_dir")
         return None
     path = Path(config.resume)
-    if (path / checkpoint.STATE_FILE).is_file():
-        return path
-    inside = checkpoint.complete_checkpoints(path) or checkpoint.complete_checkpoints(path / "checkpoints")
-    if not inside:
+    found = [path] if (path / checkpoint.STATE_FILE).is_file() else (
+        checkpoint.complete_checkpoints(path) or checkpoint.complete_checkpoints(path / "checkpoints"))  # fmt: skip
+    if not found:
         raise ValueError(f"resume={config.resume}: must be auto, never, a checkpoint, or a run_dir that holds one")
-    return inside[-1]
+    if own and not found[-1].samefile(own[-1]):  # steps done again would mix with those that are there
+        raise ValueError(f"resume={config.resume}: must be auto, for run_dir={config.run_dir} holds {own[-1].name}; "
+                         "or choose another run_dir")  # fmt: skip
+    return found[-1]
 
 
 def check_resume(config: Config, data: str, saved: dict[str, Any], source: Path | None) -> None:

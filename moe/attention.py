@@ -46,7 +46,9 @@ def rotary_table(
 
         def turning(times: float) -> float:
             """The pair, a real number, that turns so often within the original positions."""
-            return width * math.log(yarn.original_max_position_embeddings / (2 * math.pi * times)) / (2 * math.log(theta))
+            return (
+                width * math.log(yarn.original_max_position_embeddings / (2 * math.pi * times)) / (2 * math.log(theta))
+            )
 
         low = max(math.floor(turning(yarn.beta_fast)), 0)
         high = min(math.ceil(turning(yarn.beta_slow)), width - 1)
@@ -123,7 +125,11 @@ def block_mask(documents_BS: Tensor) -> BlockMask:
     seen_BNN = (start_N[:, None] >= start_N) & (last_BN[:, None, :] >= first_BN[:, :, None])
     whole_BNN = before_NN & (end_N < length)[:, None] & (first_BN[:, None, :] == last_BN[:, :, None])
     return BlockMask.from_kv_blocks(
-        *listed(seen_BNN & ~whole_BNN), *listed(whole_BNN), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
+        *listed(seen_BNN & ~whole_BNN),
+        *listed(whole_BNN),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(length, length),
     )
 
 

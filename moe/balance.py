@@ -27,8 +27,8 @@ def balance_loss(
 
     micro_batch   those of this call
     sequence      of each sequence by itself, then the mean of the losses (the balance loss of DeepSeek-V3, arXiv 2412.19437)
-    global        f over the calls of all ranks at once, through `reduce`; P over this call's. The loss weighted with a rank's tokens
-                  is then that of all of them together (arXiv 2501.11873). With accumulation, each micro-batch by itself.
+    global        f over the calls of all ranks at once, through `reduce`; P over this call's. The losses, weighted with each
+                  rank's tokens, add up to that of all of them (arXiv 2501.11873). With accumulation, each micro-batch by itself.
 
     A call without tokens gives 0 (and still calls `reduce`).
     """
@@ -65,11 +65,15 @@ def update_bias(model: "Transformer", counts_LE: Tensor) -> None:
 def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int) -> dict[str, float]:
     """Figures of one step, from sums over the global batch: rows per expert, int64 (L, E), and FIGURES, (L, 4).
 
-    moe/load_max_over_mean  the busiest expert's rows over the mean; moe/load_cv standard deviation over the mean; moe/dead_fraction
-    share of experts without a row; moe/load_entropy entropy of the load over log E; moe/router_entropy mean entropy of a token's
-    scores over log E; moe/dropped and moe/added choices that capacity and rounding changed, per token; moe/padding rows that tiles of
-    `tile` rows would add to the routed ones, as a share of these, were all on one rank. Over all layers (load_max_over_mean:
-    the worst), and for layer l of the MoE layers as moe/layer<l>/....
+    moe/load_max_over_mean   the busiest expert's rows over the mean
+    moe/load_cv              standard deviation of the load over its mean
+    moe/dead_fraction        share of experts without a row
+    moe/load_entropy         entropy of the load, over log E
+    moe/router_entropy       mean entropy of a token's scores, over log E
+    moe/dropped, moe/added   choices that capacity and rounding took away and made, per token
+    moe/padding              rows that tiles of `tile` rows would add, as a share of the routed ones, were all on one rank
+
+    Each over all MoE layers (load_max_over_mean: the worst), and of the l-th as moe/layer<l>/....
     """
     n_experts = counts_LE.shape[1]
     load_LE, figures = counts_LE.double(), figures_LF.double()
@@ -87,7 +91,9 @@ def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int) -> dict[str, 
         "added": figures[:, 3] / tokens_L,
         "padding": (-counts_LE % tile).sum(dim=1) / rows_L.clamp(min=1),
     }
-    result = {f"moe/{name}": (v.max() if name == "load_max_over_mean" else v.mean()).item() for name, v in columns.items()}
+    result = {
+        f"moe/{name}": (v.max() if name == "load_max_over_mean" else v.mean()).item() for name, v in columns.items()
+    }
     for layer in range(counts_LE.shape[0]):
         result |= {f"moe/layer{layer}/{name}": v[layer].item() for name, v in columns.items()}
     return result

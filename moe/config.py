@@ -212,7 +212,9 @@ class ModelConfig:
                 f"model.n_dense_layers={self.n_dense_layers}: must not exceed model.n_layers={self.n_layers}")  # fmt: skip
         require(self.n_dense_layers == 0 or self.d_dense >= 1,
                 f"model.d_dense={self.d_dense}: must be at least 1 with model.n_dense_layers={self.n_dense_layers}")  # fmt: skip
-        require(self.attention in ATTENTIONS, f"model.attention={self.attention}: must be one of {', '.join(ATTENTIONS)}")
+        require(
+            self.attention in ATTENTIONS, f"model.attention={self.attention}: must be one of {', '.join(ATTENTIONS)}"
+        )
         if self.attention == "gqa":
             self._check_gqa()
         else:

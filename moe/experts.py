@@ -7,13 +7,15 @@
     output[n] = sum of y over the rows of input n           in slot order
 
 Weighting the activation instead of the output is the same product, and lets backward do without y: with
-da' = W_down[j]^T dy, the weight's gradient is <da', a> + <dy, b_down[j]> (SonicMoE, arXiv 2512.14080, equation 10). What is kept is
-the input (N x D), h (R x G) and index vectors: with SwiGLU in bf16 2ND + 4RF bytes and metadata. a is computed again, gathered rows
-are gathered again. y and the gathered dx are made in column chunks of at most `chunk_mib`, so no R x D tensor need exist.
+da' = W_down[j]^T dy, the weight's gradient is <da', a> + <dy, b_down[j]> (SonicMoE, arXiv 2512.14080, equation 10). What is
+kept is the input (N x D), h (R x G) and index vectors: with SwiGLU in bf16 2ND + 4RF bytes and metadata. a is computed again,
+gathered rows are gathered again. y and the gathered dx are made in column chunks of at most `chunk_mib`, so no R x D tensor
+need exist.
 
 Letters: N input rows, R routed rows, D model width, F expert width, G width of h, E experts (held here).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +31,15 @@ aten = torch.ops.aten
 # ---------------------------------------------------------------- activations
 
 
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+
+
 def activate(kind: str, h_RG: Tensor) -> Tensor:
-    """a_RF of h_RG; GeGLU with the exact Gaussian error function. Shazeer, arXiv 2002.05202; relu2: So et al., arXiv 2109.08668."""
+    """a_RF of h_RG. The gated kinds: Shazeer, arXiv 2002.05202, GeGLU with the exact erf; relu2: So et al., arXiv 2109.08668."""
     if kind == "relu2":
         return h_RG.relu().square()
     gate, up = h_RG.chunk(2, dim=1)
-    return {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}[kind](gate) * up
+    return GATES[kind](gate) * up
 
 
 def activate_backward(kind: str, da_RF: Tensor, h_RG: Tensor) -> Tensor:
@@ -44,7 +49,7 @@ def activate_backward(kind: str, da_RF: Tensor, h_RG: Tensor) -> Tensor:
     gate, up = h_RG.chunk(2, dim=1)
     dh_RG = torch.empty_like(h_RG)
     dgate, dup = dh_RG.chunk(2, dim=1)
-    torch.mul(da_RF, {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}[kind](gate), out=dup)
+    torch.mul(da_RF, GATES[kind](gate), out=dup)
     dactivated = da_RF * up
     if kind == "swiglu":
         aten.silu_backward.grad_input(dactivated, gate, grad_input=dgate)
@@ -110,7 +115,9 @@ class _ExpertsOp(torch.autograd.Function):
         x_ND, h_RG, weights_R, w_up, w_down, b_down, source_R, expert_R, bag, starts, counts_E = ctx.saved_tensors
         rows = Rows(source_R, source_R, expert_R, bag, starts, counts_E)
         backward = _backward_loop if x_ND.device.type == "cpu" else _backward_grouped
-        grads = backward(dy_ND.contiguous(), x_ND, h_RG, weights_R, w_up, w_down, b_down, rows, ctx.activation, ctx.columns)
+        grads = backward(
+            dy_ND.contiguous(), x_ND, h_RG, weights_R, w_up, w_down, b_down, rows, ctx.activation, ctx.columns
+        )
         dx_ND, dweights_R, dw_up, dw_down, db_up, db_down = grads
         if not ctx.has_bias:
             db_up = db_down = None
@@ -123,8 +130,8 @@ Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 def _column_chunks(width: int, bytes_per_column: int, chunk_mib: int) -> list[slice]:
     """Equal ranges of the D columns, multiples of 16 but for the last, of at most `chunk_mib` where 16 columns are no more."""
     most = max(16, (chunk_mib * 2**20 // max(bytes_per_column, 1)) // 16 * 16)
-    pieces = -(-width // most)
-    step = -(-(-(-width // pieces)) // 16) * 16
+    pieces = math.ceil(width / most)
+    step = math.ceil(width / pieces / 16) * 16
     return [slice(a, min(a + step, width)) for a in range(0, width, step)]
 
 
@@ -277,8 +284,8 @@ class Experts(nn.Module):
     """The routed experts' weights, each (out, in) as of a linear layer: w_up_EGD (gate rows, then up rows), w_down_EDF, and
     biases b_up_EG, b_down_ED where `model.expert_bias` says so.
 
-    forward(x_ND, weights_R, rows) -> y_ND. A sharded weight (a DTensor over the expert dimension) is used by its local part: `rows`
-    then speaks of this rank's experts.
+    forward(x_ND, weights_R, rows) -> y_ND. A sharded weight (a DTensor over the expert dimension) is used by its local part:
+    `rows` then speaks of this rank's experts.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -291,8 +298,8 @@ class Experts(nn.Module):
         self.b_down_ED = nn.Parameter(torch.empty(config.n_experts, config.d_model)) if config.expert_bias else None
 
     def forward(self, x_ND: Tensor, weights_R: Tensor, rows: Rows) -> Tensor:
-        parameters = (self.w_up_EGD, self.w_down_EDF, self.b_up_EG, self.b_down_ED)
-        weights = [w.to_local() if hasattr(w, "to_local") else w for w in parameters]
+        parameters: Any = (self.w_up_EGD, self.w_down_EDF, self.b_up_EG, self.b_down_ED)
+        w_up, w_down, b_up, b_down = (w.to_local() if hasattr(w, "to_local") else w for w in parameters)
         if self.backend == "reference":
-            return experts_reference(x_ND, weights_R, *weights, rows, self.activation)
-        return _ExpertsOp.apply(x_ND, weights_R, *weights, rows, self.activation, self.chunk_mib)
+            return experts_reference(x_ND, weights_R, w_up, w_down, b_up, b_down, rows, self.activation)
+        return _ExpertsOp.apply(x_ND, weights_R, w_up, w_down, b_up, b_down, rows, self.activation, self.chunk_mib)

@@ -100,7 +100,8 @@ class Transformer(nn.Module):
             counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=x_BSD.device)
             return torch.zeros((), device=x_BSD.device), counts, torch.zeros(0, len(FIGURES), device=x_BSD.device)
         losses = [router.balance_coef * r["balance"] + router.z_coef * r["z"] for r in records]
-        return torch.stack(losses).mean(), *(torch.stack([r[key] for r in records]) for key in ("counts", "figures"))
+        counts, figures = (torch.stack([r[key] for r in records]) for key in ("counts", "figures"))
+        return torch.stack(losses).mean(), counts, figures
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers in order: row l of `Output.counts` is of the l-th."""
@@ -109,8 +110,8 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def init_parameter(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
-    """Fill one whole parameter of the model: 1 for norms, 0 for biases, else normal with `init_std`, the matrices that write into the
-    residual stream with init_std / sqrt(2 L).
+    """Fill one whole parameter of the model: 1 for norms, 0 for biases, else normal with `init_std`, the matrices that write
+    into the residual stream with init_std / sqrt(2 L).
 
     The values depend on (seed, name) alone, so that every way to spread a model over ranks starts from the same weights.
     """

@@ -2,9 +2,9 @@
 
 Letters: T tokens, D model width, E experts, K experts per token, S slots, M tile rows, C capacity of an expert.
 
-**Routing domain**: one rank's micro-batch. Whatever depends on which tokens are routed together (rounding, capacity, expert choice,
-the micro-batch balance loss) is defined over the tokens of one call. Everything here runs in fp32 whatever the model computes in:
-a bf16 score would decide ties by rounding.
+**Routing domain**: one rank's micro-batch. Whatever depends on which tokens are routed together (rounding, capacity, expert
+choice, the micro-batch balance loss) is defined over the tokens of one call. Everything here runs in fp32 whatever the model
+computes in: a bf16 score would decide ties by rounding.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,9 @@ def topk_routing(experts_TK: Tensor, weights_TK: Tensor, n_experts: int) -> Rout
 
 def ordered_keys(scores: Tensor) -> Tensor:
     """int64 of the same order as the fp32 scores, in a range of 2^32, so that a tie-breaker fits beside it."""
-    bits = (scores.detach().float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: -0.0 becomes 0.0, which it equals
+    bits = (
+        (scores.detach().float() + 0.0).contiguous().view(torch.int32).long()
+    )  # + 0.0: -0.0 becomes 0.0, which it equals
     return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # the bits of negative floats rise as the numbers fall
 
 
@@ -103,8 +105,8 @@ class Router(nn.Module):
     expert_choice   scores softmax(logits); each expert takes its T * K / E best tokens (arXiv 2202.09368). In training only:
                     whether a token is taken depends on later tokens, which generation does not have
 
-    In training, `capacity_factor` or `rounding` may follow; evaluation uses the plain choice. Weights are divided by their sum over
-    a token's experts where `renormalize` says so, then multiplied with `scale`.
+    In training, `capacity_factor` or `rounding` may follow; evaluation uses the plain choice. Weights are divided by their sum
+    over a token's experts where `renormalize` says so, then multiplied with `scale`.
     """
 
     bias_E: Tensor
@@ -163,7 +165,7 @@ class Router(nn.Module):
         return Routing(token_EC.flatten(), expert_EC.flatten(), weights_S, counts_E, tokens, 0, none, none)
 
     def _capped(self, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
-        """At most C = ceil(capacity_factor * T * K / E) rows an expert: those with the highest score, ties to the earlier token."""
+        """At most C = ceil(capacity_factor * T * K / E) rows an expert, those of highest score; ties to the earlier token."""
         tokens, k = experts_TK.shape
         n_experts = self.weight_ED.shape[0]
         capacity = -(-round(self.config.capacity_factor * tokens * k) // n_experts)
@@ -180,12 +182,12 @@ class Router(nn.Module):
         return Routing(routing.token_S, expert_S, routing.weights_S, kept_E, tokens, 0, dropped, routing.added)
 
     def _rounded(self, scores_TE: Tensor, experts_TK: Tensor) -> Routing:
-        """Token rounding (SonicMoE, arXiv 2512.14080): every expert's rows a multiple of the tile. See moesaic.kernels.rounding."""
+        """Token rounding (SonicMoE, arXiv 2512.14080): every expert's rows a multiple of the tile; moesaic.kernels.rounding."""
         tokens, k = experts_TK.shape
         n_experts = scores_TE.shape[1]
         tile = rounding_tile(scores_TE.device, self.config.rounding_tile)
         # From the CPU's generator, whose state checkpoints hold: a resumed run draws what the uninterrupted one would.
-        seed = int(torch.randint(2**62, ()))
+        seed = torch.randint(2**62, ())
         rounded = round_routing(scores_TE.detach(), experts_TK, tile=tile, rule=self.config.rounding, seed=seed)
         weights_TK, weights_EA = token_weights(scores_TE, experts_TK, rounded, self.config.renormalize)
         expert_TK = experts_TK.masked_fill(~rounded.keep_TK, n_experts)

@@ -35,7 +35,9 @@ def complete_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, oldest first; none where the folder does not exist."""
     if not root.is_dir():
         return []
-    found = [(int(m[1]), p) for p in root.iterdir() if (m := _COMPLETE.fullmatch(p.name)) and (p / STATE_FILE).is_file()]
+    found = [
+        (int(m[1]), p) for p in root.iterdir() if (m := _COMPLETE.fullmatch(p.name)) and (p / STATE_FILE).is_file()
+    ]
     return [path for _, path in sorted(found)]
 
 

@@ -105,7 +105,9 @@ class AllToAllPath:
         rows = sort_slots(routing.token_S, routing.expert_S, routing.counts_E, routing.tokens, routing.per_token)
         if rows.slot_R.numel() > sum(send):  # padding of unused slots does not travel
             used = sum(send)
-            rows = dataclasses.replace(rows, source_R=rows.source_R[:used], slot_R=rows.slot_R[:used], bag=rows.bag[:used])
+            rows = dataclasses.replace(
+                rows, source_R=rows.source_R[:used], slot_R=rows.slot_R[:used], bag=rows.bag[:used]
+            )
         x_ND = _AllToAll.apply(_Gather.apply(x_TD, rows), send, receive, self.group)
         weights_R1 = routing.weights_S.index_select(0, rows.slot_R)[:, None]
         weights_N1 = _AllToAll.apply(weights_R1, send, receive, self.group)

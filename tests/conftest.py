@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# The same examples in every run, and no example is wrong for being slow on a busy machine.
+hypothesis.settings.register_profile("moesaic", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("moesaic")
 
 # `with torch.device("meta")` remembers, at its first use, which functions allocate. That must be the real ones, not those that
 # `poisoned_memory` puts in their place: it would then build a model of any size in real memory.

@@ -25,7 +25,7 @@ from moesaic.launch.data import (
     train_batch,
     val_batch,
 )
-from moesaic.launch.prepare import Source, prepare
+from moesaic.launch.prepare import Source, hash_unit, prepare
 from moesaic.launch.schema import DataConfig
 from moesaic.launch.tokens import load_tokenizer
 
@@ -73,10 +73,10 @@ def test_permute_differs_between_epochs_and_seeds(n: int, seed: int, epoch: int)
             assert (images[i] == images[j]).mean() < 0.2
 
 
-@pytest.mark.parametrize("n", [2, 3, 6, 10])
+@pytest.mark.parametrize("n", [2, 3, 10])
 def test_permute_is_unbiased(n: int) -> None:
     """Each index goes to each place equally often over seeds: 5 standard deviations of the count bound the deviation."""
-    runs = 3000
+    runs = 1000
     counts = np.zeros((n, n))
     for seed in range(runs):
         counts[np.arange(n), permute(np.arange(n), n, seed, 1)] += 1
@@ -266,16 +266,16 @@ def test_python_source(tmp_path: Path) -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
     parts = {part for path in sources for part in Path(path).relative_to(root).parts}
     assert "argparse.py" in parts and not parts & {"site-packages", "dist-packages", "test", "encodings"}
-    # Train and validation together are the files, each whole on one side.
-    held_out = [bytes(one) for one in split_documents(data.val)]
-    trained = [bytes(one) for one in split_documents(data.train)]
-    assert sorted(held_out + trained) == sorted(Path(path).read_bytes() for path in sources)
+    # Each file is whole on one side, which its path alone decides.
+    held_out = {path for path in sources if hash_unit(Path(path).relative_to(root).as_posix()) < 0.05}
+    assert documents(data.val) == [Path(path).read_bytes() for path in sources if path in held_out]
+    assert documents(data.train) == [Path(path).read_bytes() for path in sources if path not in held_out]
     assert f"Python {sys.version_info.major}.{sys.version_info.minor}" in data.description
 
 
-def split_documents(stream: TokenStream) -> list[list[int]]:
+def documents(stream: TokenStream) -> list[bytes]:
     tokens = stream.read(0, stream.total)
-    return [one[:-1].tolist() for one in np.split(tokens, np.flatnonzero(tokens == 256) + 1)[:-1]]
+    return [bytes(one[:-1].tolist()) for one in np.split(tokens, np.flatnonzero(tokens == 256) + 1)[:-1]]
 
 
 # ---------------------------------------------------------------- what is wrong

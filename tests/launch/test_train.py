@@ -91,7 +91,7 @@ class Launch:
 
 
 @contextlib.contextmanager
-def launch(folder: Path, knobs: list[str], *options: str) -> Iterator[Launch]:
+def launch(folder: Path, knobs: list[str], *options: str, program: Path = PROGRAM) -> Iterator[Launch]:
     """`torchrun OPTIONS launch/train.py KNOBS` in `folder`. All processes it starts are gone when the block ends."""
     tag = f"MOESAIC_TEST_LAUNCH={uuid.uuid4().hex}"
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -100,7 +100,7 @@ def launch(folder: Path, knobs: list[str], *options: str) -> Iterator[Launch]:
     output = folder / f"{tag[-8:]}.log"
     with output.open("wb") as file:
         agent = subprocess.Popen(
-            [*torchrun, str(PROGRAM), *knobs], cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
+            [*torchrun, str(program), *knobs], cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
         )  # fmt: skip
     running = Launch(agent, output, tag)
     try:
@@ -116,9 +116,9 @@ def launch(folder: Path, knobs: list[str], *options: str) -> Iterator[Launch]:
             kill(pid)
 
 
-def finished(folder: Path, knobs: list[str], *options: str) -> str:
+def finished(folder: Path, knobs: list[str], *options: str, program: Path = PROGRAM) -> str:
     """What a launch that succeeds prints."""
-    with launch(folder, knobs, *options) as running:
+    with launch(folder, knobs, *options, program=program) as running:
         assert running.wait() == 0
         return running.text()
 
@@ -268,6 +268,7 @@ def test_resuming_what_does_not_fit_is_one_line(
         (["train.seq_len=32"], ["train.seq_len=32", "was made with 64"]),
         ([f"data.files={tmp_path}/other.txt"], ["data.files", "other.txt", "other data"]),
         ([f"resume={tmp_path}"], [f"resume={tmp_path}", "must be auto, never, a checkpoint"]),
+        ([f"resume={run_dir}/checkpoints/step_00000030"], ["must be auto", f"run_dir={run_dir} holds step_00000040"]),
     ]:
         line = mistake(place.knobs(run_dir, *knobs))
         assert line.startswith("error: ")
@@ -290,9 +291,7 @@ def test_of_two_ranks_one_tells_the_mistake(place: Place, tmp_path: Path, knobs:
     assert_mistake(tmp_path, place.knobs(tmp_path / "run", *knobs), words)
 
 
-def test_of_two_resuming_ranks_one_tells_the_mistake(
-    place: Place, reference: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_of_two_resuming_ranks_one_tells_the_mistake(place: Place, reference: tuple[Path, str], tmp_path: Path) -> None:
     run_dir, _ = reference
     assert_mistake(tmp_path, place.knobs(run_dir, "model.d_model=48"), ["model.d_model=48: ", "was made with 32"])
 
@@ -352,8 +351,22 @@ def test_a_run_that_is_done_has_nothing_to_do(
     shutil.copytree(reference[0], tmp_path / "run")
     before = records(tmp_path / "run")
     here(*place.knobs(tmp_path / "run"))
-    assert f"nothing to do: {checkpoint.step_folder(tmp_path / 'run' / 'checkpoints', STEPS)}" in capsys.readouterr().out
+    assert f"nothing to do: {tmp_path}/run/checkpoints/step_00000040 is at step 40" in capsys.readouterr().out
     assert records(tmp_path / "run") == before
+
+
+def test_a_run_starts_from_another_ones_checkpoint(
+    place: Place, reference: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one rank instead of two, which changes the routing domains of the auxiliary losses, and no more."""
+    run_dir, _ = reference
+    start = f"{run_dir}/checkpoints/step_00000030"
+    here(*place.knobs(tmp_path / "run", f"resume={start}", "train.eval_every=40"))
+    assert f"resumed from {start}: step 30, {30 * 4 * 64:,} tokens" in capsys.readouterr().out
+    assert [step for step, *_ in losses(tmp_path / "run")] == list(range(31, STEPS + 1))
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(run_dir)[30:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert evaluations(tmp_path / "run")[-1] == pytest.approx(evaluations(run_dir)[-1], rel=1e-4)
 
 
 # ---------------------------------------------------------------- kills
@@ -438,6 +451,33 @@ def test_ranks_end_with_their_agent(place: Place, tmp_path: Path, moment: str) -
         kill(running.agent.pid)
         assert running.wait() == -signal.SIGKILL
         until(lambda: not set(ranks) & set(processes(running.tag)), 30 if moment == "importing" else 5)
+
+
+SLOW_THREADS = """
+import glob, os, runpy, sys
+from moesaic.launch import metrics
+
+class Meter(metrics.Meter):
+    def __init__(self):  # the loop begins: the threads exist
+        super().__init__()
+        for comm in glob.glob("/proc/self/task/*/comm"):
+            if "gloo" in open(comm).read():
+                os.sched_setscheduler(int(comm.split("/")[4]), os.SCHED_IDLE, os.sched_param(0))
+
+metrics.Meter = Meter
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+program, *sys.argv[1:] = sys.argv[1:]
+runpy.run_path(program, run_name="__main__")
+"""
+
+
+@needs_proc
+def test_a_busy_machine_does_not_abort_a_run_at_its_end(place: Place, tmp_path: Path) -> None:
+    """Threads of the process group run only when the main thread waits, and so still hold the last tensors when it ends."""
+    program = tmp_path / "slow_threads.py"
+    program.write_text(SLOW_THREADS)
+    knobs = place.knobs(tmp_path / "run", "train.steps=2", "train.eval_every=2", "train.sample=5")
+    assert "files: " in finished(tmp_path, [str(PROGRAM), *knobs], program=program)
 
 
 # ---------------------------------------------------------------- any batch on any number of ranks

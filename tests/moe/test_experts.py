@@ -24,7 +24,9 @@ WORKLOADS = ["random", "one_hot", "empty_experts"]
 def choose(tokens: int, experts: int, k: int, workload: str) -> Tensor:
     """Expert ids (tokens, k), distinct within a row."""
     if workload == "one_hot":  # everybody's first choice is the last expert
-        return torch.stack([torch.cat((torch.tensor([experts - 1]), torch.randperm(experts - 1)[: k - 1])) for _ in range(tokens)])
+        return torch.stack(
+            [torch.cat((torch.tensor([experts - 1]), torch.randperm(experts - 1)[: k - 1])) for _ in range(tokens)]
+        )
     used = max(k, experts // 2) if workload == "empty_experts" else experts
     return torch.stack([torch.randperm(used)[:k] for _ in range(tokens)])
 
@@ -63,7 +65,9 @@ def naive(values: dict[str, Tensor], ids: Tensor, unused: Tensor | None, activat
     return torch.stack(out)
 
 
-def operands(shape: tuple[int, ...], scale: float = 1.0, activation: str = "swiglu", bias: bool = False) -> dict[str, Tensor]:
+def operands(
+    shape: tuple[int, ...], scale: float = 1.0, activation: str = "swiglu", bias: bool = False
+) -> dict[str, Tensor]:
     tokens, d, f, experts, k = shape
     up = f if activation == "relu2" else 2 * f
     values = {
@@ -75,9 +79,20 @@ def operands(shape: tuple[int, ...], scale: float = 1.0, activation: str = "swig
     return values | ({"b_up": torch.randn(experts, up), "b_down": torch.randn(experts, d)} if bias else {})
 
 
-def ours(values: dict[str, Tensor], rows: Rows, activation: str = "swiglu", backend: str = "torch", chunk: int = 256) -> Tensor:
+def ours(
+    values: dict[str, Tensor], rows: Rows, activation: str = "swiglu", backend: str = "torch", chunk: int = 256
+) -> Tensor:
     weights_R = values["weights"].flatten()[rows.slot_R]
-    args = (values["x"], weights_R, values["w_up"], values["w_down"], values.get("b_up"), values.get("b_down"), rows, activation)
+    args = (
+        values["x"],
+        weights_R,
+        values["w_up"],
+        values["w_down"],
+        values.get("b_up"),
+        values.get("b_down"),
+        rows,
+        activation,
+    )
     return experts_reference(*args) if backend == "reference" else module._ExpertsOp.apply(*args, chunk)
 
 
@@ -98,7 +113,9 @@ def grouped_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_backward_loop", module._backward_grouped)
 
 
-def check(shape: tuple[int, ...], ids: Tensor, unused: Tensor | None, activation: str, bias: bool, backend: str) -> None:
+def check(
+    shape: tuple[int, ...], ids: Tensor, unused: Tensor | None, activation: str, bias: bool, backend: str
+) -> None:
     values, gradient = operands(shape, 1.0, activation, bias), torch.randn(shape[0], shape[1])
     rows = rows_of(ids, shape[3], unused)
     exact = {name: value.double() for name, value in values.items()}
@@ -116,7 +133,9 @@ def check(shape: tuple[int, ...], ids: Tensor, unused: Tensor | None, activation
 @pytest.mark.parametrize("backend", ["loop", "grouped", "reference"])
 @pytest.mark.parametrize("workload", WORKLOADS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(shape: tuple[int, ...], workload: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_and_gradients(
+    shape: tuple[int, ...], workload: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if backend == "grouped":
         grouped_on_cpu(monkeypatch)
     check(shape, choose(shape[0], shape[3], shape[4], workload), None, "swiglu", False, backend)

@@ -3,10 +3,19 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from moesaic.moe.config import ModelConfig, RouterConfig
+from moesaic.moe.config import MLAConfig, ModelConfig, RouterConfig
 from moesaic.moe.flops import flops_per_token, parameter_counts
+from moesaic.moe.model import Transformer
 
 QWEN3_30B = ModelConfig(
     vocab_size=151_936,
@@ -42,9 +51,28 @@ OLMOE_7B = ModelConfig(
     qk_norm="full",
     router=RouterConfig(top_k=8),
 )
+# Without its layer that predicts a second token.
+DEEPSEEK_V3 = ModelConfig(
+    vocab_size=129_280,
+    d_model=7168,
+    n_layers=61,
+    attention="mla",
+    mla=MLAConfig(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+    n_heads=128,
+    n_experts=256,
+    d_expert=2048,
+    d_shared=2048,
+    n_dense_layers=3,
+    d_dense=18_432,
+    router=RouterConfig(kind="sigmoid_bias", top_k=8, groups=8, groups_kept=4),
+)
 
 
-@pytest.mark.parametrize(("config", "gflop"), [(QWEN3_30B, 23.08), (QWEN3_235B, 148.33)], ids=["30b", "235b"])
+@pytest.mark.parametrize(
+    ("config", "gflop"),
+    [(QWEN3_30B, 23.08), (QWEN3_235B, 148.33), (DEEPSEEK_V3, 250.45)],
+    ids=["30b", "235b", "deepseek"],
+)
 def test_flops_of_published_models(config: ModelConfig, gflop: float):
     """GFLOP per token at sequence length 4096, as published throughput and utilisation imply."""
     assert flops_per_token(config, 4096) / 1e9 == pytest.approx(gflop, rel=0.005)
@@ -52,8 +80,13 @@ def test_flops_of_published_models(config: ModelConfig, gflop: float):
 
 @pytest.mark.parametrize(
     ("config", "total", "active"),
-    [(QWEN3_30B, 30.5e9, 3.3e9), (QWEN3_235B, 235e9, 22e9), (OLMOE_7B, 6.92e9, 1.28e9)],
-    ids=["30b", "235b", "olmoe"],
+    [
+        (QWEN3_30B, 30.5e9, 3.3e9),
+        (QWEN3_235B, 235e9, 22e9),
+        (OLMOE_7B, 6.92e9, 1.28e9),
+        (DEEPSEEK_V3, 671.026404352e9, 37e9),
+    ],
+    ids=["30b", "235b", "olmoe", "deepseek"],
 )
 def test_counts_of_published_models(config: ModelConfig, total: float, active: float):
     counts = parameter_counts(config)
@@ -101,6 +134,36 @@ def olmoe(config: ModelConfig) -> PreTrainedModel:
     )
 
 
+def deepseek(config: ModelConfig) -> PreTrainedModel:
+    mla = config.mla
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_heads,
+            q_lora_rank=mla.q_lora_rank,
+            kv_lora_rank=mla.kv_lora_rank,
+            qk_nope_head_dim=mla.qk_nope_head_dim,
+            qk_rope_head_dim=mla.qk_rope_head_dim,
+            v_head_dim=mla.v_head_dim,
+            n_routed_experts=config.n_experts,
+            n_shared_experts=config.d_shared // config.d_expert,
+            num_experts_per_tok=config.router.top_k,
+            n_group=config.router.groups,
+            topk_group=config.router.groups_kept,
+            moe_intermediate_size=config.d_expert,
+            intermediate_size=config.d_dense,
+            first_k_dense_replace=config.n_dense_layers,
+            num_nextn_predict_layers=0,
+            tie_word_embeddings=config.tie_embeddings,
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
+    )
+
+
 def small(**overrides: object) -> ModelConfig:
     shape = {
         "vocab_size": 61,
@@ -115,7 +178,17 @@ def small(**overrides: object) -> ModelConfig:
     return ModelConfig(**(shape | overrides))  # type: ignore[arg-type]
 
 
+def small_mla(q_lora_rank: int | None) -> ModelConfig:
+    return small(
+        attention="mla", n_kv_heads=None, n_experts=6, d_shared=80, n_dense_layers=1, d_dense=96,
+        mla=MLAConfig(q_lora_rank=q_lora_rank, kv_lora_rank=22, qk_nope_head_dim=18, qk_rope_head_dim=6, v_head_dim=14),
+        router=RouterConfig(kind="sigmoid_bias", top_k=2, groups=2, groups_kept=1),
+    )  # fmt: skip
+
+
 MODELS = [
+    (deepseek, small_mla(None)),
+    (deepseek, small_mla(26)),
     (qwen3, small(qk_norm="head", head_dim=24)),
     (qwen3, small(qk_norm="head", n_dense_layers=1, d_dense=96)),
     (qwen3, small(qk_norm="head", tie_embeddings=True)),
@@ -138,7 +211,9 @@ def test_flops_match_what_a_training_step_executes(build, config: ModelConfig):
     tokens = torch.randint(config.vocab_size, (batch, seq_len))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens).logits.sum().backward()
-    masked = 3 * config.n_layers * 4 * seq_len * config.n_heads * config.head_width / 2
+    mla = config.mla
+    head = mla.qk_head_dim + mla.v_head_dim if config.attention == "mla" else 2 * config.head_width
+    masked = 3 * config.n_layers * 2 * seq_len * config.n_heads * head / 2
     ours = batch * seq_len * (flops_per_token(config, seq_len) + masked)
     # The rotary embedding's table is a tiny matrix product there.
     assert counter.get_total_flops() == pytest.approx(ours, rel=1e-4)
@@ -155,3 +230,16 @@ def test_shared_expert_counts_once_a_moe_layer():
 def test_idle_experts_are_not_active():
     counts = parameter_counts(small())
     assert counts.total - counts.active == 3 * (5 - 2) * 3 * 64 * 40
+
+
+@pytest.mark.parametrize("expert_bias", [False, True])
+@pytest.mark.parametrize(("activation", "matrices"), [("geglu", 3), ("relu2", 2)])
+def test_experts_of_every_kind_are_counted(activation: str, matrices: int, expert_bias: bool):
+    config = small(activation=activation, expert_bias=expert_bias)
+    counts = parameter_counts(config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    bias = (64 + (matrices - 1) * 40) * expert_bias
+    assert counts.total - counts.active == 3 * (5 - 2) * (matrices * 64 * 40 + bias)
+    assert flops_per_token(config, 8) - flops_per_token(small(), 8) == 6 * 3 * 2 * (matrices - 3) * 64 * 40

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from moesaic.moe.attention import Attention, rotary_table
 from moesaic.moe.config import ModelConfig, RouterConfig
-from moesaic.moe.model import IGNORED, Transformer, build
 from moesaic.moe.flops import parameter_counts
+from moesaic.moe.model import IGNORED, Transformer, build
 
 CPU = torch.device("cpu")
 
@@ -29,11 +29,21 @@ def olmoe_twin(model: Transformer) -> nn.Module:
     c = model.config
     twin = OlmoeForCausalLM(
         OlmoeConfig(
-            vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_expert, num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads, num_key_value_heads=c.kv_heads, num_experts=c.n_experts,
-            num_experts_per_tok=c.router.top_k, norm_topk_prob=c.router.renormalize, rms_norm_eps=c.norm_eps,
-            rope_theta=c.rope_theta, attn_implementation="eager", pad_token_id=0, tie_word_embeddings=False,
-        )  # fmt: skip
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            intermediate_size=c.d_expert,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.kv_heads,
+            num_experts=c.n_experts,
+            num_experts_per_tok=c.router.top_k,
+            norm_topk_prob=c.router.renormalize,
+            rms_norm_eps=c.norm_eps,
+            rope_theta=c.rope_theta,
+            attn_implementation="eager",
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        )
     )
     width = c.n_heads * c.head_width
     with torch.no_grad():

@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 
-def run_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, folder: Path, *arguments: Any, timeout: float = 120
+) -> list[Any]:
     """What `function(*arguments)` returned on each of `world` ranks. It is a top-level function of a test file, and finds
     torch.distributed initialised. An exception on any rank ends all of them and becomes an AssertionError with its traceback.
     """
     job = folder / "job"
     job.write_bytes(pickle.dumps((inspect.getfile(function), function.__name__, arguments)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(world):
@@ -26,7 +33,9 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments
                 command = [sys.executable, __file__, str(folder)]
                 variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(
-                    subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                    subprocess.Popen(
+                        command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                    )
                 )
         for process in processes:
             process.wait(timeout)

@@ -23,7 +23,9 @@ SEQUENCE = 13
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "shared_dense_tied": dict(d_shared=24, n_dense_layers=1, d_dense=40, tie_embeddings=True, n_kv_heads=2, qk_norm="full"),
+    "shared_dense_tied": dict(
+        d_shared=24, n_dense_layers=1, d_dense=40, tie_embeddings=True, n_kv_heads=2, qk_norm="full"
+    ),
     "top1_renormalized": dict(router=RouterConfig(top_k=1, renormalize=True), qk_norm="head"),
     "all_experts": dict(router=RouterConfig(top_k=4)),
 }
@@ -31,7 +33,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def config_of(shape: str) -> ModelConfig:
     base: dict[str, Any] = dict(
-        vocab_size=61, d_model=32, n_layers=2, n_heads=4, n_experts=4, d_expert=20, init_std=0.1, router=RouterConfig(top_k=2)
+        vocab_size=61,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_experts=4,
+        d_expert=20,
+        init_std=0.1,
+        router=RouterConfig(top_k=2),
     )
     return ModelConfig(**(base | SHAPES[shape]))
 
@@ -58,7 +67,9 @@ def backward(model: Any, batches: list[Tensor], all_tokens: int) -> Tensor:
 
 def train(model: Any, batches: list[Tensor], all_tokens: int, clip: Any) -> dict[str, Any]:
     """Three AdamW steps on the same batch; gradients of the first."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)  # at eps 1e-8 rounding noise is divided by itself
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-2, eps=1e-3
+    )  # at eps 1e-8 rounding noise is divided by itself
     result: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(3):
         result["losses"].append(backward(model, batches, all_tokens))
@@ -82,7 +93,10 @@ def spread(cases: list[tuple[str, int, int, bool]]) -> list[dict[str, Any]]:
         rank, world = dist.get_rank(), dist.get_world_size()
         batches = micro_batches(world, accumulation, unequal)
         tokens = sum(b.shape[0] for row in batches for b in row) * SEQUENCE
-        model = parallelize(config_of(shape), make_meshes("cpu", expert), seed=2, device=CPU, compute=torch.float32)
+        path = "local" if expert == 1 and shape == "plain" else "all_to_all"
+        model = parallelize(
+            config_of(shape), make_meshes("cpu", expert), path, seed=2, device=CPU, compute=torch.float32
+        )
         result = train(model, batches[rank], tokens, lambda m: clip_gradients(m.parameters(), 0.5))
         losses = torch.stack(result["losses"])
         dist.all_reduce(losses)
@@ -114,8 +128,12 @@ def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
         want = alone(shape, world, accumulation, unequal)
         for rank, results in enumerate(ranks):
             got = results[i]
-            torch.testing.assert_close(got["losses"], want["losses"], rtol=1e-5, atol=0, msg=lambda m, c=case: f"{c}: {m}")
-            torch.testing.assert_close(got["norms"], want["norms"], rtol=1e-5, atol=0, msg=lambda m, c=case: f"{c}: {m}")
+            torch.testing.assert_close(
+                got["losses"], want["losses"], rtol=1e-5, atol=0, msg=lambda m, c=case: f"{c}: {m}"
+            )
+            torch.testing.assert_close(
+                got["norms"], want["norms"], rtol=1e-5, atol=0, msg=lambda m, c=case: f"{c}: {m}"
+            )
             for kind in ("gradients", "weights"):
                 assert got[kind].keys() == want[kind].keys()
                 for name, value in want[kind].items():
@@ -123,3 +141,26 @@ def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
                     assert error < 1e-5, (case, rank, kind, name, error)
             # What is gathered is the same on all ranks, to the bit.
             assert all(torch.equal(got["weights"][n], ranks[0][i]["weights"][n]) for n in got["weights"])
+
+
+def in_bf16() -> tuple[Tensor, dict[str, Tensor], set[torch.dtype]]:
+    batch = micro_batches(2, 1, False)[dist.get_rank()]
+    model = parallelize(
+        config_of("plain"), make_meshes("cpu", 2), "all_to_all", seed=2, device=CPU, compute=torch.bfloat16
+    )
+    loss = backward(model, batch, 4 * SEQUENCE)
+    dist.all_reduce(loss)
+    kinds = {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters()}
+    return loss, {n: whole(p.grad) for n, p in model.named_parameters()}, kinds
+
+
+def test_bf16_products_with_fp32_weights(tmp_path: Path) -> None:
+    """What CUDA runs by default: products in bf16, everything that is kept or summed in fp32."""
+    want = alone("plain", 2, 1, False)
+    for loss, gradients, kinds in run_ranks(in_bf16, 2, tmp_path):
+        assert kinds == {torch.float32}
+        assert abs(loss / want["losses"][0] - 1) < 0.01
+        for name, value in want["gradients"].items():
+            error = (gradients[name] - value).norm() / value.norm()
+            # One flipped top-K choice among 52 tokens moves a gradient this much; a wrong scale would be 1.
+            assert 1e-6 < error < 0.2, (name, error)

@@ -33,7 +33,9 @@ def test_received_rows_by_hand() -> None:
 def workload(name: str, rank: int) -> Tensor:
     """Expert ids (T, K) of a rank, distinct in a row."""
     generator = torch.Generator().manual_seed(100 * rank + len(name))
-    tokens = {"uniform": 33, "zipf": 47, "one_expert": 21, "idle_rank": 19, "no_tokens": 0 if rank == 0 else 17}.get(name, 1)
+    tokens = {"uniform": 33, "zipf": 47, "one_expert": 21, "idle_rank": 19, "no_tokens": 0 if rank == 0 else 17}.get(
+        name, 1
+    )
     if name == "one_expert":
         return torch.tensor([[5, 2]]).repeat(tokens, 1)
     if name == "idle_rank":  # nothing for experts of the last rank
@@ -59,7 +61,9 @@ def compare(names: list[str]) -> list[dict[str, float]]:
         whole = Experts(CONFIG)
         for parameter in whole.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        part = Experts(ModelConfig(d_model=D, n_heads=2, n_experts=EXPERTS // world, d_expert=F, router=RouterConfig(top_k=1)))
+        part = Experts(
+            ModelConfig(d_model=D, n_heads=2, n_experts=EXPERTS // world, d_expert=F, router=RouterConfig(top_k=1))
+        )
         share = slice(rank * EXPERTS // world, (rank + 1) * EXPERTS // world)
         with torch.no_grad():
             part.w_up_EGD.copy_(whole.w_up_EGD[share])

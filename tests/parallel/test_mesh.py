@@ -1,11 +1,18 @@
 """Degrees of expert parallelism: what `auto` picks, and which mistakes are told."""
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
+
+from moesaic.parallel import mesh
 from moesaic.parallel.mesh import expert_degree
 
 
-@pytest.mark.parametrize(("world", "experts", "degree"), [(1, 8, 1), (2, 8, 2), (8, 12, 4), (6, 9, 3), (7, 8, 1), (16, 8, 8)])
+@pytest.mark.parametrize(
+    ("world", "experts", "degree"), [(1, 8, 1), (2, 8, 2), (8, 12, 4), (6, 9, 3), (7, 8, 1), (16, 8, 8)]
+)
 def test_auto_is_the_largest_common_divisor(world: int, experts: int, degree: int) -> None:
     assert expert_degree("auto", experts, world) == degree
 
@@ -16,3 +23,15 @@ def test_mistakes_name_knob_value_and_rule() -> None:
     with pytest.raises(ValueError, match=r"parallel\.expert=4: must divide model\.n_experts=6"):
         expert_degree("4", 6, 8)
     assert expert_degree("2", 6, 8) == 2
+
+
+@pytest.mark.parametrize(("gpus", "backend", "device"), [(0, "gloo", "cpu"), (8, "cpu:gloo,cuda:nccl", "cuda:3")])
+def test_backend_and_device_of_a_rank(gpus: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **_: chosen.append(name))
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert mesh.start() == torch.device(device)
+    assert chosen == ([torch.device(device), backend] if gpus else [backend])
