@@ -1,15 +1,15 @@
-"""Causal self-attention: grouped queries (GQA) and latent keys and values (MLA), over whole sequences or documents packed in them.
+"""Causal self-attention: grouped queries (GQA) and latent keys and values (MLA), in sequences or packed documents.
 
-Letters: B sequences, S positions, T = B * S tokens, D model width, H query heads, J key-value heads, C width of a head (of a query
-and its key, where a value's differs), P = C / 2 rotated pairs of a head, N blocks of positions.
+Letters: B sequences, S positions, T = B * S tokens, D model width, H query heads, J key-value heads, C width of a head (or
+of its rotated part), P = C / 2 rotated pairs of a head, N blocks of positions.
 
-Positions are counted over the sequence, also where documents are packed: the rotary embedding makes a score depend on the
-distance of two tokens alone, and a document's tokens keep theirs wherever it begins.
+Positions are counted over the sequence, also where documents are packed: the rotary embedding makes a score depend on
+the distance of two tokens alone, and a document's tokens keep theirs wherever it begins.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,12 @@ Mask = tuple[int, ...] | BlockMask | None
 def rotary_table(
     length: int, width: int, theta: float, device: torch.device, yarn: YarnConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 (S, P), of position * frequency; pair i has frequency theta^(-2i/C) (RoFormer, arXiv 2104.09864).
+    """What `rotate` multiplies with, fp32 (S, C) each: (cos, cos) and (-sin, sin) of the angles of a head's pairs.
 
-    With `yarn`, frequencies that turn less than beta_slow times within the model's original positions are divided by the
-    factor, those above beta_fast times stay, in between linear in i, between the bounds rounded outwards; and the table
-    holds cos and sin times m(mscale) / m(mscale_all_dim). (YaRN, arXiv 2309.00071, as DeepSeek-V3 has it.)
+    At position s, pair i has the angle s * theta^(-2i/C) (RoFormer, arXiv 2104.09864). With `yarn`, pairs that turn
+    less than beta_slow times within the model's original positions are slowed by the factor, those that turn more
+    than beta_fast times are not, and in between the slowing is linear in i, from bounds rounded outwards; and both
+    tables are multiplied by m(mscale) / m(mscale_all_dim). (YaRN, arXiv 2309.00071, as DeepSeek-V3 has it.)
     """
     # fp64: at position 100,000 an fp32 angle is off by more than bf16 can tell.
     pair_P = torch.arange(width // 2, dtype=torch.float64, device=device)
@@ -56,34 +57,35 @@ def rotary_table(
         frequency_P = frequency_P * (1 - slowed_P + slowed_P / yarn.factor)
         scale = _magnitude(yarn, yarn.mscale) / _magnitude(yarn, yarn.mscale_all_dim)
     angle_SP = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency_P)
-    return (angle_SP.cos() * scale).float(), (angle_SP.sin() * scale).float()
+    cos_SP, sin_SP = (angle_SP.cos() * scale).float(), (angle_SP.sin() * scale).float()
+    return torch.cat((cos_SP, cos_SP), dim=1), torch.cat((-sin_SP, sin_SP), dim=1)
 
 
 def _magnitude(yarn: YarnConfig, mscale: float) -> float:
     return 1 + 0.1 * mscale * math.log(yarn.factor)
 
 
-def rotate(x_BSHC: Tensor, cos_SP: Tensor, sin_SP: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn the pairs of each head by their position's angles. Pairs are (i, i + C/2), as in Llama's published weights, or
-    `interleaved` (2i, 2i + 1), as in DeepSeek's. The result has the halves in either case, which no score can tell."""
-    first, second = (x_BSHC[..., 0::2], x_BSHC[..., 1::2]) if interleaved else x_BSHC.chunk(2, dim=-1)
-    cos_S1P, sin_S1P = cos_SP[:, None], sin_SP[:, None]
-    turned = torch.cat((first * cos_S1P - second * sin_S1P, second * cos_S1P + first * sin_S1P), dim=-1)
-    return turned.to(x_BSHC.dtype)
+def rotate(x_BSHC: Tensor, cos_SC: Tensor, sin_SC: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn the pairs of each head by the angles of `rotary_table`. Pairs are (i, i + C/2), as in Llama's weights, or
+    `interleaved`, (2i, 2i + 1), as in DeepSeek's; the result has the former in both cases, which no score can tell."""
+    if interleaved:
+        x_BSHC = x_BSHC.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    swapped_BSHC = x_BSHC.roll(x_BSHC.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BSHC * cos_SC[:, None], swapped_BSHC, sin_SC[:, None]).to(x_BSHC.dtype)
 
 
 # ---------------------------------------------------------------- documents
 
 
 def document_ids(tokens_BS: Tensor, separator: int) -> Tensor:
-    """int32 (B, S): the number of the document, counted within its sequence, that each token belongs to. A document is followed
-    by the separator, which belongs to the document that it ends."""
+    """int32 (B, S): the number of the document, counted within its sequence, that each token belongs to. A document is
+    followed by the separator, which belongs to the document that it ends."""
     ends_BS = (tokens_BS == separator).int()
     return ends_BS.cumsum(dim=1, dtype=torch.int32) - ends_BS
 
 
 def document_mask(documents_BS: Tensor) -> Mask:
-    """What `attend` needs to know of the documents, made once for all layers: `block_mask`, or on a CPU `document_lengths`.
+    """What `attend` must know of the documents, made once for all layers: `block_mask`, or on a CPU `document_lengths`.
 
     documents_BS: numbers, of any integer type, that never fall along a sequence, such as `document_ids` gives.
     """
@@ -103,17 +105,17 @@ def document_lengths(documents_BS: Tensor) -> tuple[int, ...] | None:
 
 
 def block_mask(documents_BS: Tensor) -> BlockMask:
-    """The mask as flex_attention reads it: which blocks of keys a block of queries sees in part, and which it sees whole.
+    """The mask as flex_attention reads it: the blocks of keys that a block of queries sees in part, and those seen whole.
 
-    It equals what `create_block_mask` makes of `visible`, without ever holding S x S values: as numbers never fall along a
-    sequence, the first and the last of a block tell all. Nothing is read back to the host.
+    It equals what torch's create_block_mask makes of `visible`, but never holds S x S values: as numbers never fall
+    along a sequence, the first and the last of a block tell all. Nothing is read back to the host.
     """
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents_BS[b, query] == documents_BS[b, key])
 
     def listed(seen_BNN: Tensor) -> tuple[Tensor, Tensor]:
-        """How many blocks of keys each block of queries sees, and which: their numbers in order, then the others'."""
+        """How many blocks of keys each block of queries sees, and which: their numbers in order, then the others."""
         order_BNN = seen_BNN.int().argsort(dim=-1, descending=True, stable=True).int()
         return seen_BNN.sum(dim=-1, dtype=torch.int32)[:, None], order_BNN[:, None].contiguous()
 
@@ -137,14 +139,14 @@ def block_mask(documents_BS: Tensor) -> BlockMask:
 
 
 def attend(q_BSHC: Tensor, k_BSJC: Tensor, v_BSJC: Tensor, mask: Mask, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v over the tokens that `mask` and the order of positions let a token see -> y_BSHC, as wide as v.
+    """softmax(scale * q k^T) v over the tokens that `mask` lets a token see, none after itself -> y_BSHC, as wide as v.
 
     On a CPU each document is a call of its own: no product is made to be masked, and no S x S mask is held.
     """
     if isinstance(mask, BlockMask):
-        flex = _compiled_flex() if q_BSHC.is_cuda else flex_attention
         gqa = q_BSHC.shape[2] != k_BSJC.shape[2]
         q_BHSC, k_BJSC, v_BJSC = (x.transpose(1, 2) for x in (q_BSHC, k_BSJC, v_BSJC))
+        flex = _flex(q_BSHC.is_cuda)
         return flex(q_BHSC, k_BJSC, v_BJSC, block_mask=mask, scale=scale, enable_gqa=gqa).transpose(1, 2)
     if mask is None:
         return _causal(q_BSHC, k_BSJC, v_BSJC, scale)
@@ -165,9 +167,9 @@ def _causal(q_BSHC: Tensor, k_BSJC: Tensor, v_BSJC: Tensor, scale: float) -> Ten
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    # Not compiled, flex_attention holds all scores.
-    return torch.compile(flex_attention)
+def _flex(fused: bool) -> Any:
+    # Only when compiled is it one kernel; else it holds all scores.
+    return torch.compile(flex_attention) if fused else flex_attention
 
 
 class Attention(nn.Module):
@@ -184,7 +186,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.width * (1 if per_head else self.heads), config.norm_eps)
             self.k_norm = nn.RMSNorm(self.width * (1 if per_head else self.kv_heads), config.norm_eps)
 
-    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, mask: Mask = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor, mask: Mask = None) -> Tensor:
         widths = [self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width]
         q, k, v = self.wqkv(x_BSD).split(widths, dim=2)
         if self.qk_norm == "full":
@@ -192,7 +194,7 @@ class Attention(nn.Module):
         q_BSHC, k_BSJC, v_BSJC = (x.unflatten(2, (-1, self.width)) for x in (q, k, v))
         if self.qk_norm == "head":
             q_BSHC, k_BSJC = self.q_norm(q_BSHC), self.k_norm(k_BSJC)
-        q_BSHC, k_BSJC = rotate(q_BSHC, cos_SP, sin_SP), rotate(k_BSJC, cos_SP, sin_SP)
+        q_BSHC, k_BSJC = rotate(q_BSHC, cos_SC, sin_SC), rotate(k_BSJC, cos_SC, sin_SC)
         return self.wo(attend(q_BSHC, k_BSJC, v_BSJC, mask, self.width**-0.5).flatten(2))
 
 
@@ -225,7 +227,7 @@ class LatentAttention(nn.Module):
         self.wkv_b = nn.Linear(mla.kv_lora_rank, self.heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
         self.wo = nn.Linear(self.heads * mla.v_head_dim, config.d_model, bias=False)
 
-    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, mask: Mask = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor, mask: Mask = None) -> Tensor:
         mla = self.mla
         q = self.wq(x_BSD) if mla.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x_BSD)))
         latent, k_rope = self.wkv_a(x_BSD).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=2)
@@ -233,8 +235,8 @@ class LatentAttention(nn.Module):
 
         q_nope, q_rope = q.unflatten(2, (self.heads, -1)).split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=3)
         k_nope, v_BSHC = kv.unflatten(2, (self.heads, -1)).split([mla.qk_nope_head_dim, mla.v_head_dim], dim=3)
-        q_rope = rotate(q_rope, cos_SP, sin_SP, mla.rope_interleave)
-        k_rope = rotate(k_rope.unsqueeze(2), cos_SP, sin_SP, mla.rope_interleave)
+        q_rope = rotate(q_rope, cos_SC, sin_SC, mla.rope_interleave)
+        k_rope = rotate(k_rope.unsqueeze(2), cos_SC, sin_SC, mla.rope_interleave)
         q_BSHC = torch.cat((q_nope, q_rope), dim=3)
         k_BSHC = torch.cat((k_nope, k_rope.expand_as(q_rope)), dim=3)
         return self.wo(attend(q_BSHC, k_BSHC, v_BSHC, mask, self.scale).flatten(2))

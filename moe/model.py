@@ -47,8 +47,8 @@ class Block(nn.Module):
         dense = layer < config.n_dense_layers
         self.ffn = FeedForward(config.d_model, config.d_dense) if dense else MoE(config)
 
-    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, mask: Mask = None) -> tuple[Tensor, Aux]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SP, sin_SP, mask)
+    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor, mask: Mask = None) -> tuple[Tensor, Aux]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SC, sin_SC, mask)
         x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
         y_TD, aux = self.ffn(x_TD, x_BSD.shape[0]) if isinstance(self.ffn, MoE) else (self.ffn(x_TD), {})
         return x_BSD + y_TD.view_as(x_BSD), aux
@@ -77,12 +77,12 @@ class Transformer(nn.Module):
         self, tokens_BS: Tensor, targets_BS: Tensor | None = None, documents_BS: Tensor | None = None
     ) -> Output:
         config, length = self.config, tokens_BS.shape[1]
-        cos_SP, sin_SP = rotary_table(length, config.rotary_width, config.rope_theta, tokens_BS.device, config.yarn)
+        cos_SC, sin_SC = rotary_table(length, config.rotary_width, config.rope_theta, tokens_BS.device, config.yarn)
         mask = None if documents_BS is None else document_mask(documents_BS)
         x_BSD = self.embedding(tokens_BS)
         records: list[Aux] = []
         for block in self.blocks:
-            x_BSD, record = block(x_BSD, cos_SP, sin_SP, mask)
+            x_BSD, record = block(x_BSD, cos_SC, sin_SC, mask)
             if record:
                 records.append(record)
         x_BSD = self.norm(x_BSD)

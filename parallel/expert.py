@@ -112,7 +112,8 @@ class AllToAllPath:
         weights_R1 = routing.weights_S.index_select(0, rows.slot_R)[:, None]
         weights_N1 = _AllToAll.apply(weights_R1, send, receive, self.group)
 
-        y_ND = experts(x_ND, weights_N1[:, 0], received_rows(received_We))
+        arrived = received_rows(received_We)
+        y_ND = experts(x_ND, weights_N1[:, 0].index_select(0, arrived.slot_R), arrived)
 
         y_RD = _AllToAll.apply(y_ND, receive, send, self.group)
         return _Combine.apply(y_RD, rows)

@@ -351,7 +351,7 @@ def test_ties_among_a_million_tokens_go_to_the_earlier() -> None:
 
 
 def test_orders_every_float() -> None:
-    values = torch.tensor([0.0, 1e-45, -1e-45, 3e38, -3e38, 1e-30, 1.0, -1.0, 1.0000001, -0.0])
+    values = torch.tensor([-0.0, 1e-45, -1e-45, 3e38, -3e38, 1e-30, 1.0, -1.0, 1.0000001, 0.0])
     scores = torch.stack([values, torch.zeros(10)], dim=1)
     order = sorted(range(10), key=lambda t: (-values[t].item(), t))
     for chosen in range(1, 8):

@@ -116,8 +116,19 @@ def test_yarn_equals_transformers(width: int, yarn: YarnConfig) -> None:
         del theirs_config.rope_parameters["mscale_all_dim"], theirs_config.rope_parameters["mscale"]
     want = DeepseekV3RotaryEmbedding(theirs_config)(torch.zeros(1), torch.arange(300)[None])
     got = rotary_table(300, width, config.rope_theta, CPU, yarn)
-    for mine, other in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, other[0, :, : width // 2], rtol=0, atol=1e-4)  # their angles are fp32
+    sign = torch.ones(width)
+    sign[: width // 2] = -1
+    torch.testing.assert_close(got[0], want[0][0], rtol=0, atol=1e-4)  # their angles are fp32
+    torch.testing.assert_close(got[1], want[1][0] * sign, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_in_low_precision(interleaved: bool) -> None:
+    tables = rotary_table(9, 8, 100.0, CPU)
+    x = torch.randn(2, 9, 3, 8).bfloat16()
+    got = rotate(x, *tables, interleaved)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, rotate(x.float(), *tables, interleaved).bfloat16(), rtol=0, atol=0)
 
 
 def test_a_score_depends_on_distance_alone() -> None:
@@ -186,7 +197,7 @@ def test_packed_documents_equal_each_by_itself(attention: str) -> None:
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
 @pytest.mark.parametrize("lengths", [[7, 9], [1, 15], [15, 1], [5, 1, 10]], ids=str)
 def test_no_token_sees_another_document(attention: str, lengths: list[int]) -> None:
-    # Dense, for an expert's product may round otherwise when it has other rows besides a token's: here bits must be equal.
+    # Dense: an expert's product may round otherwise when it has other rows besides a token's, and here bits must be equal.
     model = build(small(attention, n_dense_layers=2, d_dense=30), 0, CPU)
     tokens = torch.randint(0, SEPARATOR, (1, 16))
     ends = torch.tensor(lengths).cumsum(0).tolist()
@@ -229,8 +240,8 @@ def test_a_batch_of_no_sequence(attention: str) -> None:
 
 @pytest.fixture
 def flex_with_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flex_attention, not compiled, on a CPU. It refuses inputs that need a gradient there, although its plain form has one;
-    and it warns that it holds all scores."""
+    """flex_attention, not compiled, on a CPU. It refuses inputs that need a gradient there, although its plain form has
+    one; and it warns that it holds all scores."""
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(flex, "_WARNINGS_SHOWN", {"flex_attention_performance"})
 

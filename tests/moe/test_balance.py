@@ -1,32 +1,65 @@
 """Balance losses against their definitions, and the load figures on cases worked by hand."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from moesaic.moe.balance import balance_loss, load_figures, z_loss
+from moesaic.moe.router import Routing, topk_routing
+
+
+def alone(counts: Tensor) -> Tensor:
+    return counts
+
+
+def routing_of(ids: Tensor, experts: int) -> Routing:
+    return topk_routing(ids, torch.rand(ids.shape), experts)
 
 
 def test_balance_loss_is_one_when_even_and_grows_with_imbalance() -> None:
     even = torch.full((12, 4), 0.25)
-    assert balance_loss(even, torch.tensor([6, 6, 6, 6])).item() == pytest.approx(1.0)
-    # All rows to expert 0, which has probability 0.7: 4 * 1 * 0.7.
-    skewed = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(12, 4)
-    assert balance_loss(skewed, torch.tensor([12, 0, 0, 0])).item() == pytest.approx(2.8)
+    everywhere = torch.tensor([[0, 1], [2, 3]]).repeat(6, 1)
+    for over in ("micro_batch", "sequence", "global"):
+        assert balance_loss(routing_of(everywhere, 4), even, over, 3, alone).item() == pytest.approx(1.0)
+        # All rows to expert 0, which has probability 0.7: 4 * 1 * 0.7.
+        skewed = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).expand(12, 4)
+        assert balance_loss(routing_of(torch.zeros(12, 1).long(), 4), skewed, over, 3, alone).item() == pytest.approx(
+            2.8
+        )
 
 
-def test_balance_loss_definition_and_gradient() -> None:
-    logits = torch.randn(19, 6, dtype=torch.float64, requires_grad=True)
-    probs = logits.softmax(dim=1)
-    ids = probs.topk(2, dim=1).indices
-    counts = torch.bincount(ids.flatten(), minlength=6)
-    loss = balance_loss(probs, counts)
-    naive = 6 * sum(counts[e] / 38 * sum(probs[t, e] for t in range(19)) / 19 for e in range(6))
+@pytest.mark.parametrize(("over", "sequences"), [("micro_batch", 1), ("sequence", 1), ("sequence", 5), ("global", 5)])
+def test_balance_loss_definition_and_gradient(over: str, sequences: int) -> None:
+    logits = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+    shares = logits.softmax(dim=1)
+    ids = shares.topk(2, dim=1).indices
+    elsewhere = torch.tensor([3, 0, 1, 7, 0, 9])  # what other ranks route, for `global`
+    loss = balance_loss(routing_of(ids, 6), shares, over, sequences, lambda counts: counts + elsewhere)
+    parts = torch.arange(20).chunk(sequences if over == "sequence" else 1)
+    naive = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        counts = torch.bincount(ids[part].flatten(), minlength=6) + (elsewhere if over == "global" else 0)
+        for e in range(6):
+            mean = sum(shares[t, e] for t in part) / len(part)
+            naive = naive + 6 * counts[e] / counts.sum() * mean / len(parts)
     torch.testing.assert_close(loss, naive)
     (mine,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (theirs,) = torch.autograd.grad(naive, logits)
     torch.testing.assert_close(mine, theirs)
+
+
+def test_sequence_loss_leaves_out_unused_slots() -> None:
+    shares = torch.rand(8, 3).softmax(dim=1)
+    ids = torch.tensor([[0], [0], [1], [2], [2], [1], [1], [0]])
+    full = routing_of(ids, 3)
+    dropped = dataclasses.replace(full, expert_S=full.expert_S.masked_fill(torch.arange(8) == 3, 3), per_token=0)
+    got = balance_loss(dropped, shares, "sequence", 2, alone)
+    first = 3 * (torch.tensor([2.0, 1.0, 0.0]) / 3 * shares[:4].mean(0)).sum()
+    second = 3 * (torch.tensor([1.0, 2.0, 1.0]) / 4 * shares[4:].mean(0)).sum()
+    torch.testing.assert_close(got, (first + second) / 2)
 
 
 def test_z_loss_definition() -> None:
@@ -35,15 +68,26 @@ def test_z_loss_definition() -> None:
     assert z_loss(logits).item() == pytest.approx(naive)
 
 
-def test_losses_of_no_tokens_are_zero() -> None:
-    assert balance_loss(torch.zeros(0, 4), torch.zeros(4, dtype=torch.int64)).item() == 0
+@pytest.mark.parametrize("over", ["micro_batch", "sequence", "global"])
+def test_losses_of_no_tokens_are_zero(over: str) -> None:
+    routing = routing_of(torch.zeros(0, 2, dtype=torch.int64), 4)
+    assert balance_loss(routing, torch.zeros(0, 4), over, 0, alone).item() == 0
     assert z_loss(torch.zeros(0, 4)).item() == 0
 
 
 def test_load_figures_by_hand() -> None:
     # Layer 0 even; layer 1: one expert has all 8 rows, so max/mean 4, standard deviation/mean sqrt(3), entropy 0.
-    figures = load_figures(torch.tensor([[2, 2, 2, 2], [0, 8, 0, 0]]))
+    counts = torch.tensor([[2, 2, 2, 2], [0, 8, 0, 0]])
+    # 4 tokens; the entropy of scores is log 4 a token in layer 0, half of it in layer 1; one drop, two additions.
+    sums = torch.tensor([[4, 4 * math.log(4), 0, 0], [4, 2 * math.log(4), 1, 2]])
+    figures = load_figures(counts, sums, tile=3)
     assert figures["moe/load_max_over_mean"] == pytest.approx(4.0)
     assert figures["moe/load_cv"] == pytest.approx(math.sqrt(3) / 2)
     assert figures["moe/dead_fraction"] == pytest.approx(3 / 8)
     assert figures["moe/load_entropy"] == pytest.approx(0.5)
+    assert figures["moe/router_entropy"] == pytest.approx(0.75)
+    assert figures["moe/dropped"] == pytest.approx(1 / 8) and figures["moe/layer1/dropped"] == pytest.approx(1 / 4)
+    assert figures["moe/layer1/added"] == pytest.approx(1 / 2)
+    # Tiles of 3 rows: 2 become 3 four times (4 of 8), 8 become 9 (1 of 8).
+    assert figures["moe/layer0/padding"] == pytest.approx(0.5) and figures["moe/layer1/padding"] == pytest.approx(1 / 8)
+    assert figures["moe/layer0/load_max_over_mean"] == pytest.approx(1.0)

@@ -1,5 +1,6 @@
 """The all-to-all path against the local one, on workloads that uneven exchanges get wrong."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from moesaic.moe.config import ModelConfig, RouterConfig
 from moesaic.moe.dispatch import LocalPath
 from moesaic.moe.experts import Experts
-from moesaic.moe.router import Routing, count_rows
+from moesaic.moe.router import count_rows, topk_routing
 from moesaic.parallel.expert import AllToAllPath, received_rows
 from tests.parallel.ranks import run_ranks
 
@@ -22,20 +23,25 @@ CONFIG = ModelConfig(d_model=D, n_heads=2, n_experts=EXPERTS, d_expert=F, router
 def test_received_rows_by_hand() -> None:
     # Two sources, two local experts; what arrives, as source/expert/number: a0 a0 a1 | b1 b1 b1, rows 0..5.
     rows = received_rows(torch.tensor([[2, 1], [0, 3]]))
-    assert rows.counts_e.tolist() == [2, 4]
+    assert rows.counts_E.tolist() == [2, 4]
     assert rows.source_R.tolist() == [0, 1, 2, 3, 4, 5]
     # Source a: one row of each; b: two and one. Arrival: a/0 a/1 b/0 b/0 b/1; by expert: 0 2 3 | 1 4.
     rows = received_rows(torch.tensor([[1, 1], [2, 1]]))
     assert rows.source_R.tolist() == [0, 2, 3, 1, 4]
-    assert rows.position_NK.flatten().tolist() == [0, 3, 1, 2, 4]
+    assert rows.bag.flatten().tolist() == [0, 3, 1, 2, 4]
 
 
 def workload(name: str, rank: int) -> Tensor:
     """Expert ids (T, K) of a rank, distinct in a row."""
     generator = torch.Generator().manual_seed(100 * rank + len(name))
-    tokens = {"uniform": 33, "zipf": 47, "one_expert": 21, "idle_rank": 19, "no_tokens": 0 if rank == 0 else 17}.get(
-        name, 1
-    )
+    tokens = {
+        "uniform": 33,
+        "unused_slots": 29,
+        "zipf": 47,
+        "one_expert": 21,
+        "idle_rank": 19,
+        "no_tokens": 0 if rank == 0 else 17,
+    }.get(name, 1)
     if name == "one_expert":
         return torch.tensor([[5, 2]]).repeat(tokens, 1)
     if name == "idle_rank":  # nothing for experts of the last rank
@@ -49,7 +55,7 @@ def workload(name: str, rank: int) -> Tensor:
     return torch.multinomial(weights.expand(tokens, EXPERTS), K, generator=generator)
 
 
-WORKLOADS = ["uniform", "zipf", "one_expert", "idle_rank", "no_tokens", "single_token"]
+WORKLOADS = ["uniform", "unused_slots", "zipf", "one_expert", "idle_rank", "no_tokens", "single_token"]
 
 
 def compare(names: list[str]) -> list[dict[str, float]]:
@@ -75,7 +81,19 @@ def compare(names: list[str]) -> list[dict[str, float]]:
 
         def run(path: Any, experts: Experts) -> tuple[Tensor, Tensor, Tensor]:
             leaf, scale = x.clone().requires_grad_(), weights.clone().requires_grad_()
-            y = path(leaf, Routing(ids, scale, count_rows(ids, EXPERTS)), experts)
+            routing = topk_routing(ids, scale, EXPERTS)
+            if (
+                name == "unused_slots"
+            ):  # as capacity and rounding leave them: a token without any, others with one or two
+                unused_S = torch.arange(ids.numel()) % 3 == 0
+                unused_S[:K] = True
+                expert_S = routing.expert_S.masked_fill(unused_S, EXPERTS)
+                counts_E = count_rows(expert_S[~unused_S], EXPERTS)
+                weights_S = routing.weights_S * ~unused_S
+                routing = dataclasses.replace(
+                    routing, expert_S=expert_S, counts_E=counts_E, weights_S=weights_S, per_token=0
+                )
+            y = path(leaf, routing, experts)
             y.backward(gradient)
             return y.detach(), leaf.grad, scale.grad
 
