@@ -115,11 +115,20 @@ class WandbConfig:
 
 @dataclass
 class Config:
-    """One run. `run_dir` holds all it writes; `resume` is auto (newest complete checkpoint of run_dir), never, or a path."""
+    """One run.
+
+    run_dir          holds all that it writes
+    resume           auto (newest complete checkpoint of run_dir), never, or the path of a run or checkpoint
+    init_from        a folder with config.json and safetensors whose weights a run starts from (null: random ones); of no effect
+                     on a run that resumes
+    model_from_init  take the shape of the model from init_from; false: it must equal that of `model`
+    """
 
     name: str = "run"
     run_dir: str = "runs/${name}"
     resume: str = "auto"
+    init_from: str | None = None
+    model_from_init: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -134,11 +143,12 @@ class Config:
             self.data.source = "files"
         self.run_dir = os.path.expanduser(self.run_dir)  # a shell leaves the ~ of run_dir=~/runs/a alone
         self.resume = os.path.expanduser(self.resume)
+        self.init_from = os.path.expanduser(self.init_from) if self.init_from else None
 
 
 def check(c: Config) -> None:
     """Rules on the knobs of the loop, alone and together. Raises `ValueError` naming the knob, its value and the rule."""
-    for name in ("name", "run_dir", "resume"):
+    for name in ("name", "run_dir", "resume", "init_from"):
         require(getattr(c, name) != "", f"{name}=: must not be empty")
     for name in ("steps", "global_batch", "seq_len", "log_every", "keep_checkpoints", "eval_batches"):
         require(getattr(c.train, name) >= 1, f"train.{name}={getattr(c.train, name)}: must be at least 1")
@@ -168,7 +178,7 @@ def check(c: Config) -> None:
                     "model.router.kind=expert_choice, whose choice depends on later tokens")  # fmt: skip
     if expert != "auto":
         require(expert.isdecimal() and int(expert) >= 1, f"parallel.expert={expert}: must be auto or a positive number")
-        require(c.model.n_experts % int(expert) == 0,
+        require(c.model_from_init or c.model.n_experts % int(expert) == 0,
                 f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
         require(path != "local" or int(expert) == 1,
                 f"parallel.expert={expert}: must be 1 or auto with parallel.expert_path=local")  # fmt: skip

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 launch/train.py recipe=tiny_moe run_dir=runs/demo
     torchrun --nproc-per-node 8 launch/train.py recipe=7b_moe data.files=data/corpus train.steps=20000
+    torchrun --nproc-per-node 8 launch/train.py recipe=continue_hf init_from=models/OLMoE-1B-7B data.files=data/corpus
 
 A step's batch is `train.global_batch` sequences, dealt to ranks in order, each rank's share in micro-batches. A micro-batch of
 one rank is the routing domain. The loss of a step is the token mean over the global batch.
@@ -31,6 +32,8 @@ from moesaic.launch.tokens import check_vocab
 from moesaic.moe.attention import document_ids
 from moesaic.moe.balance import load_figures, update_bias
 from moesaic.moe.flops import flops_per_token, parameter_counts
+from moesaic.moe.hf import Checkpoint
+from moesaic.moe.hf_config import MOE_FAMILIES, settle
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint
 from moesaic.parallel.apply import parallelize, total
@@ -57,27 +60,31 @@ def train(config: Config, device: torch.device) -> None:
     checkpoints = run_dir / "checkpoints"
 
     # --- what must be right before anything large is made: a mistake on one rank ends all of them with its line
+    source = agree_on(lambda: find_checkpoint(config, checkpoints))
+    saved = checkpoint.read_state(source) if source else {"step": 0, "samples": 0, "tokens": 0}
+    weights = together(lambda: settle_model(config, saved))
     local = config.parallel.expert_path == "local"
     expert = together(lambda: expert_degree("1" if local else config.parallel.expert, config.model.n_experts, world))
-    source = agree_on(lambda: find_checkpoint(config, checkpoints))
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
     data = together(lambda: open_data(config.data, config.train.seq_len))
     together(lambda: check_vocab(config.model.vocab_size, data.tokenizer))
-    saved = checkpoint.read_state(source) if source else {"step": 0, "samples": 0, "tokens": 0}
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
 
     # --- the model, spread over the ranks
     compute = compute_dtype(config, device)
     meshes = make_meshes(device.type, expert)
     path = "all_to_all" if expert > 1 or config.parallel.expert_path == "all_to_all" else "local"
-    model = parallelize(config.model, meshes, path, seed=config.train.seed, device=device, compute=compute)
+    fill = weights.read_into if weights else None
+    model = parallelize(config.model, meshes, path, seed=config.train.seed, device=device, compute=compute, fill=fill)
     optimizer = make_optimizer(model, config.optim)
     torch.manual_seed(config.train.seed * 1_000_003 + rank)
     step, samples, tokens = saved["step"], saved["samples"], saved["tokens"]
     if source:
         checkpoint.load(source, model, optimizer)
         say(f"resumed from {source}: step {step}, {tokens:,} tokens")
+    if weights:
+        say("\n".join([f"weights: {config.init_from} ({weights.kind})", *weights.notes]))
 
     # --- what the run leaves behind
     log = wandb = None
@@ -260,6 +267,30 @@ def find_checkpoint(config: Config, checkpoints: Path) -> Path | None:
         raise ValueError(f"resume={config.resume}: must be auto, for run_dir={config.run_dir} holds {own[-1].name}; "
                          "or choose another run_dir")  # fmt: skip
     return found[-1]
+
+
+def settle_model(config: Config, saved: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint of `init_from`, where the run starts from it; with `model_from_init`, `config.model` gets its shape: the
+    saved one's where the run resumes."""
+    if "config" in saved:
+        if config.model_from_init:
+            before = cli.from_dict(saved["config"]).model
+            config.model = settle(config.model, before, True, f"the checkpoint in run_dir={config.run_dir}")
+        return None
+    if config.init_from is None:
+        if config.model_from_init:
+            raise ValueError(
+                "init_from=null: must be the folder to take model and weights from, with model_from_init=true"
+            )
+        return None
+    weights = Checkpoint(config.init_from)
+    if weights.kind not in MOE_FAMILIES:
+        raise ValueError(f"init_from={config.init_from}: {weights.kind} has no experts; launch/upcycle.py makes some")
+    if config.data.tokenizer == "bytes" and (weights.folder / "tokenizer.json").is_file():
+        raise ValueError(f"data.tokenizer=bytes: init_from={config.init_from} has a tokenizer of its own; "
+                         f"data.tokenizer={config.init_from} chooses it")  # fmt: skip
+    config.model = settle(config.model, weights.config, config.model_from_init, f"init_from={config.init_from}")
+    return weights
 
 
 def check_resume(config: Config, data: str, saved: dict[str, Any], source: Path | None) -> None:

@@ -78,10 +78,10 @@ def rotate(x_BSHC: Tensor, cos_SC: Tensor, sin_SC: Tensor, interleaved: bool = F
 
 
 def document_ids(tokens_BS: Tensor, separator: int) -> Tensor:
-    """int32 (B, S): the number of the document, counted within its sequence, that each token belongs to. A document is
-    followed by the separator, which belongs to the document that it ends."""
-    ends_BS = (tokens_BS == separator).int()
-    return ends_BS.cumsum(dim=1, dtype=torch.int32) - ends_BS
+    """int32 (B, S): the number of the document, counted within its sequence, that each token belongs to. The separator, which
+    follows every document, is predicted as its end, and read as the first token of the next: there it stands when a model
+    generates, too."""
+    return (tokens_BS == separator).cumsum(dim=1, dtype=torch.int32)
 
 
 def document_mask(documents_BS: Tensor) -> Mask:

@@ -29,6 +29,7 @@ def balance_loss(
     sequence      of each sequence by itself, then the mean of the losses (the balance loss of DeepSeek-V3, arXiv 2412.19437)
     global        f over the calls of all ranks at once, through `reduce`; P over this call's. The losses, weighted with each
                   rank's tokens, add up to that of all of them (arXiv 2501.11873). With accumulation, each micro-batch by itself.
+    layers        those of this call; of all layers at once see `pooled_balance_loss`
 
     A call without tokens gives 0 (and still calls `reduce`).
     """
@@ -44,6 +45,17 @@ def balance_loss(
     counts_E = reduce(routing.counts_E) if over == "global" else routing.counts_E
     share_E = counts_E / counts_E.sum().clamp(min=1)
     return n_experts * (share_E * shares_TE.sum(dim=0)).sum() / max(tokens, 1)
+
+
+def pooled_balance_loss(counts_LE: Tensor, shares_LE: Tensor) -> Tensor:
+    """The balance loss with f and P taken over all layers at once, as if an expert number were the same expert in each of them.
+
+    What transformers adds for OLMoE, Mixtral and Qwen3-MoE is K times this one. counts_LE: rows; shares_LE: sums of the tokens'
+    scores, with gradient. It is even as soon as layers make up for each other: `micro_batch` asks for more.
+    """
+    share_E = counts_LE.sum(dim=0) / counts_LE.sum().clamp(min=1)
+    shares_E = shares_LE.sum(dim=0)
+    return counts_LE.shape[1] * (share_E * shares_E).sum() / shares_E.detach().sum().clamp(min=1)
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:

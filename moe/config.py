@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 ROUTERS = ("softmax_topk", "sigmoid_bias", "expert_choice")
 ROUNDINGS = ("none", "nearest", "stochastic", "score", "balance", "up", "down")
-BALANCES = ("micro_batch", "sequence", "global")
+BALANCES = ("micro_batch", "sequence", "global", "layers")
 ATTENTIONS = ("gqa", "mla")
 ACTIVATIONS = ("swiglu", "geglu", "reglu", "relu2")
 
@@ -32,7 +32,8 @@ class RouterConfig:
     capacity_factor  most rows of an expert, in units of T * K / E; the lowest scores are dropped (0: dropless)
     rounding         make every expert's rows a multiple of the kernel's tile: none, nearest, stochastic, score, balance, up, down
     rounding_tile    rows of that tile (null: of the kernel that will run, from moesaic.kernels.tiles)
-    balance_over     the tokens of one balance loss: micro_batch, sequence or global (those of all ranks at once)
+    balance_over     the tokens of one balance loss: micro_batch, sequence, global (those of all ranks at once) or layers (the
+                     micro-batch in all layers at once, one loss for all)
     balance_coef     weight of the load-balance loss E * sum_e(share of rows_e * mean probability_e), per layer, averaged
     z_coef           weight of the router z-loss mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906)
     """

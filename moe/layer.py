@@ -45,7 +45,8 @@ class MoE(nn.Module):
     3. The shared expert, if any, sees every token; the two are added.
 
     x_TD of `sequences` sequences -> (y_TD, aux). aux: `balance` and `z`, scalars, the unweighted losses over this call's tokens;
-    `counts`, int64 (E,), rows per expert; `figures`, fp32 (4,), the sums over tokens that moesaic.moe.balance.FIGURES names.
+    `shares`, fp32 (E,), the sums of the tokens' scores; `counts`, int64 (E,), rows per expert; `figures`, fp32 (4,), the sums
+    over tokens that moesaic.moe.balance.FIGURES names.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -67,4 +68,5 @@ class MoE(nn.Module):
             tokens = torch.full_like(entropy, routing.tokens)
             figures = torch.stack([tokens, entropy, routing.dropped.float(), routing.added.float()])
         balance = balance_loss(routing, scores.shares_TE, self.balance_over, sequences, self.reduce)
-        return y_TD, {"balance": balance, "z": z_loss(scores.logits_TE), "counts": routing.counts_E, "figures": figures}
+        losses = {"balance": balance, "z": z_loss(scores.logits_TE), "shares": scores.shares_TE.sum(dim=0)}
+        return y_TD, losses | {"counts": routing.counts_E, "figures": figures}

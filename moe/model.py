@@ -5,6 +5,7 @@ Letters: B sequences, S positions, T = B * S tokens, D model width, V vocabulary
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from moesaic.kernels.cross_entropy import linear_cross_entropy
 from moesaic.moe.attention import Attention, LatentAttention, Mask, document_mask, rotary_table
-from moesaic.moe.balance import FIGURES
+from moesaic.moe.balance import FIGURES, pooled_balance_loss
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import Aux, FeedForward, MoE
 
 IGNORED = -100
+# Writes the weights of a whole parameter or buffer, by its name in the model, into a tensor of its shape, in place.
+Fill = Callable[[str, Tensor], None]
+RECORD = ("balance", "z", "shares", "counts", "figures")  # what a MoE layer tells of a call
 
 
 class Output(NamedTuple):
@@ -24,7 +28,8 @@ class Output(NamedTuple):
 
     logits   (B, S, V), where no targets were given, else None
     loss     scalar fp32, the sum of the cross entropies of all targets that are not IGNORED, else None
-    aux      auxiliary loss of this call's tokens, weighted with the configuration's coefficients, mean over MoE layers
+    aux      auxiliary loss of this call's tokens, weighted with the configuration's coefficients, mean over MoE layers (or, where
+             model.router.balance_over=layers, of them all at once)
     counts   int64 (MoE layers, E), rows per expert
     figures  fp32 (MoE layers, 4), sums over tokens that moesaic.moe.balance.FIGURES names
     """
@@ -99,9 +104,9 @@ class Transformer(nn.Module):
         if not records:
             counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=x_BSD.device)
             return torch.zeros((), device=x_BSD.device), counts, torch.zeros(0, len(FIGURES), device=x_BSD.device)
-        losses = [router.balance_coef * r["balance"] + router.z_coef * r["z"] for r in records]
-        counts, figures = (torch.stack([r[key] for r in records]) for key in ("counts", "figures"))
-        return torch.stack(losses).mean(), counts, figures
+        balance, z, shares, counts, figures = (torch.stack([r[key] for r in records]) for key in RECORD)
+        loss = pooled_balance_loss(counts, shares) if router.balance_over == "layers" else balance.mean()
+        return router.balance_coef * loss + router.z_coef * z.mean(), counts, figures
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers in order: row l of `Output.counts` is of the l-th."""
@@ -125,21 +130,30 @@ def init_parameter(name: str, parameter: Tensor, config: ModelConfig, seed: int)
     parameter.normal_(0.0, std, generator=generator)
 
 
-def initialize(module: nn.Module, prefix: str, config: ModelConfig, seed: int, device: torch.device) -> None:
-    """Allocate a part of the model, whose names there begin with `prefix`, and fill it: parameters as `init_parameter` says, and
-    buffers with 0. It undoes the tie of tied embeddings."""
+@torch.no_grad()
+def initialize(
+    module: nn.Module, prefix: str, config: ModelConfig, seed: int, device: torch.device, fill: Fill | None = None
+) -> None:
+    """Allocate a part of the model, whose names there begin with `prefix`, and fill it: by `fill`, or else parameters as
+    `init_parameter` says, and buffers with 0. It undoes the tie of tied embeddings."""
     module.to_empty(device=device)
     for name, parameter in module.named_parameters():
-        init_parameter(prefix + name, parameter, config, seed)
-    for buffer in module.buffers():
-        buffer.zero_()
+        if fill:
+            fill(prefix + name, parameter)
+        else:
+            init_parameter(prefix + name, parameter, config, seed)
+    for name, buffer in module.named_buffers():
+        if fill:
+            fill(prefix + name, buffer)
+        else:
+            buffer.zero_()
 
 
-def build(config: ModelConfig, seed: int, device: torch.device) -> Transformer:
-    """A model with initial weights on one device."""
+def build(config: ModelConfig, seed: int, device: torch.device, fill: Fill | None = None) -> Transformer:
+    """A model with initial weights, or those that `fill` gives, on one device."""
     with torch.device("meta"):
         model = Transformer(config)
-    initialize(model, "", config, seed, device)
+    initialize(model, "", config, seed, device, fill)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
     return model

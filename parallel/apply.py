@@ -6,20 +6,21 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import MoE
-from moesaic.moe.model import Block, Transformer, initialize
+from moesaic.moe.model import Block, Fill, Transformer, initialize
 from moesaic.parallel.expert import AllToAllPath
 from moesaic.parallel.fsdp import divide_experts, shard_block, shard_root
 from moesaic.parallel.mesh import Meshes
 
 
 def parallelize(
-    config: ModelConfig, meshes: Meshes, path: str, *, seed: int, device: torch.device, compute: torch.dtype
-) -> Transformer:
-    """A model with initial weights, spread over the ranks of `meshes`. Collective. In this order:
+    config: ModelConfig, meshes: Meshes, path: str, *, seed: int, device: torch.device, compute: torch.dtype,
+    fill: Fill | None = None,
+) -> Transformer:  # fmt: skip
+    """A model with initial weights, or those that `fill` gives, spread over the ranks of `meshes`. Collective. In this order:
 
     1. Build on the meta device: nothing is allocated.
-    2. Block by block: allocate, fill with the initial weights of (seed, name), keep this rank's experts, shard with FSDP2 (the
-       experts first, then the block). A rank never holds more than one whole block.
+    2. Block by block: allocate, fill with the initial weights of (seed, name) or by `fill`, keep this rank's experts, shard
+       with FSDP2 (the experts first, then the block). A rank never holds more than one whole block.
     3. The same for embedding, norm and head.
     4. Put the expert path of the name `path`, local or all_to_all, into every MoE layer (local needs undivided experts), and
        the sum over ranks that statistics over the global batch go through.
@@ -27,13 +28,14 @@ def parallelize(
     Gradients are sums over ranks: divide the loss by the tokens of the global batch. `compute` is the type of matrix
     products; parameters, gradients and their sums are fp32.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    # Inputs are not cast: a block's are in `compute` already, but for the rotary tables, whose angles need fp32.
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     with torch.device("meta"):
         model = Transformer(config)
     assert path == "all_to_all" or (path == "local" and meshes.expert_parallel == 1), (path, meshes.expert_parallel)
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        initialize(block, f"blocks.{i}.", config, seed, device)
+        initialize(block, f"blocks.{i}.", config, seed, device, fill)
         if isinstance(block.ffn, MoE):
             block.ffn.reduce = total
             if meshes.expert_parallel > 1:
@@ -42,7 +44,7 @@ def parallelize(
                 block.ffn.path = AllToAllPath(meshes.experts.get_group("expert"))
         shard_block(block, meshes, policy)
     for name in ("embedding", "norm", "head"):
-        initialize(getattr(model, name), f"{name}.", config, seed, device)
+        initialize(getattr(model, name), f"{name}.", config, seed, device, fill)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
     shard_root(model, meshes, policy)

@@ -95,10 +95,14 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 def load_model(path: Path, model: nn.Module) -> None:
     """Fill the weights of a model in one process, with or without a process group, whatever layout saved them."""
+    load_tensors(path, {n: value.detach() for n, value in [*model.named_parameters(), *model.named_buffers()]})
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill whole parameters and buffers, by their names in the model, in one process, whatever layout saved them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
-        values = [*model.named_parameters(), *model.named_buffers()]
-        dcp.load({f"model.{name}": value.detach() for name, value in values}, checkpoint_id=path, no_dist=True)
+        dcp.load({f"model.{name}": value for name, value in tensors.items()}, checkpoint_id=path, no_dist=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as flex
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
@@ -148,8 +149,8 @@ def test_document_ids() -> None:
     s = SEPARATOR
     tokens = torch.tensor([[1, 2, s, 3, s, s, 4, 5], [s, 1, 1, 1, 1, 1, 1, s], [1, 1, 1, 1, 1, 1, 1, 1]])
     ids = document_ids(tokens, s)
-    assert ids.tolist() == [[0, 0, 0, 1, 1, 2, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1], [0] * 8]
-    assert document_lengths(ids) == (3, 2, 1, 2, 1, 7, 8)
+    assert ids.tolist() == [[0, 0, 1, 1, 2, 3, 3, 3], [1, 1, 1, 1, 1, 1, 1, 2], [0] * 8]
+    assert document_lengths(ids) == (2, 2, 1, 3, 7, 1, 8)
     assert document_lengths(ids[2:]) is None
     assert document_lengths(ids[:, :1]) is None
     assert document_ids(tokens[:0], s).shape == (0, 8)
@@ -162,10 +163,10 @@ PACKED = [[1, 1, 9, 13], [24], [23, 1]]
 
 
 def packed_batch() -> tuple[Tensor, Tensor]:
-    """tokens_BS and targets_BS: documents of `PACKED`, each ended by the separator."""
+    """tokens_BS and targets_BS: documents of `PACKED`, each but a sequence's first opened by the separator."""
     tokens = torch.randint(0, SEPARATOR, (3, 24))
     for row, lengths in zip(tokens, PACKED, strict=True):
-        row[torch.tensor(lengths).cumsum(0) - 1] = SEPARATOR
+        row[torch.tensor(lengths).cumsum(0)[:-1]] = SEPARATOR
     return tokens, torch.randint(0, 97, (3, 24))
 
 
@@ -201,7 +202,7 @@ def test_no_token_sees_another_document(attention: str, lengths: list[int]) -> N
     model = build(small(attention, n_dense_layers=2, d_dense=30), 0, CPU)
     tokens = torch.randint(0, SEPARATOR, (1, 16))
     ends = torch.tensor(lengths).cumsum(0).tolist()
-    tokens[0, [end - 1 for end in ends]] = SEPARATOR
+    tokens[0, ends[:-1]] = SEPARATOR
     documents = document_ids(tokens, SEPARATOR)
     before = model(tokens, documents_BS=documents).logits
     start = 0
@@ -220,7 +221,7 @@ def test_no_token_sees_another_document(attention: str, lengths: list[int]) -> N
 def test_one_document_a_sequence_is_plain_attention(attention: str) -> None:
     model = build(small(attention), 0, CPU)
     tokens = torch.randint(0, SEPARATOR, (3, 12))
-    tokens[1, -1] = SEPARATOR
+    tokens[1, 0] = SEPARATOR
     assert torch.equal(model(tokens, documents_BS=document_ids(tokens, SEPARATOR)).logits, model(tokens).logits)
 
 
@@ -271,6 +272,12 @@ def test_block_mask_equals_the_one_from_every_pair(lengths: list[list[int]]) -> 
         assert torch.equal(counts, getattr(want, f"{kind}_num_blocks")), kind
         listed = torch.arange(indices.shape[-1]) < counts[..., None]
         assert torch.equal(indices[listed], getattr(want, f"{kind}_indices")[listed]), kind
+
+
+def test_block_mask_reads_nothing_back_to_the_host() -> None:
+    ids = ids_of(DOCUMENTS["ragged"])
+    with FakeTensorMode() as mode:  # where a value that is read raises
+        assert block_mask(mode.from_tensor(ids)).shape == (4, 1, 3 * BLOCK + 10, 3 * BLOCK + 10)
 
 
 @pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS)
