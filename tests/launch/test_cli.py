@@ -98,8 +98,8 @@ def test_knobs_of_the_command_contract():
         ("parallel.expert=null", "parallel.expert=null: must be text"),
         ("data.files=null", "data.files=null: must be a list of texts: [a,b]"),
         ("train=5", "train=5: is a group of knobs, such as train.steps"),
-        ("recipe=7b_mo", "recipe=7b_mo: unknown; nearest: 7b_moe; must be one of 7b_moe, olmoe_7b, tiny_moe"),
-        ("recipe=foo", "recipe=foo: unknown; must be one of 7b_moe, olmoe_7b, tiny_moe"),
+        ("recipe=7b_mo", "recipe=7b_mo: unknown; nearest: 7b_moe; must be one of 7b_moe, continue_hf, olmoe_7b, tiny_moe"),
+        ("recipe=foo", "recipe=foo: unknown; must be one of 7b_moe, continue_hf, olmoe_7b, tiny_moe"),
         ("precision=fp8", "precision=fp8: unknown; must be one of auto, bf16, fp32"),
         ("train.steps", "train.steps: must be written knob=value"),
         ("train.steps=1=2", "train.steps=1=2: can't be read; put the value in quotes: \"train.steps='...'\""),
@@ -202,7 +202,7 @@ def test_run_calls_main_and_hydra_writes_nothing(program, tmp_path):
         (["train.steps=9"], "train.steps=9: too many"),
         (["train.stpes=9"], "train.stpes: unknown; nearest: train.steps"),
         (["train.steps=0"], "train.steps=0: must be at least 1"),
-        (["recipe=foo"], "recipe=foo: unknown; must be one of 7b_moe, olmoe_7b, tiny_moe"),
+        (["recipe=foo"], "recipe=foo: unknown; must be one of 7b_moe, continue_hf, olmoe_7b, tiny_moe"),
         (["--stpes"], "unrecognized arguments: --stpes"),
         (["--multirun", "train.steps=1,x"], "train.steps=x: must be a whole number"),
     ],
@@ -252,7 +252,7 @@ def test_show_config_and_help(program, capfd):
     with pytest.raises(SystemExit) as ended:
         program(refuse, "--help")
     assert not ended.value.code
-    assert "recipe: 7b_moe, olmoe_7b, tiny_moe" in capfd.readouterr().out
+    assert "recipe: 7b_moe, continue_hf, olmoe_7b, tiny_moe" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

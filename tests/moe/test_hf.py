@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moesaic.launch import cli
 from moesaic.moe import hf
 from moesaic.moe.config import ModelConfig, RouterConfig
+from moesaic.moe.flops import parameter_counts
 from moesaic.moe.hf_config import format_config, parse_config, read_config, settle
 from moesaic.moe.model import Transformer, build
 from moesaic.parallel.apply import parallelize
@@ -450,6 +452,44 @@ def test_what_changes_nothing_is_accepted() -> None:
         "olmoe", rope_scaling=dict(type="yarn", original_max_position_embeddings=8), max_position_embeddings=32
     ).yarn
     assert (yarn.factor, yarn.mscale, yarn.mscale_all_dim) == (4.0, 1.0, 0.0)
+
+
+# What the published config.json of a model of each family says, and its number of parameters in transformers.
+FULL_SIZE: dict[str, tuple[int, dict[str, Any]]] = {
+    "olmoe": (6_919_161_856, dict(
+        vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False, rope_theta=10000.0, clip_qkv=None)),
+    "mixtral": (46_702_792_704, dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, sliding_window=None, rope_theta=1e6)),
+    "qwen3_moe": (30_532_122_624, dict(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+        decoder_sparse_step=1, mlp_only_layers=[], use_sliding_window=False, sliding_window=None, rope_theta=1e6)),
+    "deepseek_v3": (671_026_404_352, dict(
+        vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+        num_attention_heads=128, num_key_value_heads=128, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8,
+        n_group=8, topk_group=4, topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5,
+        first_k_dense_replace=3, moe_layer_freq=1, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, num_nextn_predict_layers=1, rope_theta=10000, max_position_embeddings=163840,
+        rope_scaling=dict(type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1, mscale=1.0,
+                          mscale_all_dim=1.0))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FULL_SIZE)
+def test_models_of_full_size_have_their_number_of_parameters(kind: str) -> None:
+    parameters, values = FULL_SIZE[kind]
+    config = parse_config({"model_type": kind, "hidden_act": "silu", "rope_scaling": None} | values, "config.json")[1]
+    assert parameter_counts(config).total == parameters
+    again = parse_config(format_config(config, kind, positions=4096, dtype="bfloat16"), "config.json")[1]
+    assert again == config
+
+
+def test_the_recipe_of_olmoe_fits_the_published_model() -> None:
+    published = parse_config({"model_type": "olmoe"} | FULL_SIZE["olmoe"][1], "config.json")[1]
+    recipe = cli.compose(["recipe=olmoe_7b"]).model
+    assert settle(recipe, published, False, "") == replace(recipe, n_kv_heads=None, head_dim=None)
 
 
 def shape(kind: str, **changes: Any) -> ModelConfig:
