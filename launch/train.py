@@ -62,6 +62,8 @@ def train(config: Config, device: torch.device) -> None:
     together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
     data = together(lambda: open_data(config.data, config.train.seq_len))
     together(lambda: check_vocab(config.model.vocab_size, data.tokenizer))
+    shared = agree_on(lambda: fingerprint(data))
+    together(lambda: check_same_data(fingerprint(data), shared))
     saved = checkpoint.read_state(source) if source else {"step": 0, "samples": 0, "tokens": 0}
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
 
@@ -241,6 +243,11 @@ def find_checkpoint(config: Config, checkpoints: Path) -> Path | None:
         raise ValueError(f"resume={config.resume}: must be auto, for run_dir={config.run_dir} holds {own[-1].name}; "
                          "or choose another run_dir")  # fmt: skip
     return found[-1]
+
+
+def check_same_data(mine: str, shared: str) -> None:
+    if mine != shared:  # such as other versions of Python, whose libraries differ
+        raise ValueError(f"data.files: rank {dist.get_rank()} reads other data than rank 0; every node must see the same files")
 
 
 def check_resume(config: Config, data: str, saved: dict[str, Any], source: Path | None) -> None:

@@ -75,7 +75,9 @@ def start() -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         store, rank, world = next(rendezvous("env://"))
-        dist.init_process_group(backend, store=dist.PrefixStore(meet(store, rank, world), store), rank=rank, world_size=world)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(meet(store, rank, world), store), rank=rank, world_size=world
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
