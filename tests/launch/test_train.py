@@ -504,13 +504,14 @@ def test_a_busy_machine_does_not_abort_a_run_at_its_end(place: Place, tmp_path: 
 
 
 def test_the_division_of_a_batch_does_not_matter(place: Place, tmp_path: Path) -> None:
-    """Two ranks learn what one learns from the whole batch at once: of one sequence, which leaves rank 1 without any, and of three,
-    dealt 2 and 1, in one micro-batch or in two, of which rank 1's last is empty. Auxiliary losses, which are those of a micro-batch,
-    are off. One launch does it all, as Hydra's sweep.
+    """Two ranks learn what one learns from the whole batch at once.
+
+    A batch of one sequence leaves rank 1 without any; one of three is dealt 2 and 1, in one micro-batch or in two, of which
+    rank 1's last is empty. Auxiliary losses, which are those of a micro-batch, are off. One launch does it all, as a sweep.
     """
     common = "train.steps=3 train.eval_every=3 model.router.balance_coef=0 model.router.z_coef=0".split()
-    sweep = ["--multirun", "train.global_batch=1,3", "train.micro_batch=null,1"]
-    finished(tmp_path, place.knobs(tmp_path / "divided", *common, *sweep))
+    sweep = ["train.global_batch=1,3", "train.micro_batch=null,1"]
+    finished(tmp_path, ["--multirun", *place.knobs(tmp_path / "divided", *common, *sweep)])
     for batch in (1, 3):
         whole = tmp_path / f"whole{batch}"
         here(*place.knobs(whole, *common, f"train.global_batch={batch}"))
