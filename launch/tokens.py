@@ -68,7 +68,7 @@ class Tokenizer:
         if self.backend is None:
             # 255 occurs in no UTF-8 text, so it decodes to U+FFFD.
             return np.where(ids < 256, ids, 255).astype(np.uint8).tobytes().decode("utf-8", "replace")
-        return self.backend.decode(ids[ids < self.vocab_size].tolist(), skip_special_tokens=True)
+        return self.backend.decode(ids.tolist(), skip_special_tokens=True)
 
 
 def load_tokenizer(spec: str, knob: str = "data.tokenizer") -> Tokenizer:

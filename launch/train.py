@@ -69,6 +69,8 @@ def train(config: Config, device: torch.device) -> None:
     together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
     data = together(lambda: open_data(config.data, config.train.seq_len))
     together(lambda: check_vocab(config.model.vocab_size, data.tokenizer))
+    shared = agree_on(lambda: fingerprint(data))
+    together(lambda: check_same_data(fingerprint(data), shared))
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
 
     # --- the model, spread over the ranks
@@ -291,6 +293,11 @@ def settle_model(config: Config, saved: dict[str, Any]) -> Checkpoint | None:
                          f"data.tokenizer={config.init_from} chooses it")  # fmt: skip
     config.model = settle(config.model, weights.config, config.model_from_init, f"init_from={config.init_from}")
     return weights
+
+
+def check_same_data(mine: str, shared: str) -> None:
+    if mine != shared:  # such as other versions of Python, whose libraries differ
+        raise ValueError(f"data.files: rank {dist.get_rank()} reads other data than rank 0; every node must see the same files")
 
 
 def check_resume(config: Config, data: str, saved: dict[str, Any], source: Path | None) -> None:

@@ -7,8 +7,10 @@ parts is sharded over the world / expert ranks that hold the same experts.
 
 import ctypes
 import os
+import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
@@ -16,6 +18,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,37 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world = next(rendezvous("env://"))
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(meet(store, rank, world), store), rank=rank, world_size=world
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def meet(store: dist.Store, rank: int, world: int) -> str:
+    """A name that these processes have for themselves, and no earlier ones of the same ranks. Collective.
+
+    torchrun keeps one store over its restarts of a launch, where a process finds the addresses of dead ones and calls them
+    (github.com/pytorch/pytorch/issues/135712). TORCHELASTIC_RESTART_COUNT would not do for a name: nodes count differently. So
+    each rank says a word of its own, and rank 0 answers with the name, again when the word changes, until the rank thanks for it.
+    """
+    name = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"word/{rank}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.set(f"thanks/{name}/{rank}", "")
+        return name
+    missing = set(range(1, world))
+    while missing:
+        for other in list(missing):
+            if store.check([f"thanks/{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"word/{other}"]):
+                store.set(f"answer/{store.get(f'word/{other}').decode()}", name)
+        time.sleep(0.02)
+    return name
 
 
 def expert_degree(expert: str, n_experts: int, world: int) -> int:

@@ -6,8 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from moesaic.launch import cli, generate, options, train
 
@@ -80,6 +84,22 @@ def test_the_newest_checkpoint_or_the_one_that_is_named(run_dir: Path, sample: S
     newest = run_dir / "checkpoints" / "step_00000060"
     assert sample(run_dir=newest) == sample()
     assert sample(run_dir=run_dir / "checkpoints" / "step_00000040") != sample()
+
+
+class SumsContext(nn.Module):
+    """Its best token is the sum of all that it sees, modulo 50."""
+
+    def forward(self, tokens_BS: torch.Tensor) -> SimpleNamespace:
+        best_BS = tokens_BS.sum(dim=1, keepdim=True).expand_as(tokens_BS) % 50
+        return SimpleNamespace(logits=F.one_hot(best_BS, 50))
+
+
+def test_the_model_sees_the_newest_tokens_that_fit_its_context() -> None:
+    """1 2 3, context 2: 2 + 3 is 5, 3 + 5 is 8; context 4: 1 + 2 + 3 is 6, 1 + 2 + 3 + 6 is 12, 2 + 3 + 6 + 12 is 23."""
+    prompt_S = torch.tensor([1, 2, 3])
+    for context, expected in [(2, [5, 8, 13, 21]), (4, [6, 12, 23, 44])]:
+        new = generate.sample_tokens(SumsContext(), prompt_S, 4, context, temperature=0, top_k=0, seed=0)
+        assert new == expected
 
 
 def test_a_prompt_longer_than_the_context(sample: Sample) -> None:

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from moesaic.launch import prepare as prepare_module
 from moesaic.launch.prepare import Source, expand, hash_unit, main, prepare
@@ -37,6 +37,8 @@ def train_bpe(path: Path, special: list[str], *, truncate: bool = False) -> None
     if truncate:
         bpe.enable_truncation(4)
         bpe.enable_padding(length=50)
+    # As Llama's do, it would put a special token before each text that it is given.
+    bpe.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
     bpe.save(str(path))
 
 
@@ -127,7 +129,11 @@ def test_tokenizer_errors(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- documents and splits
 
 
-def test_documents_keep_text_and_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [1, 500, 2**22])
+@pytest.mark.parametrize("piece", [13, 2**18])
+def test_documents_keep_text_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, piece: int) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_CHARS", batch)
+    monkeypatch.setattr(prepare_module, "PIECE_CHARS", piece)
     rng = random.Random(0)
     texts = ["".join(rng.choices("ab \n漢é🙂", k=rng.randrange(1, 60))) for _ in range(300)]
     jsonl = write_jsonl(tmp_path / "a.jsonl", texts)
@@ -144,8 +150,8 @@ def test_documents_keep_text_and_order(tmp_path: Path) -> None:
             assert tokens.shape == (shard["tokens"],) and tokens.dtype == np.uint16
             assert shard["documents"] == np.count_nonzero(tokens == SEPARATOR)
     whole = [*texts, "line\r\nüber\r"]
-    assert documents(out, "train") == [text for text in whole if hash_unit(text) >= 0.2]
-    assert documents(out, "val") == [text for text in whole if hash_unit(text) < 0.2]
+    assert documents(out, "train") == [text for text in whole if hash_unit(text[:piece]) >= 0.2]
+    assert documents(out, "val") == [text for text in whole if hash_unit(text[:piece]) < 0.2]
     assert 30 < len(documents(out, "val")) < 90
     assert manifest["text_bytes"] == sum(len(text.encode()) for text in whole)
     assert sorted(os.listdir(tmp_path)) == sorted(["a.jsonl", "b.md", out.name])  # nothing half-made remains
