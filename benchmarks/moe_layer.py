@@ -27,7 +27,9 @@ DENSE = 1024
 
 
 def our_layer(d: int, f: int, experts: int, k: int) -> MoE:
-    config = ModelConfig(d_model=d, n_heads=2, n_experts=experts, d_expert=f, init_std=0.05, router=RouterConfig(top_k=k))
+    config = ModelConfig(
+        d_model=d, n_heads=2, n_experts=experts, d_expert=f, init_std=0.05, router=RouterConfig(top_k=k)
+    )
     with torch.device("meta"):
         layer = MoE(config)
     initialize(layer, "ffn.", config, 0, torch.device("cpu"))
@@ -35,7 +37,9 @@ def our_layer(d: int, f: int, experts: int, k: int) -> MoE:
 
 
 def peer_layer(ours: MoE, d: int, f: int, experts: int, k: int, implementation: str) -> OlmoeSparseMoeBlock:
-    config = OlmoeConfig(hidden_size=d, intermediate_size=f, num_experts=experts, num_experts_per_tok=k, norm_topk_prob=False)
+    config = OlmoeConfig(
+        hidden_size=d, intermediate_size=f, num_experts=experts, num_experts_per_tok=k, norm_topk_prob=False
+    )
     config._experts_implementation = implementation
     layer = OlmoeSparseMoeBlock(config)
     values = {

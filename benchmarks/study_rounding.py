@@ -2,10 +2,10 @@
 
     python benchmarks/study_rounding.py [steps=300] [seeds=3] [tile=128] [jobs=2]      (`make study-rounding`)
 
-Every run is `launch/train.py recipe=tiny_moe` in one process of one thread; all rules of a seed start from the same weights and see
-the same batches. Tile 128 is a GPU's; a batch of 8 x 256 tokens gives an expert 512 rows on average, 4 tiles. One file a run in
-benchmarks/results/rounding/, so a study that was stopped goes on where it was, and more seeds add to it; the table is printed
-and written to benchmarks/results/rounding.md.
+Every run is `launch/train.py recipe=tiny_moe` in one process of one thread; all rules of a seed start from the same weights and
+see the same batches. Tile 128 is a GPU's; a batch of 8 x 256 tokens gives an expert 512 rows on average, 4 tiles. One file a run
+in benchmarks/results/rounding/, so a study that was stopped goes on where it was, and more seeds add to it; the table is
+printed and written to benchmarks/results/rounding.md.
 """
 
 import datetime
@@ -26,7 +26,7 @@ from moesaic.launch import options
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "rounding"
 RULES = ("none", "nearest", "up", "down")
-HEAD = "| rounding | val_loss | spread | against top-K | its spread | rows added | rows dropped | padding of its own routing |\n|---|---|---|---|---|---|---|---|"
+COLUMNS = ("rounding", "val_loss", "spread", "against top-K", "its spread", "rows added", "rows dropped", "padding")
 
 
 @dataclass
@@ -76,21 +76,20 @@ def table(results: list[dict[str, Any]], choice: Options) -> str:
     def spread(values: list[float]) -> float:
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
-    lines = [HEAD]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for rule in RULES:
         losses = [by[rule, s]["val_loss"] for s in seeds]
         gaps = [by[rule, s]["val_loss"] - by["none", s]["val_loss"] for s in seeds]
         mean = {k: statistics.mean(by[rule, s][k] for s in seeds) for k in ("added", "dropped", "padding")}
-        lines.append(
-            f"| {rule} | {statistics.mean(losses):.4f} | {spread(losses):.4f} | {statistics.mean(gaps):+.4f} | {spread(gaps):.4f} "
-            f"| {mean['added']:.2%} | {mean['dropped']:.2%} | {mean['padding']:.2%} |"
-        )
+        cells = [rule, f"{statistics.mean(losses):.4f}", f"{spread(losses):.4f}", f"{statistics.mean(gaps):+.4f}"]
+        cells += [f"{spread(gaps):.4f}", *(f"{mean[k]:.2%}" for k in ("added", "dropped", "padding"))]
+        lines.append("| " + " | ".join(cells) + " |")
     dates = sorted({r["date"] for r in results})
     return (
         f"# Token rounding, {choice.steps} steps ({results[0]['tokens']:,} tokens), {len(seeds)} seeds, tile {choice.tile}\n\n"
         f"`python benchmarks/study_rounding.py steps={choice.steps} seeds={choice.seeds} tile={choice.tile}`, {dates[-1]}. "
         "Loss in nats a byte on held-out files, always with plain top-K; mean and standard deviation over seeds. Rows added and "
-        "dropped per token and layer.\n\n" + "\n".join(lines) + "\n"
+        "dropped: per token; padding: rows that tiles would add to those of the training's own routing.\n\n" + "\n".join(lines) + "\n"
     )  # fmt: skip
 
 

@@ -297,7 +297,9 @@ def settle_model(config: Config, saved: dict[str, Any]) -> Checkpoint | None:
 
 def check_same_data(mine: str, shared: str) -> None:
     if mine != shared:  # such as other versions of Python, whose libraries differ
-        raise ValueError(f"data.files: rank {dist.get_rank()} reads other data than rank 0; every node must see the same files")
+        raise ValueError(
+            f"data.files: rank {dist.get_rank()} reads other data than rank 0; every node must see the same files"
+        )
 
 
 def check_resume(config: Config, data: str, saved: dict[str, Any], source: Path | None) -> None:

@@ -98,7 +98,10 @@ def test_knobs_of_the_command_contract():
         ("parallel.expert=null", "parallel.expert=null: must be text"),
         ("data.files=null", "data.files=null: must be a list of texts: [a,b]"),
         ("train=5", "train=5: is a group of knobs, such as train.steps"),
-        ("recipe=7b_mo", "recipe=7b_mo: unknown; nearest: 7b_moe; must be one of 7b_moe, continue_hf, olmoe_7b, tiny_moe"),
+        (
+            "recipe=7b_mo",
+            "recipe=7b_mo: unknown; nearest: 7b_moe; must be one of 7b_moe, continue_hf, olmoe_7b, tiny_moe",
+        ),
         ("recipe=foo", "recipe=foo: unknown; must be one of 7b_moe, continue_hf, olmoe_7b, tiny_moe"),
         ("precision=fp8", "precision=fp8: unknown; must be one of auto, bf16, fp32"),
         ("train.steps", "train.steps: must be written knob=value"),
