@@ -89,7 +89,9 @@ def table(results: list[dict[str, Any]], choice: Options) -> str:
         f"# Token rounding, {choice.steps} steps ({results[0]['tokens']:,} tokens), {len(seeds)} seeds, tile {choice.tile}\n\n"
         f"`python benchmarks/study_rounding.py steps={choice.steps} seeds={choice.seeds} tile={choice.tile}`, {dates[-1]}. "
         "Loss in nats a byte on held-out files, always with plain top-K; mean and standard deviation over seeds. Rows added and "
-        "dropped: per token; padding: rows that tiles would add to those of the training's own routing.\n\n" + "\n".join(lines) + "\n"
+        "dropped: per token; padding: rows that tiles would add to those of the training's own routing.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )  # fmt: skip
 
 
