@@ -114,7 +114,7 @@ def test_knobs_of_the_command_contract():
         ("optim.beta2=1", "optim.beta2=1.0: must be in 0..1, without 1"),
         ("optim.schedule=step", "optim.schedule=step: must be one of cosine, wsd"),
         ("data.source=web", "data.source=web: must be one of python, files"),
-        ("train.micro_batch=32", "train.micro_batch=32: must not exceed train.global_batch=16"),
+        ("train.micro_batch=32", "train.micro_batch=32: must not exceed train.global_batch=8"),
         ("parallel.expert=3", "parallel.expert=3: must divide model.n_experts=8"),
         ("parallel.expert=all", "parallel.expert=all: must be auto or a positive number"),
         ("parallel.expert_path=fast", "parallel.expert_path=fast: must be one of auto, local, all_to_all"),
