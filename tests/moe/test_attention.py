@@ -354,7 +354,7 @@ def test_the_compiled_model_on_a_gpu_equals_the_cpu(attention: str) -> None:
     (lambda: MLAConfig(q_lora_rank=0), "model.mla.q_lora_rank=0: must be at least 1"),
     (lambda: YarnConfig(factor=0.5), "model.yarn.factor=0.5: must be at least 1"),
     (lambda: YarnConfig(beta_slow=64), "model.yarn.beta_slow=64: must lie between 0 and model.yarn.beta_fast=32.0"),
-], ids=str)  # fmt: skip
+], ids=lambda value: value if isinstance(value, str) else "make")  # fmt: skip
 def test_mistakes_name_the_knob(make, line: str) -> None:
     with pytest.raises(ValueError, match=f"^{line}"):
         make()

@@ -31,6 +31,8 @@ def test_backend_and_device_of_a_rank(gpus: int, backend: str, device: str, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(dist, "init_process_group", lambda name, **_: chosen.append(name))
+    monkeypatch.setattr(mesh, "rendezvous", lambda _: iter([(dist.HashStore(), 3, 8)]))
+    monkeypatch.setattr(mesh, "meet", lambda *_: "name")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert mesh.start() == torch.device(device)
