@@ -34,14 +34,17 @@ def linear_cross_entropy(
     targets_N: int64 below V, or `ignored`, which is negative. Peak memory beyond inputs and gradients: about `chunk_bytes`.
     """
     rows = max(1, chunk_bytes // (4 * weight_VD.shape[0]))
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, ignored, rows)
+    # Asked here, for inside a Function's forward gradients are always off, and needs_input_grad knows nothing of no_grad.
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, ignored, rows, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int, differentiated: bool
+    ) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        needed = any(ctx.needs_input_grad)
+        needed = differentiated and any(ctx.needs_input_grad)
         dx_ND = torch.empty_like(x_ND) if needed else None
         # fp32 whatever the weights are in: it sums over chunks.
         dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed else None
@@ -73,6 +76,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         dx_ND, dw_VD = ctx.saved_tensors
-        return dx_ND * dloss.to(dx_ND.dtype), dw_VD * dloss.to(dw_VD.dtype), None, None, None
+        return dx_ND * dloss.to(dx_ND.dtype), dw_VD * dloss.to(dw_VD.dtype), None, None, None, None

@@ -62,7 +62,7 @@ def sample_text(
 
 def newest_checkpoint(run_dir: str) -> Path:
     """`run_dir` itself if it is a checkpoint, else the newest complete one of the run. Raises ValueError where there is none."""
-    path = Path(run_dir)
+    path = Path(run_dir).expanduser()
     if run_dir and (path / checkpoint.STATE_FILE).is_file():
         return path
     found = checkpoint.complete_checkpoints(path / "checkpoints") if run_dir else []

@@ -10,15 +10,20 @@ from moesaic.launch.schema import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay on every trainable parameter of two or more dimensions, and none on the others.
+    """AdamW with decoupled weight decay on every trainable matrix or stack of matrices, and none on norms and biases.
 
     So projections, the router, experts and the embedding decay (a tied embedding is the output head, and one rule
-    serves both), norms and biases do not. Call it on the parallelized model: parameters may be DTensors on different
-    meshes. The learning rate is `config.lr` until `set_lr` is called.
+    serves both). Biases of all experts together have two dimensions, and are told by their names, b_up_EG and b_down_ED.
+    Call it on the parallelized model: parameters may be DTensors on different meshes. The learning rate is `config.lr`
+    until `set_lr` is called.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim >= 2]
-    vectors = [p for p in trainable if p.ndim < 2]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and not name.rpartition(".")[2].startswith("b_")
+
+    matrices = [p for name, p in trainable if decays(name, p)]
+    vectors = [p for name, p in trainable if not decays(name, p)]
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}]
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})

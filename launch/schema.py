@@ -4,6 +4,7 @@
 join several knobs. The model's own part is moesaic.moe.config.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -154,13 +155,14 @@ def check(c: Config) -> None:
         require(getattr(c.train, name) >= 1, f"train.{name}={getattr(c.train, name)}: must be at least 1")
     for name in ("seed", "checkpoint_every", "eval_every", "sample"):
         require(getattr(c.train, name) >= 0, f"train.{name}={getattr(c.train, name)}: must not be negative")
+    require(c.train.seed < 2**32, f"train.seed={c.train.seed}: must be below 2^32")
     require(c.train.micro_batch is None or c.train.micro_batch >= 1,
             f"train.micro_batch={c.train.micro_batch}: must be at least 1, or null")  # fmt: skip
     require(c.train.micro_batch is None or c.train.micro_batch <= c.train.global_batch,
             f"train.micro_batch={c.train.micro_batch}: must not exceed train.global_batch={c.train.global_batch}")  # fmt: skip
     require(c.optim.schedule in ("cosine", "wsd"), f"optim.schedule={c.optim.schedule}: must be one of cosine, wsd")
     for name in ("lr", "eps"):
-        require(getattr(c.optim, name) > 0, f"optim.{name}={getattr(c.optim, name)}: must be positive")
+        require(0 < getattr(c.optim, name) < math.inf, f"optim.{name}={getattr(c.optim, name)}: must be positive")
     for name in ("beta1", "beta2"):
         require(0 <= getattr(c.optim, name) < 1, f"optim.{name}={getattr(c.optim, name)}: must be in 0..1, without 1")
     for name in ("weight_decay", "warmup", "clip"):

@@ -33,7 +33,7 @@ from moesaic.moe.attention import document_ids
 from moesaic.moe.balance import load_figures, update_bias
 from moesaic.moe.flops import flops_per_token, parameter_counts
 from moesaic.moe.hf import Checkpoint
-from moesaic.moe.hf_config import MOE_FAMILIES, settle
+from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint
 from moesaic.parallel.apply import parallelize, total
@@ -46,6 +46,7 @@ MICRO_BATCH_TOKENS = 16_384
 
 def main(config: Config) -> None:
     end_with_parent(PARENT)
+    check_devices()
     device = start()
     try:
         train(config, device)
@@ -61,7 +62,7 @@ def train(config: Config, device: torch.device) -> None:
 
     # --- what must be right before anything large is made: a mistake on one rank ends all of them with its line
     source = agree_on(lambda: find_checkpoint(config, checkpoints))
-    saved = checkpoint.read_state(source) if source else {"step": 0, "samples": 0, "tokens": 0}
+    saved = together(lambda: checkpoint.read_state(source) if source else {"step": 0, "samples": 0, "tokens": 0})
     weights = together(lambda: settle_model(config, saved))
     local = config.parallel.expert_path == "local"
     expert = together(lambda: expert_degree("1" if local else config.parallel.expert, config.model.n_experts, world))
@@ -72,6 +73,8 @@ def train(config: Config, device: torch.device) -> None:
     shared = agree_on(lambda: fingerprint(data))
     together(lambda: check_same_data(fingerprint(data), shared))
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
+    tile = together(lambda: tile_rows(config, device))
+    together(lambda: make_run_dir(run_dir) if rank == 0 else None)
 
     # --- the model, spread over the ranks
     compute = compute_dtype(config, device)
@@ -91,7 +94,6 @@ def train(config: Config, device: torch.device) -> None:
     # --- what the run leaves behind
     log = wandb = None
     if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_leftovers(checkpoints)
         cli.save(config, run_dir / "config.yaml")
         log = MetricsLog(run_dir, step)
@@ -123,7 +125,6 @@ def train(config: Config, device: torch.device) -> None:
     if step >= steps:
         say(f"nothing to do: {source} is at step {step}, and train.steps={steps}")
     val_loss = None
-    tile = rounding_tile(device, config.model.router.rounding_tile)
     logged = tokens
     meter = Meter()
     meter.start()
@@ -243,6 +244,24 @@ def evaluate(
     return total(loss).item() / (sequences * config.seq_len)
 
 
+def check_devices() -> None:
+    """Refuse more ranks than GPUs on this machine, where any rank would fail in a way of its own."""
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if torch.cuda.is_available() and ranks > gpus:
+        raise cli.UserError(f"--nproc-per-node={ranks}: must not exceed the number of GPUs here, {gpus}")
+
+
+def tile_rows(config: Config, device: torch.device) -> int | None:
+    """Rows of a tile of the experts' products; None on a GPU for which none is known, where all but rounding works."""
+    router = config.model.router
+    try:
+        return rounding_tile(device, router.rounding_tile)
+    except ValueError:
+        if router.rounding != "none":
+            raise
+        return None
+
+
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The type of matrix products that `precision.compute` names; auto: bf16 on CUDA, fp32 on a CPU, where bf16 is slow."""
     if config.precision.compute == "auto":
@@ -295,6 +314,13 @@ def settle_model(config: Config, saved: dict[str, Any]) -> Checkpoint | None:
     return weights
 
 
+def make_run_dir(run_dir: Path) -> None:
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir}: cannot be made or written ({error.strerror})") from error
+
+
 def check_same_data(mine: str, shared: str) -> None:
     if mine != shared:  # such as other versions of Python, whose libraries differ
         raise ValueError(
@@ -304,23 +330,25 @@ def check_same_data(mine: str, shared: str) -> None:
 
 def check_resume(config: Config, data: str, saved: dict[str, Any], source: Path | None) -> None:
     """Refuse what would silently train another model, or skip and repeat data."""
-    made_with = saved["config"]
-    pairs = [(f"model.{k}", v, made_with["model"].get(k)) for k, v in dataclasses.asdict(config.model).items()]
-    pairs += [(f"train.{k}", getattr(config.train, k), made_with["train"][k]) for k in ("seed", "seq_len")]
+    made_with = cli.from_dict(saved["config"])
+    model, model_before = shape_knobs(config.model), shape_knobs(made_with.model)
+    pairs = [(f"model.{k}", model[k], model_before[k]) for k in model]
+    pairs += [(f"train.{k}", getattr(config.train, k), getattr(made_with.train, k)) for k in ("seed", "seq_len")]
     for knob, value, before in pairs:
-        if value != before and knob != "model.router":
+        if value != before:
             raise ValueError(f"{knob}={value}: {source} was made with {before}")
     if data != saved["data"]:
         raise ValueError(f"data.files={config.data.files}: {source} was made with other data, or another tokenizer")
 
 
 def together(work: Callable[[], T]) -> T:
-    """`work` on every rank. A ValueError on any of them becomes a UserError on all: nobody waits for one that has left."""
+    """`work` on every rank. A ValueError, or a file that can't be read, on any of them becomes a UserError on all: nobody waits
+    for one that has left."""
     result: T | None = None
     mistake: str | None = None
     try:
         result = work()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         mistake = str(error)
     mistakes: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(mistakes, mistake)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from moesaic.kernels.rms_norm import RMSNorm
 from moesaic.moe.config import ModelConfig, YarnConfig
 
 LATENT_EPS = 1e-6  # of the norms of MLA's latents, in every published model, whatever the other norms have
@@ -183,8 +184,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(self.heads * self.width, config.d_model, bias=False)
         if self.qk_norm != "none":
             per_head = self.qk_norm == "head"
-            self.q_norm = nn.RMSNorm(self.width * (1 if per_head else self.heads), config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.width * (1 if per_head else self.kv_heads), config.norm_eps)
+            self.q_norm = RMSNorm(self.width * (1 if per_head else self.heads), config.norm_eps)
+            self.k_norm = RMSNorm(self.width * (1 if per_head else self.kv_heads), config.norm_eps)
 
     def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor, mask: Mask = None) -> Tensor:
         widths = [self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width]
@@ -220,10 +221,10 @@ class LatentAttention(nn.Module):
             self.wq = nn.Linear(config.d_model, self.heads * mla.qk_head_dim, bias=False)
         else:
             self.wq_a = nn.Linear(config.d_model, mla.q_lora_rank, bias=False)
-            self.q_norm = nn.RMSNorm(mla.q_lora_rank, LATENT_EPS)
+            self.q_norm = RMSNorm(mla.q_lora_rank, LATENT_EPS)
             self.wq_b = nn.Linear(mla.q_lora_rank, self.heads * mla.qk_head_dim, bias=False)
         self.wkv_a = nn.Linear(config.d_model, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(mla.kv_lora_rank, LATENT_EPS)
+        self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_EPS)
         self.wkv_b = nn.Linear(mla.kv_lora_rank, self.heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
         self.wo = nn.Linear(self.heads * mla.v_head_dim, config.d_model, bias=False)
 

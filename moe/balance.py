@@ -74,7 +74,7 @@ def update_bias(model: "Transformer", counts_LE: Tensor) -> None:
         layer.router.bias_E += layer.router.config.bias_rate * (load_E.mean() - load_E).sign().float()
 
 
-def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int) -> dict[str, float]:
+def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int | None) -> dict[str, float]:
     """Figures of one step, from sums over the global batch: rows per expert, int64 (L, E), and FIGURES, (L, 4).
 
     moe/load_max_over_mean   the busiest expert's rows over the mean
@@ -83,10 +83,13 @@ def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int) -> dict[str, 
     moe/load_entropy         entropy of the load, over log E
     moe/router_entropy       mean entropy of a token's scores, over log E
     moe/dropped, moe/added   choices that capacity and rounding took away and made, per token
-    moe/padding              rows that tiles of `tile` rows would add, as a share of the routed ones, were all on one rank
+    moe/padding              rows that tiles of `tile` rows would add, as a share of the routed ones, were the step one
+                             micro-batch on one rank: more micro-batches or ranks pad more. Without a `tile`, left out
 
-    Each over all MoE layers (load_max_over_mean: the worst), and of the l-th as moe/layer<l>/....
+    Each over all MoE layers (load_max_over_mean: the worst), and of the l-th as moe/layer<l>/....; none without MoE layers.
     """
+    if not counts_LE.shape[0]:
+        return {}
     n_experts = counts_LE.shape[1]
     load_LE, figures = counts_LE.double(), figures_LF.double()
     rows_L = load_LE.sum(dim=1)
@@ -101,8 +104,9 @@ def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int) -> dict[str, 
         "router_entropy": figures[:, 1] / tokens_L / uniform,
         "dropped": figures[:, 2] / tokens_L,
         "added": figures[:, 3] / tokens_L,
-        "padding": (-counts_LE % tile).sum(dim=1) / rows_L.clamp(min=1),
     }
+    if tile is not None:
+        columns["padding"] = (-counts_LE % tile).sum(dim=1) / rows_L.clamp(min=1)
     result = {
         f"moe/{name}": (v.max() if name == "load_max_over_mean" else v.mean()).item() for name, v in columns.items()
     }

@@ -4,6 +4,7 @@ Every dataclass checks itself when it is made and raises `ValueError` with one l
 it on the command line (`model.router.top_k`), its value and the rule it broke.
 """
 
+import math
 from dataclasses import dataclass, field
 
 ROUTERS = ("softmax_topk", "sigmoid_bias", "expert_choice")
@@ -196,6 +197,10 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: must be at least 1")
         for name in ("d_shared", "n_dense_layers", "d_dense"):
             require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)}: must not be negative")
+        require(0 < self.rope_theta < math.inf, f"model.rope_theta={self.rope_theta}: must be positive")
+        for name in ("norm_eps", "init_std"):
+            require(0 <= getattr(self, name) < math.inf,
+                    f"model.{name}={getattr(self, name)}: must not be negative")  # fmt: skip
         require(self.router.top_k <= self.n_experts,
                 f"model.router.top_k={self.router.top_k}: must not exceed model.n_experts={self.n_experts}")  # fmt: skip
         require(self.activation in ACTIVATIONS,

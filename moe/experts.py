@@ -31,36 +31,50 @@ aten = torch.ops.aten
 # ---------------------------------------------------------------- activations
 
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+def activate(kind: str, h_RG: Tensor, gate_RF: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a_RF of h_RG. The gated kinds: Shazeer, arXiv 2002.05202, GeGLU with the exact erf; relu2: So et al., arXiv 2109.08668.
 
-
-def activate(kind: str, h_RG: Tensor) -> Tensor:
-    """a_RF of h_RG. The gated kinds: Shazeer, arXiv 2002.05202, GeGLU with the exact erf; relu2: So et al., arXiv 2109.08668."""
-    if kind == "relu2":
-        return h_RG.relu().square()
-    gate, up = h_RG.chunk(2, dim=1)
-    return GATES[kind](gate) * up
-
-
-def activate_backward(kind: str, da_RF: Tensor, h_RG: Tensor) -> Tensor:
-    """dh_RG, from the gradient of `activate(kind, h_RG)`."""
-    if kind == "relu2":
-        return da_RF * h_RG.relu().mul_(2)
-    gate, up = h_RG.chunk(2, dim=1)
-    dh_RG = torch.empty_like(h_RG)
-    dgate, dup = dh_RG.chunk(2, dim=1)
-    torch.mul(da_RF, GATES[kind](gate), out=dup)
-    dactivated = da_RF * up
+    Fills `out` and, with the activated gate (relu2: the relu), `gate_RF`, where they are given; both (R, F).
+    """
+    g, up = (h_RG, None) if kind == "relu2" else h_RG.chunk(2, dim=1)
+    if gate_RF is None:
+        gate_RF = torch.empty_like(g)
     if kind == "swiglu":
-        aten.silu_backward.grad_input(dactivated, gate, grad_input=dgate)
+        aten.silu.out(g, out=gate_RF)
     elif kind == "geglu":
-        aten.gelu_backward.grad_input(dactivated, gate, grad_input=dgate)
+        aten.gelu.out(g, out=gate_RF)
     else:
-        torch.mul(dactivated, gate > 0, out=dgate)
+        torch.clamp(g, min=0, out=gate_RF)
+    return torch.mul(gate_RF, gate_RF if up is None else up, out=torch.empty_like(gate_RF) if out is None else out)
+
+
+def activate_backward(kind: str, da_RF: Tensor, h_RG: Tensor, gate_RF: Tensor, out: Tensor | None = None) -> Tensor:
+    """dh_RG, from the gradient of `activate` and the gate it filled. `out` takes it, where given. Overwrites da_RF."""
+    dh_RG = torch.empty_like(h_RG) if out is None else out
+    if kind == "relu2":
+        return torch.mul(da_RF.mul_(2), gate_RF, out=dh_RG)
+    gate, up = h_RG.chunk(2, dim=1)
+    dgate, dup = dh_RG.chunk(2, dim=1)
+    torch.mul(da_RF, gate_RF, out=dup)
+    if kind == "swiglu":
+        aten.silu_backward.grad_input(da_RF.mul_(up), gate, grad_input=dgate)
+    elif kind == "geglu":
+        aten.gelu_backward.grad_input(da_RF.mul_(up), gate, grad_input=dgate)
+    else:
+        torch.mul(da_RF.mul_(up), gate > 0, out=dgate)
     return dh_RG
 
 
 # ---------------------------------------------------------------- the specification
+
+
+def activate_reference(kind: str, h_RG: Tensor) -> Tensor:
+    """The same, differentiable."""
+    if kind == "relu2":
+        return h_RG.relu().square()
+    gate, up = h_RG.chunk(2, dim=1)
+    gates: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+    return gates[kind](gate) * up
 
 
 def experts_reference(
@@ -74,7 +88,7 @@ def experts_reference(
         h = x_ND[rows.source_R[part]] @ w_up_EGD[j].T
         if b_up_EG is not None:
             h = h + b_up_EG[j]
-        y = activate(activation, h) @ w_down_EDF[j].T
+        y = activate_reference(activation, h) @ w_down_EDF[j].T
         if b_down_ED is not None:
             y = y + b_down_ED[j]
         outputs.append(y * weights_R[part, None].to(x_ND.dtype))
@@ -159,29 +173,33 @@ def _forward_loop(
     n_rows, counts = rows.source_R.numel(), rows.counts_E.tolist()
     h_RG = x_ND.new_empty(n_rows, w_up.shape[1])
     y_Rd = x_ND.new_empty(n_rows, columns[0].stop)
+    # Memory that every expert uses again stays in cache, and costs no page faults.
+    x_rD, g_rF, a_rF = _scratch(x_ND, max(counts), x_ND.shape[1], w_down.shape[2], w_down.shape[2])
     a_RF = x_ND.new_empty(n_rows, w_down.shape[2]) if len(columns) > 1 else None
-    start = 0
-    for j, count in enumerate(counts):
-        part = slice(start, start + count)
-        start += count
-        h = torch.mm(x_ND.index_select(0, rows.source_R[part]), w_up[j].T, out=h_RG[part])
+    w_first = w_down[:, columns[0]]
+    for j, (n, source, h, y, w) in enumerate(
+        zip(counts, *(t.split(counts) for t in (rows.source_R, h_RG, y_Rd, weights_R[:, None])), strict=True)
+    ):
+        torch.index_select(x_ND, 0, source, out=x_rD[:n])
+        torch.mm(x_rD[:n], w_up[j].T, out=h)
         if b_up is not None:
             h += b_up[j]
-        a = activate(activation, h).mul_(weights_R[part, None])
-        torch.mm(a, w_down[j, columns[0]].T, out=y_Rd[part])
-        if a_RF is not None:
-            a_RF[part] = a
+        own = a_rF[:n] if a_RF is None else a_RF.split(counts)[j]
+        a = activate(activation, h, g_rF[:n], own).mul_(w)
+        torch.mm(a, w_first[j].T, out=y)
+    del x_rD, g_rF, a_rF, own, a  # before the sums over chunks need memory of their own
 
     def fill(buffer: Tensor, chunk: slice) -> None:
-        start = 0
-        for j, count in enumerate(counts):
-            part = slice(start, start + count)
-            start += count
-            assert a_RF is not None
-            torch.mm(a_RF[part], w_down[j, chunk].T, out=buffer[part])
+        assert a_RF is not None
+        for a, y, w in zip(a_RF.split(counts), buffer.split(counts), w_down[:, chunk], strict=True):
+            torch.mm(a, w.T, out=y)
 
     y_ND = _in_chunks(columns, rows, x_ND.shape[0], y_Rd, fill)
     return h_RG, y_ND if b_down is None else y_ND + _biases(b_down, weights_R, rows)
+
+
+def _scratch(like: Tensor, rows: int, *widths: int) -> list[Tensor]:
+    return [like.new_empty(rows, width) for width in widths]
 
 
 def _biases(b_down_ED: Tensor, weights_R: Tensor, rows: Rows) -> Tensor:
@@ -197,40 +215,39 @@ def _backward_loop(
     rows: Rows, activation: str, columns: list[slice],
 ) -> Grads:  # fmt: skip
     n_rows, counts = rows.source_R.numel(), rows.counts_E.tolist()
+    d, f, g = x_ND.shape[1], w_down.shape[2], h_RG.shape[1]
     dx_Rd = x_ND.new_empty(n_rows, columns[0].stop)
-    dh_RG = x_ND.new_empty(n_rows, h_RG.shape[1]) if len(columns) > 1 else None
+    dh_RG = x_ND.new_empty(n_rows, g) if len(columns) > 1 else None
     dweights_R = torch.empty_like(weights_R)
     dw_up, dw_down = torch.empty_like(w_up), torch.empty_like(w_down)
     db_up = w_up.new_zeros(w_up.shape[:2]) if b_down is not None else None
     db_down = torch.zeros_like(b_down) if b_down is not None else None
-    start = 0
-    for j, count in enumerate(counts):
+    x_rD, g_rF, a_rF, da_rF, dh_rG = _scratch(x_ND, max(counts), d, f, f, f, g)
+    w_first = w_up[:, :, columns[0]]
+    parts = (rows.source_R, h_RG, dx_Rd, weights_R[:, None], dweights_R)
+    for j, (n, source, h, dx, w, dw) in enumerate(zip(counts, *(t.split(counts) for t in parts), strict=True)):
         # An expert without rows gets zeros, as the product over no rows gives: never None, never what was in memory.
-        part = slice(start, start + count)
-        start += count
-        source_r, w_r1 = rows.source_R[part], weights_R[part, None]
-        dy_rD = dy_ND.index_select(0, source_r)
-        a_rF = activate(activation, h_RG[part])
-        da_rF = dy_rD @ w_down[j]
-        torch.linalg.vecdot(da_rF, a_rF, out=dweights_R[part])
-        torch.mm(dy_rD.T, a_rF.mul_(w_r1), out=dw_down[j])
-        dh_rG = activate_backward(activation, da_rF.mul_(w_r1), h_RG[part])
-        torch.mm(dh_rG.T, x_ND.index_select(0, source_r), out=dw_up[j])
-        torch.mm(dh_rG, w_up[j, :, columns[0]], out=dx_Rd[part])
-        if dh_RG is not None:
-            dh_RG[part] = dh_rG
-        if b_down is not None and db_up is not None and db_down is not None:
-            dweights_R[part] += dy_rD @ b_down[j]
-            torch.mv(dy_rD.T, w_r1[:, 0], out=db_down[j])
-            torch.sum(dh_rG, dim=0, out=db_up[j])
+        dy = torch.index_select(dy_ND, 0, source, out=x_rD[:n])
+        a = activate(activation, h, g_rF[:n], a_rF[:n])
+        da = torch.mm(dy, w_down[j], out=da_rF[:n])
+        torch.linalg.vecdot(da, a, out=dw)
+        torch.mm(dy.T, a.mul_(w), out=dw_down[j])
+        if b_down is not None and db_down is not None:
+            dw += dy @ b_down[j]
+            torch.mv(dy.T, w[:, 0], out=db_down[j])
+        own = dh_rG[:n] if dh_RG is None else dh_RG.split(counts)[j]
+        dh = activate_backward(activation, da.mul_(w), h, g_rF[:n], own)
+        if db_up is not None:
+            torch.sum(dh, dim=0, out=db_up[j])
+        torch.mm(dh, w_first[j], out=dx)
+        x = torch.index_select(x_ND, 0, source, out=x_rD[:n])
+        torch.mm(dh.T, x, out=dw_up[j])
+    del x_rD, g_rF, a_rF, da_rF, dh_rG, own, a, da, dh, dy, x
 
     def fill(buffer: Tensor, chunk: slice) -> None:
-        start = 0
-        for j, count in enumerate(counts):
-            part = slice(start, start + count)
-            start += count
-            assert dh_RG is not None
-            torch.mm(dh_RG[part], w_up[j, :, chunk], out=buffer[part])
+        assert dh_RG is not None
+        for dh, dx, w in zip(dh_RG.split(counts), buffer.split(counts), w_up[:, :, chunk], strict=True):
+            torch.mm(dh, w, out=dx)
 
     dx_ND = _in_chunks(columns, rows, x_ND.shape[0], dx_Rd, fill)
     return dx_ND, dweights_R, dw_up, dw_down, db_up, db_down
@@ -259,11 +276,12 @@ def _backward_grouped(
     real_R1 = (torch.arange(h_RG.shape[0], device=h_RG.device) < ends_E[-1])[:, None]
     dy_RD = dy_ND[rows.source_R]
     da_RF = F.grouped_mm(dy_RD, w_down, offs=ends_E)
-    a_RF = activate(activation, h_RG)
+    gate_RF = torch.empty_like(da_RF)
+    a_RF = activate(activation, h_RG, gate_RF)
     dweights_R = torch.where(real_R1, da_RF.float() * a_RF.float(), 0).sum(dim=1)
     dw_down = F.grouped_mm(dy_RD.mT, a_RF * weights_R[:, None], offs=ends_E)
     db_up = db_down = None
-    dh_RG = activate_backward(activation, da_RF * weights_R[:, None], h_RG)
+    dh_RG = activate_backward(activation, da_RF * weights_R[:, None], h_RG, gate_RF)
     if b_down is not None:
         bias_RD = b_down[rows.expert_R.clamp(max=b_down.shape[0] - 1)]
         dweights_R = dweights_R + torch.where(real_R1, dy_RD.float() * bias_RD.float(), 0).sum(dim=1)
@@ -271,7 +289,7 @@ def _backward_grouped(
         ones_R8 = torch.ones_like(h_RG[:, :1]).expand(-1, 8).contiguous()
         db_up = F.grouped_mm(dh_RG.mT, ones_R8, offs=ends_E)[..., 0]
         db_down = F.grouped_mm(dy_RD.mT, ones_R8 * weights_R[:, None], offs=ends_E)[..., 0]
-    del dy_RD, a_RF, da_RF
+    del dy_RD, a_RF, da_RF, gate_RF
     dw_up = F.grouped_mm(dh_RG.mT, x_ND[rows.source_R], offs=ends_E)
     out = [sum_bags(F.grouped_mm(dh_RG, w_up[:, :, c], offs=ends_E), rows.bag, rows.starts) for c in columns]
     return out[0] if len(out) == 1 else torch.cat(out, dim=1), dweights_R, dw_up, dw_down, db_up, db_down

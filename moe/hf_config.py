@@ -367,8 +367,8 @@ def settle(chosen: ModelConfig, published: ModelConfig, take: bool, where: str) 
     Raises ValueError naming the first knob of the shape on which the two differ. With `take`, knobs left at their default
     are no choice, and don't count.
     """
-    default, told = _shape(ModelConfig()), _shape(chosen)
-    for knob, value in _shape(published).items():
+    default, told = shape_knobs(ModelConfig()), shape_knobs(chosen)
+    for knob, value in shape_knobs(published).items():
         if told[knob] != value and not (take and told[knob] == default[knob]):
             hint = "" if take else "; model_from_init=true takes the shape from there"
             raise ValueError(f"model.{knob}={told[knob]}: {where} has {value}{hint}")
@@ -381,7 +381,7 @@ def _fields(config: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(config)]
 
 
-def _shape(config: ModelConfig) -> dict[str, Any]:
+def shape_knobs(config: ModelConfig) -> dict[str, Any]:
     """Every knob that says what the model computes, by its name under `model.`; those without effect have their default."""
     values: dict[str, Any] = {}
     nested = {"mla": config.attention == "mla", "yarn": config.yarn.factor > 1, "router": True}

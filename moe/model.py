@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.kernels.cross_entropy import linear_cross_entropy
+from moesaic.kernels.rms_norm import RMSNorm
 from moesaic.moe.attention import Attention, LatentAttention, Mask, document_mask, rotary_table
 from moesaic.moe.balance import FIGURES, pooled_balance_loss
 from moesaic.moe.config import ModelConfig
@@ -46,9 +47,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = LatentAttention(config) if config.attention == "mla" else Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         dense = layer < config.n_dense_layers
         self.ffn = FeedForward(config.d_model, config.d_dense) if dense else MoE(config)
 
@@ -73,7 +74,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

@@ -7,6 +7,7 @@ choice, the micro-batch balance loss) is defined over the tokens of one call. Ev
 computes in: a bf16 score would decide ties by rounding.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the balance losses need: logits_TE, and scores_TE that sum to 1 over experts (fp32, with gradient)."""
+    """What the balance losses need: logits_TE, and shares_TE, the scores made to sum to 1 over experts (fp32, with gradient)."""
 
     logits_TE: Tensor
     shares_TE: Tensor
@@ -90,7 +91,7 @@ def keep_best_groups(scores_TE: Tensor, groups: int, kept: int) -> Tensor:
     """
     if groups == 1:
         return scores_TE
-    grouped = scores_TE.view(scores_TE.shape[0], groups, -1)
+    grouped = scores_TE.unflatten(1, (groups, scores_TE.shape[1] // groups))
     best = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2)
     keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, stable_topk(best, kept), True)
     return grouped.masked_fill(~keep[:, :, None], -torch.inf).flatten(1)
@@ -102,8 +103,8 @@ class Router(nn.Module):
     softmax_topk    scores softmax(logits); the K best
     sigmoid_bias    scores sigmoid(logits); the K best of scores + bias, within the best groups; weights are the scores without
                     the bias. The bias is moved after each step by moesaic.moe.balance.update_bias, and is no parameter
-    expert_choice   scores softmax(logits); each expert takes its T * K / E best tokens (arXiv 2202.09368). In training only:
-                    whether a token is taken depends on later tokens, which generation does not have
+    expert_choice   scores softmax(logits); each expert takes its T * K / E (rounded up) best tokens (arXiv 2202.09368). In
+                    training only: whether a token is taken depends on later tokens, which generation does not have
 
     In training, `capacity_factor` or `rounding` may follow; evaluation uses the plain choice. Weights are divided by their sum
     over a token's experts where `renormalize` says so, then multiplied with `scale`.
@@ -168,7 +169,8 @@ class Router(nn.Module):
         """At most C = ceil(capacity_factor * T * K / E) rows an expert, those of highest score; ties to the earlier token."""
         tokens, k = experts_TK.shape
         n_experts = self.weight_ED.shape[0]
-        capacity = -(-round(self.config.capacity_factor * tokens * k) // n_experts)
+        # A hair less, for 1.1 * 10 is more than 11 in floating point.
+        capacity = math.ceil(self.config.capacity_factor * tokens * k / n_experts - 1e-6)
         expert_S, counts_E = experts_TK.flatten(), count_rows(experts_TK, n_experts)
         by_score = ordered_keys(weights_TK.flatten()).argsort(descending=True, stable=True)
         slot_R = by_score[expert_S[by_score].argsort(stable=True)]

@@ -72,15 +72,16 @@ class _Combine(torch.autograd.Function):
         return grad_TD.index_select(0, source_R), None
 
 
-def received_rows(received_We: Tensor) -> Rows:
-    """Rows as they arrive (by source rank, then local expert) -> the same rows sorted by local expert, then source rank.
+def received_rows(received_We: Tensor, n_rows: int) -> Rows:
+    """Rows as they arrive (by source rank, then local expert), `n_rows` in all -> the same rows sorted by local expert, then
+    source rank. The host knows their number already; to ask for it again would be a wait for the device.
 
     Two sources, two experts, received_We = [[2, 1], [0, 3]]: what arrives is a a b | b b b (experts of each row), in order
     0 1 2 3 4 5. Sorted by expert: rows 0 1, then 2 3 4 5.
     """
     n_experts = received_We.shape[1]
     expert_of_block = torch.arange(n_experts, device=received_We.device).repeat(received_We.shape[0])
-    expert_N = expert_of_block.repeat_interleave(received_We.flatten())
+    expert_N = expert_of_block.repeat_interleave(received_We.flatten(), output_size=n_rows)
     row_N = torch.arange(expert_N.numel(), device=expert_N.device)
     return sort_slots(row_N, expert_N, received_We.sum(dim=0), expert_N.numel(), per_input=1)
 
@@ -112,7 +113,7 @@ class AllToAllPath:
         weights_R1 = routing.weights_S.index_select(0, rows.slot_R)[:, None]
         weights_N1 = _AllToAll.apply(weights_R1, send, receive, self.group)
 
-        arrived = received_rows(received_We)
+        arrived = received_rows(received_We, sum(receive))
         y_ND = experts(x_ND, weights_N1[:, 0].index_select(0, arrived.slot_R), arrived)
 
         y_RD = _AllToAll.apply(y_ND, receive, send, self.group)

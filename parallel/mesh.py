@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
@@ -89,6 +90,8 @@ def meet(store: dist.Store, rank: int, world: int) -> str:
     torchrun keeps one store over its restarts of a launch, where a process finds the addresses of dead ones and calls them
     (github.com/pytorch/pytorch/issues/135712). TORCHELASTIC_RESTART_COUNT would not do for a name: nodes count differently. So
     each rank says a word of its own, and rank 0 answers with the name, again when the word changes, until the rank thanks for it.
+
+    Raises TimeoutError on rank 0, and what the store raises on the others, after the store's own timeout.
     """
     name = secrets.token_hex(8)
     if rank > 0:
@@ -97,7 +100,11 @@ def meet(store: dist.Store, rank: int, world: int) -> str:
         store.set(f"thanks/{name}/{rank}", "")
         return name
     missing = set(range(1, world))
+    patience: timedelta = store.timeout  # type: ignore[attr-defined]  # which torch's stubs leave out
+    end = time.monotonic() + patience.total_seconds()
     while missing:
+        if time.monotonic() > end:
+            raise TimeoutError(f"ranks {sorted(missing)} of {world} did not come within {patience}")
         for other in list(missing):
             if store.check([f"thanks/{name}/{other}"]):
                 missing.remove(other)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.distributed import HashStore
 
 from moesaic.launch import cli, train
-from moesaic.launch.data import open_data
+from moesaic.launch.data import open_data, train_batch
 from moesaic.moe.model import build
 from moesaic.parallel import checkpoint
 from moesaic.parallel.mesh import meet
@@ -242,6 +242,9 @@ MISTAKES = [
     (["parallel.expert=2"], ["parallel.expert=2", "must divide the number of ranks, 1"]),
     (["data.files=/no/such/*.txt"], ["data.files", "/no/such/*.txt", "no"]),
     (["resume=nonsense"], ["resume=nonsense", "must be auto, never, a checkpoint"]),
+    (["run_dir=/proc/run"], ["run_dir=/proc/run", "cannot be made"]),
+    (["train.seed=99999999999999999"], ["train.seed=99999999999999999", "must be below"]),
+    (["model.init_std=-1"], ["model.init_std=-1", "must not be negative"]),
     (["model.vocab_size=100"], ["model.vocab_size=100", "must be at least 257"]),
 ]
 
@@ -255,6 +258,16 @@ def test_a_mistake_is_one_line(
     for word in words:
         assert word in line
     assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_gpus_is_one_line(
+    place: Place, tmp_path: Path, mistake: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    line = mistake(place.knobs(tmp_path / "run"))
+    assert line == "error: --nproc-per-node=2: must not exceed the number of GPUs here, 1"
 
 
 def test_a_large_recipe_without_data_says_what_is_missing(mistake: Callable[[list[str]], str]) -> None:
@@ -271,6 +284,8 @@ def test_resuming_what_does_not_fit_is_one_line(
         (["resume=never"], ["resume=never", f"run_dir={run_dir} holds checkpoints"]),
         (["model.d_model=48"], ["model.d_model=48", "was made with 32"]),
         (["train.seq_len=32"], ["train.seq_len=32", "was made with 64"]),
+        (["model.router.top_k=1"], ["model.router.top_k=1", "was made with 2"]),
+        (["model.router.kind=sigmoid_bias"], ["model.router.kind=sigmoid_bias", "was made with softmax_topk"]),
         ([f"data.files={tmp_path}/other.txt"], ["data.files", "other.txt", "other data"]),
         ([f"resume={tmp_path}"], [f"resume={tmp_path}", "must be auto, never, a checkpoint"]),
         ([f"resume={run_dir}/checkpoints/step_00000030"], ["must be auto", f"run_dir={run_dir} holds step_00000040"]),
@@ -352,6 +367,40 @@ def test_another_process_finds_the_same_val_loss(reference: tuple[Path, str]) ->
         assert total / (windows * 64) == pytest.approx(val_loss, rel=1e-6)
 
 
+def test_a_step_adds_the_gradients_of_the_global_batch(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences on two ranks, in micro-batches of one, the last of rank 1 empty: played by one process that adds up.
+
+    Wanted: the mean cross entropy of all tokens, and of each micro-batch's auxiliary loss, large here, its share of the tokens.
+    """
+    aux = "model.router.balance_coef=3 model.router.z_coef=0.5".split()
+    config = cli.compose(place.knobs("none", "train.global_batch=3", "train.micro_batch=1", *aux))
+    stream = open_data(config.data, config.train.seq_len).train
+    device = torch.device("cpu")
+    ours, theirs = build(config.model, 1, device), build(config.model, 1, device)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    got = torch.zeros(())
+    for rank in range(2):
+        monkeypatch.setattr(train.dist, "get_rank", lambda: rank)
+        loss, rows_LE, figures_LF = train.train_step(ours, stream, config.train, 5, device, None)
+        got += loss
+        assert rows_LE.sum() == 2 * 2 * 64 * (2 - rank) and figures_LF[:, 0].tolist() == [64 * (2 - rank)] * 2
+    want = torch.zeros(())
+    for sample in (5, 6, 7):
+        tokens = torch.from_numpy(train_batch(stream, config.train.seed, sample, 1))
+        out = theirs(tokens[:, :-1], tokens[:, 1:])
+        (out.loss / (3 * 64) + out.aux / 3).backward()
+        want += out.loss.detach() / (3 * 64)
+    torch.testing.assert_close(got, want)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert (p.grad - q.grad).abs().max() <= 1e-5 * q.grad.abs().max(), name
+
+
+def test_a_run_without_experts(place: Place, tmp_path: Path) -> None:
+    here(*place.knobs(tmp_path / "run", *"model.n_dense_layers=2 model.d_dense=64 train.steps=2".split()))
+    assert len(losses(tmp_path / "run")) == 2
+
+
 def test_a_run_that_is_done_has_nothing_to_do(
     place: Place, reference: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,6 +423,31 @@ def test_a_run_starts_from_another_ones_checkpoint(
     for ours, theirs in zip(losses(tmp_path / "run"), losses(run_dir)[30:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
     assert evaluations(tmp_path / "run")[-1] == pytest.approx(evaluations(run_dir)[-1], rel=1e-4)
+
+
+def test_a_resumed_run_draws_the_same_chances_and_keeps_the_bias(place: Place, tmp_path: Path) -> None:
+    """Rounding by chance draws from the random state of the checkpoint, and the routers' bias is in it."""
+    knobs = "model.router.kind=sigmoid_bias model.router.rounding=stochastic model.router.rounding_tile=16".split()
+    here(*place.knobs(tmp_path / "whole", *knobs, f"train.checkpoint_every={KEPT}", "train.eval_every=0"))
+    kept, end = (checkpoint.step_folder(tmp_path / "whole" / "checkpoints", step) for step in (KEPT, STEPS))
+    here(*place.knobs(tmp_path / "resumed", *knobs, f"resume={kept}", "train.eval_every=0"))
+    assert_same_end(tmp_path / "whole", tmp_path / "resumed")
+    assert records(tmp_path / "whole")[-1]["moe/added"] > 0
+    before, after = tensors(kept), tensors(end)
+    biases = [name for name in after if name.endswith(".bias_E")]
+    assert len(biases) == 2
+    for name in [*biases, "rng.0"]:
+        assert not torch.equal(before[name], after[name])
+    assert all(before[name].abs().max() > 0 for name in biases)
+
+
+def test_a_gpu_of_unknown_tile_trains_but_does_not_round(place: Place) -> None:
+    unknown = torch.device("meta")  # stands for one
+    assert train.tile_rows(cli.compose(place.knobs("none")), unknown) is None
+    with pytest.raises(ValueError, match=r"model\.router\.rounding_tile=null: no tile is known for meta"):
+        train.tile_rows(cli.compose(place.knobs("none", "model.router.rounding=up")), unknown)
+    rounds = place.knobs("none", "model.router.rounding=up", "model.router.rounding_tile=64")
+    assert train.tile_rows(cli.compose(rounds), unknown) == 64
 
 
 # ---------------------------------------------------------------- kills

@@ -91,3 +91,5 @@ def test_load_figures_by_hand() -> None:
     # Tiles of 3 rows: 2 become 3 four times (4 of 8), 8 become 9 (1 of 8).
     assert figures["moe/layer0/padding"] == pytest.approx(0.5) and figures["moe/layer1/padding"] == pytest.approx(1 / 8)
     assert figures["moe/layer0/load_max_over_mean"] == pytest.approx(1.0)
+    known = {key: value for key, value in figures.items() if "padding" not in key}
+    assert load_figures(counts, sums, tile=None) == known

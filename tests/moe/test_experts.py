@@ -250,14 +250,19 @@ def test_sorted_rows_by_hand() -> None:
     dict(top_k=2), dict(top_k=2, balance_over="sequence"), dict(kind="sigmoid_bias", groups=4, groups_kept=2),
     dict(kind="expert_choice"), dict(capacity_factor=1.25), dict(rounding="score"), dict(rounding="balance", renormalize=True),
 ], ids=str)  # fmt: skip
-def test_a_layer_on_cuda_does_not_wait_for_the_host(router: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_on_cuda_does_not_wait_for_the_host(
+    bias: bool, router: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FakeTensorMode has no values, so `.item()` and `.tolist()` raise: what runs on CUDA runs without either, both ways.
 
     The fake tensors say they are on the CPU, for autograd asks a CUDA device for its streams even of fake ones.
     """
     grouped_on_cpu(monkeypatch)
     monkeypatch.setattr("moesaic.kernels.permute.on_host", lambda tensor: False)
-    config = ModelConfig(d_model=64, n_heads=2, n_experts=8, d_expert=32, d_shared=32, router=RouterConfig(**router))
+    config = ModelConfig(
+        d_model=64, n_heads=2, n_experts=8, d_expert=32, d_shared=32, expert_bias=bias, router=RouterConfig(**router)
+    )
     with torch.device("meta"):
         layer = MoE(config)
     with FakeTensorMode():

@@ -1,6 +1,7 @@
 """The router against plain definitions: which experts, in which order, with what weight."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -53,8 +54,11 @@ def test_router_computes_in_fp32_whatever_it_is_given() -> None:
     assert {t.dtype for t in (routing.weights_S, scores.logits_TE, scores.shares_TE)} == {torch.float32}
 
 
-def test_no_tokens() -> None:
-    router = Router(ModelConfig(d_model=16, n_heads=2, n_experts=4))
+@pytest.mark.parametrize("knobs", [
+    dict(), dict(kind="sigmoid_bias", groups=2), dict(kind="expert_choice"), dict(capacity_factor=1.0), dict(rounding="score"),
+], ids=str)  # fmt: skip
+def test_no_tokens(knobs: dict[str, Any]) -> None:
+    router = Router(ModelConfig(d_model=16, n_heads=2, n_experts=4, router=RouterConfig(**knobs)))
     torch.nn.init.normal_(router.weight_ED)
     routing, _ = router(torch.randn(0, 16))
     assert routing.expert_S.shape == (0,) and routing.counts_E.tolist() == [0] * 4
@@ -110,12 +114,12 @@ def test_expert_choice_takes_each_experts_best_tokens() -> None:
         router.eval()(x)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 8.0])
+@pytest.mark.parametrize("factor", [0.482, 0.5, 1.0, 1.12, 1.25, 8.0])
 def test_capacity_drops_the_lowest_scores(factor: float) -> None:
     router, x = made(capacity_factor=factor, top_k=3, renormalize=True)
     routing, scores = router(x)
     full = stable_topk(scores.shares_TE, 3)
-    capacity = math.ceil(round(factor * 50 * 3) / 8)
+    capacity = math.ceil(Fraction(str(factor)) * 50 * 3 / 8)
     kept = [set() for _ in range(50)]
     for e in range(8):
         rows = [(-scores.shares_TE[t, e].item(), t) for t in range(50) if e in full[t].tolist()]

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesaic.kernels.rounding import RULES
+from moesaic.moe.balance import update_bias
 from moesaic.moe.config import ModelConfig, RouterConfig
 from moesaic.moe.model import build
-from moesaic.parallel.apply import parallelize
+from moesaic.parallel.apply import parallelize, total
 from moesaic.parallel.clip import clip_gradients
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.ranks import run_ranks
@@ -28,7 +30,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
     "top1_renormalized": dict(router=RouterConfig(top_k=1, renormalize=True), qk_norm="head"),
     "all_experts": dict(router=RouterConfig(top_k=4)),
-}
+    "sigmoid_bias": dict(router=RouterConfig(
+        kind="sigmoid_bias", groups=2, groups_kept=1, renormalize=True, scale=2.5, bias_rate=0.05, balance_over="sequence",
+    )),
+    "expert_choice": dict(router=RouterConfig(kind="expert_choice", renormalize=True)),
+    "capacity": dict(router=RouterConfig(capacity_factor=0.8, balance_over="global", balance_coef=0.1)),
+    "global_and_biases": dict(
+        router=RouterConfig(balance_over="global", balance_coef=0.1), expert_bias=True, activation="relu2"
+    ),
+    "layers": dict(router=RouterConfig(balance_over="layers", balance_coef=0.1)),
+} | {
+    rule: dict(router=RouterConfig(rounding=rule, rounding_tile=4, renormalize=rule in ("up", "score")))
+    for rule in RULES
+}  # fmt: skip
 
 
 def config_of(shape: str) -> ModelConfig:
@@ -54,32 +68,45 @@ def micro_batches(world: int, accumulation: int, unequal: bool) -> list[list[Ten
     return [[torch.randint(0, 61, (n, SEQUENCE + 1), generator=generator) for n in row] for row in sizes]
 
 
-def backward(model: Any, batches: list[Tensor], all_tokens: int) -> Tensor:
-    """Adds gradients of these micro-batches; returns their part of the loss with auxiliary terms."""
-    total = torch.zeros(())
-    for batch in batches:
-        out = model(batch[:, :-1], batch[:, 1:])
-        loss = out.loss / all_tokens + out.aux * (batch.shape[0] * SEQUENCE / all_tokens)
-        loss.backward()
-        total += loss.detach()
-    return total
+def backward(model: Any, batches: dict[int, list[Tensor]], all_tokens: int, step: int = 0) -> list[Tensor]:
+    """Adds gradients of the micro-batches of these ranks. Returns their part of the loss with auxiliary terms, of the rows per
+    expert and of the routing figures."""
+    sums: list[Tensor] = []
+    for rank, mine in batches.items():
+        torch.manual_seed(100 * rank + step)  # rules of chance draw from each rank's own generator
+        for i, batch in enumerate(mine):
+            model.micro_batch = i  # for `replayed`
+            out = model(batch[:, :-1], batch[:, 1:])
+            loss = out.loss / all_tokens + out.aux * (batch.shape[0] * SEQUENCE / all_tokens)
+            loss.backward()
+            parts = [loss.detach(), out.counts, out.figures]
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    return sums
 
 
-def train(model: Any, batches: list[Tensor], all_tokens: int, clip: Any) -> dict[str, Any]:
-    """Three AdamW steps on the same batch; gradients of the first."""
+def train(
+    model: Any, batches: dict[int, list[Tensor]], all_tokens: int, clip: Any, total: Any, prepare: Any = None
+) -> dict[str, Any]:
+    """Three AdamW steps on the same batch; gradients of the first. `total` sums over ranks; `prepare(step)` precedes a step."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-2, eps=1e-3
     )  # at eps 1e-8 rounding noise is divided by itself
-    result: dict[str, Any] = {"losses": [], "norms": []}
+    result: dict[str, Any] = {"losses": [], "norms": [], "counts": [], "figures": []}
     for step in range(3):
-        result["losses"].append(backward(model, batches, all_tokens))
+        if prepare:
+            prepare(step)
+        loss, counts_LE, figures_LF = (total(part) for part in backward(model, batches, all_tokens, step))
+        for key, value in (("losses", loss), ("counts", counts_LE), ("figures", figures_LF)):
+            result[key].append(value)
         if step == 0:
             result["gradients"] = {n: whole(p.grad) for n, p in model.named_parameters()}
         result["norms"].append(clip(model))
         optimizer.step()
         optimizer.zero_grad()
-    result["weights"] = {n: whole(p.detach()) for n, p in model.named_parameters()}
-    return result
+        if model.config.router.kind == "sigmoid_bias":
+            update_bias(model, counts_LE)
+    result["weights"] = {n: whole(p.detach()) for n, p in [*model.named_parameters(), *model.named_buffers()]}
+    return result | {key: torch.stack(result[key]) for key in ("losses", "norms", "counts", "figures")}
 
 
 def whole(tensor: Any) -> Tensor:
@@ -87,7 +114,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def spread(cases: list[tuple[str, int, int, bool]]) -> list[dict[str, Any]]:
-    """On each rank: the results of all cases, losses summed over ranks."""
+    """On each rank: the results of all cases, losses, rows and figures summed over ranks."""
     results = []
     for shape, expert, accumulation, unequal in cases:
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -97,25 +124,43 @@ def spread(cases: list[tuple[str, int, int, bool]]) -> list[dict[str, Any]]:
         model = parallelize(
             config_of(shape), make_meshes("cpu", expert), path, seed=2, device=CPU, compute=torch.float32
         )
-        result = train(model, batches[rank], tokens, lambda m: clip_gradients(m.parameters(), 0.5))
-        losses = torch.stack(result["losses"])
-        dist.all_reduce(losses)
-        results.append(result | {"losses": losses, "norms": torch.stack(result["norms"])})
+        results.append(
+            train(model, {rank: batches[rank]}, tokens, lambda m: clip_gradients(m.parameters(), 0.5), total)
+        )
     return results
 
 
+def replayed(model: Any, batches: dict[int, list[Tensor]], step: int) -> None:
+    """Puts in place of each layer's `reduce` the rows per expert that all ranks together route in a micro-batch."""
+    rows: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for rank, mine in batches.items():
+            torch.manual_seed(100 * rank + step)
+            for i, batch in enumerate(mine):
+                counts_LE = model(batch[:, :-1], batch[:, 1:]).counts
+                rows[i] = rows[i] + counts_LE if i in rows else counts_LE
+    for i, layer in enumerate(model.moe_layers()):
+        layer.reduce = lambda counts_E, i=i: rows[model.micro_batch][i]
+
+
 def alone(shape: str, world: int, accumulation: int, unequal: bool) -> dict[str, Any]:
-    batches = [batch for row in micro_batches(world, accumulation, unequal) for batch in row]
-    tokens = sum(b.shape[0] for b in batches) * SEQUENCE
+    batches = dict(enumerate(micro_batches(world, accumulation, unequal)))
+    tokens = sum(b.shape[0] for row in batches.values() for b in row) * SEQUENCE
     model = build(config_of(shape), 2, CPU)
-    result = train(model, batches, tokens, lambda m: torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5))
-    return result | {"losses": torch.stack(result["losses"]), "norms": torch.stack(result["norms"])}
+
+    def clip(model: Any) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+
+    return train(model, batches, tokens, clip, lambda value: value, lambda step: replayed(model, batches, step))
 
 
 CASES = {
     1: [("plain", 1, 1, False)],
     2: [("plain", 1, 1, False), ("plain", 2, 1, False), ("shared_dense_tied", 2, 2, False), ("shared_dense_tied", 1, 1, True),
-        ("top1_renormalized", 2, 2, True), ("all_experts", 2, 1, True)],
+        ("top1_renormalized", 2, 2, True), ("all_experts", 2, 1, True), ("sigmoid_bias", 2, 2, True),
+        ("sigmoid_bias", 1, 1, True), ("expert_choice", 2, 2, True), ("capacity", 2, 2, True),
+        ("global_and_biases", 2, 2, True), ("layers", 2, 1, True),
+        *((rule, 2, 2, True) for rule in RULES)],
     4: [("plain", 1, 1, False), ("plain", 2, 1, True), ("shared_dense_tied", 2, 2, False), ("plain", 4, 1, False)],
 }  # fmt: skip
 
@@ -134,6 +179,10 @@ def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
             torch.testing.assert_close(
                 got["norms"], want["norms"], rtol=1e-5, atol=0, msg=lambda m, c=case: f"{c}: {m}"
             )
+            assert torch.equal(got["counts"], want["counts"]), case
+            torch.testing.assert_close(
+                got["figures"], want["figures"], rtol=1e-5, atol=0, msg=lambda m, c=case: f"{c}: {m}"
+            )
             for kind in ("gradients", "weights"):
                 assert got[kind].keys() == want[kind].keys()
                 for name, value in want[kind].items():
@@ -144,12 +193,11 @@ def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
 
 
 def in_bf16() -> tuple[Tensor, dict[str, Tensor], set[torch.dtype]]:
-    batch = micro_batches(2, 1, False)[dist.get_rank()]
+    rank = dist.get_rank()
     model = parallelize(
         config_of("plain"), make_meshes("cpu", 2), "all_to_all", seed=2, device=CPU, compute=torch.bfloat16
     )
-    loss = backward(model, batch, 4 * SEQUENCE)
-    dist.all_reduce(loss)
+    loss = total(backward(model, {rank: micro_batches(2, 1, False)[rank]}, 4 * SEQUENCE)[0])
     kinds = {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters()}
     return loss, {n: whole(p.grad) for n, p in model.named_parameters()}, kinds
 

@@ -22,11 +22,11 @@ CONFIG = ModelConfig(d_model=D, n_heads=2, n_experts=EXPERTS, d_expert=F, router
 
 def test_received_rows_by_hand() -> None:
     # Two sources, two local experts; what arrives, as source/expert/number: a0 a0 a1 | b1 b1 b1, rows 0..5.
-    rows = received_rows(torch.tensor([[2, 1], [0, 3]]))
+    rows = received_rows(torch.tensor([[2, 1], [0, 3]]), 6)
     assert rows.counts_E.tolist() == [2, 4]
     assert rows.source_R.tolist() == [0, 1, 2, 3, 4, 5]
     # Source a: one row of each; b: two and one. Arrival: a/0 a/1 b/0 b/0 b/1; by expert: 0 2 3 | 1 4.
-    rows = received_rows(torch.tensor([[1, 1], [2, 1]]))
+    rows = received_rows(torch.tensor([[1, 1], [2, 1]]), 5)
     assert rows.source_R.tolist() == [0, 2, 3, 1, 4]
     assert rows.bag.flatten().tolist() == [0, 3, 1, 2, 4]
 
