@@ -11,6 +11,7 @@ That needs one M for all varlen_m products of a target, of which every varlen_k 
 Letters: M tile rows, N tile columns, K tile depth.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,15 @@ def rounding_tile(target: str | torch.device, override: int | None = None) -> in
             raise ValueError(f"model.router.rounding_tile={override}: must be at least 1")
         return override
     return TILES[target_name(target)]["varlen_m"].m
+
+
+@functools.cache
+def known_tile(target: str | torch.device, override: int | None = None) -> int | None:
+    """`rounding_tile`, or None where it is not known."""
+    try:
+        return rounding_tile(target, override)
+    except ValueError:
+        return None
 
 
 def target_name(target: str | torch.device) -> str:

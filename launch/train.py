@@ -73,7 +73,7 @@ def train(config: Config, device: torch.device) -> None:
     shared = agree_on(lambda: fingerprint(data))
     together(lambda: check_same_data(fingerprint(data), shared))
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
-    tile = together(lambda: tile_rows(config, device))
+    together(lambda: check_rounding(config, device))
     together(lambda: make_run_dir(run_dir) if rank == 0 else None)
 
     # --- the model, spread over the ranks
@@ -110,6 +110,9 @@ def train(config: Config, device: torch.device) -> None:
     peak, peak_name = peak_flops(device, compute)
     counts = parameter_counts(config.model)
     say(f"data: {data.description}")
+    if config.model.vocab_size > 4 * data.tokenizer.vocab_size:
+        say(f"warning: model.vocab_size={config.model.vocab_size} has rows for tokens that data.tokenizer={data.tokenizer.spec} never "
+            f"gives ({data.tokenizer.vocab_size} ids)")  # fmt: skip
     say(
         f"model: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active a token; "
         f"{config.model.n_experts} experts, {config.model.router.top_k} a token"
@@ -148,7 +151,7 @@ def train(config: Config, device: torch.device) -> None:
             rate = (tokens - logged) / meter.lap()
             logged = tokens
             figures |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world)} | load_figures(
-                rows_LE.cpu(), figures_LF.cpu(), tile
+                rows_LE.cpu(), figures_LF.cpu()
             )
             record(figures)
             say(progress_line(figures, steps))
@@ -186,7 +189,7 @@ def train_step(
     """Gradients of one global batch, added into the parameters' `.grad`.
 
     Returns this rank's part of the loss, fp32 scalar, its rows per MoE layer and expert, int64 (L, E), and its routing figures,
-    fp32 (L, 4), as in moesaic.moe.model.Output; their sums over ranks are the step's.
+    fp32 (L, 5), as in moesaic.moe.model.Output; their sums over ranks are the step's.
     """
     sums: list[torch.Tensor] = []
     global_tokens = config.global_batch * config.seq_len
@@ -251,15 +254,10 @@ def check_devices() -> None:
         raise cli.UserError(f"--nproc-per-node={ranks}: must not exceed the number of GPUs here, {gpus}")
 
 
-def tile_rows(config: Config, device: torch.device) -> int | None:
-    """Rows of a tile of the experts' products; None on a GPU for which none is known, where all but rounding works."""
-    router = config.model.router
-    try:
-        return rounding_tile(device, router.rounding_tile)
-    except ValueError:
-        if router.rounding != "none":
-            raise
-        return None
+def check_rounding(config: Config, device: torch.device) -> None:
+    """Raises ValueError where rounding is on and the device's tile is not known."""
+    if config.model.router.rounding != "none":
+        rounding_tile(device, config.model.router.rounding_tile)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moesaic.moe.router import Routing, count_rows
+
 if TYPE_CHECKING:
     from moesaic.moe.model import Transformer
-    from moesaic.moe.router import Routing
 
 # What a layer adds up over the tokens of a call: see `load_figures`.
-FIGURES = ("tokens", "router_entropy", "dropped", "added")
+FIGURES = ("tokens", "router_entropy", "dropped", "added", "padding")
 
 
 def balance_loss(
-    routing: "Routing", shares_TE: Tensor, over: str, sequences: int, reduce: Callable[[Tensor], Tensor]
+    routing: Routing, shares_TE: Tensor, over: str, sequences: int, reduce: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """E * sum_e f_e P_e: f_e expert e's share of the rows, P_e its mean share of a token's scores; 1 when both are even.
 
-    Switch Transformer (arXiv 2101.03961) equation 4, with the rows of all K choices. The gradient flows through P alone.
+    Switch Transformer (arXiv 2101.03961) equation 4, with all K choices. The rows are those that were chosen, before capacity
+    and rounding took and gave: what capacity cuts off is what the loss must see. The gradient flows through P alone.
     `over` says which tokens f and P are means of:
 
     micro_batch   those of this call
@@ -35,14 +37,15 @@ def balance_loss(
     """
     tokens, n_experts = shares_TE.shape
     if over == "sequence" and tokens:
-        slot_B = torch.div(routing.token_S * sequences, tokens, rounding_mode="floor")
-        cell_S = slot_B * (n_experts + 1) + routing.expert_S  # the last column takes the unused slots
-        counts = torch.zeros(sequences * (n_experts + 1), dtype=torch.int64, device=cell_S.device)
-        counts_BE = counts.scatter_add_(0, cell_S, torch.ones_like(cell_S)).view(sequences, -1)[:, :-1]
+        token_S = routing.token_S[: routing.chosen_S.numel()]
+        sequence_S = torch.div(token_S * sequences, tokens, rounding_mode="floor")
+        counts_BE = count_rows(sequence_S * n_experts + routing.chosen_S, sequences * n_experts).view(sequences, -1)
         share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
         mean_BE = shares_TE.view(sequences, -1, n_experts).mean(dim=1)
         return n_experts * (share_BE * mean_BE).sum() / sequences
-    counts_E = reduce(routing.counts_E) if over == "global" else routing.counts_E
+    counts_E = count_rows(routing.chosen_S, n_experts)
+    if over == "global":
+        counts_E = reduce(counts_E)
     share_E = counts_E / counts_E.sum().clamp(min=1)
     return n_experts * (share_E * shares_TE.sum(dim=0)).sum() / max(tokens, 1)
 
@@ -74,8 +77,8 @@ def update_bias(model: "Transformer", counts_LE: Tensor) -> None:
         layer.router.bias_E += layer.router.config.bias_rate * (load_E.mean() - load_E).sign().float()
 
 
-def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int | None) -> dict[str, float]:
-    """Figures of one step, from sums over the global batch: rows per expert, int64 (L, E), and FIGURES, (L, 4).
+def load_figures(counts_LE: Tensor, figures_LF: Tensor) -> dict[str, float]:
+    """Figures of one step, from sums over the global batch: rows chosen per expert, int64 (L, E), and FIGURES, (L, 5).
 
     moe/load_max_over_mean   the busiest expert's rows over the mean
     moe/load_cv              standard deviation of the load over its mean
@@ -83,8 +86,8 @@ def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int | None) -> dic
     moe/load_entropy         entropy of the load, over log E
     moe/router_entropy       mean entropy of a token's scores, over log E
     moe/dropped, moe/added   choices that capacity and rounding took away and made, per token
-    moe/padding              rows that tiles of `tile` rows would add, as a share of the routed ones, were the step one
-                             micro-batch on one rank: more micro-batches or ranks pad more. Without a `tile`, left out
+    moe/padding              rows that tiles add to the routed ones, as a share of these, each micro-batch of a rank by itself;
+                             left out where the tile is not known
 
     Each over all MoE layers (load_max_over_mean: the worst), and of the l-th as moe/layer<l>/....; none without MoE layers.
     """
@@ -105,8 +108,8 @@ def load_figures(counts_LE: Tensor, figures_LF: Tensor, tile: int | None) -> dic
         "dropped": figures[:, 2] / tokens_L,
         "added": figures[:, 3] / tokens_L,
     }
-    if tile is not None:
-        columns["padding"] = (-counts_LE % tile).sum(dim=1) / rows_L.clamp(min=1)
+    if not figures[:, 4].isnan().any():
+        columns["padding"] = figures[:, 4] / (rows_L - figures[:, 2] + figures[:, 3]).clamp(min=1)
     result = {
         f"moe/{name}": (v.max() if name == "load_max_over_mean" else v.mean()).item() for name, v in columns.items()
     }

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.kernels.tiles import known_tile
 from moesaic.moe.balance import balance_loss, z_loss
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import ExpertPath, LocalPath
 from moesaic.moe.experts import Experts
-from moesaic.moe.router import Router
+from moesaic.moe.router import Router, count_rows
 
 Aux = dict[str, Tensor]
 
@@ -44,9 +45,9 @@ class MoE(nn.Module):
        is made; moesaic.parallel puts another one in its place when experts live on several ranks.
     3. The shared expert, if any, sees every token; the two are added.
 
-    x_TD of `sequences` sequences -> (y_TD, aux). aux: `balance` and `z`, scalars, the unweighted losses over this call's tokens;
-    `shares`, fp32 (E,), the sums of the tokens' scores; `counts`, int64 (E,), rows per expert; `figures`, fp32 (4,), the sums
-    over tokens that moesaic.moe.balance.FIGURES names.
+    x_TD of `sequences` sequences -> (y_TD, aux). aux: `balance` and `z`, scalars, the unweighted losses over this call's
+    tokens; `shares`, fp32 (E,), the sums of the tokens' scores; `counts`, int64 (E,), tokens that chose each expert; `figures`, fp32 (5,),
+    the sums over tokens that moesaic.moe.balance.FIGURES names.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -66,7 +67,11 @@ class MoE(nn.Module):
         with torch.no_grad():
             entropy = torch.special.entr(scores.shares_TE).sum()
             tokens = torch.full_like(entropy, routing.tokens)
-            figures = torch.stack([tokens, entropy, routing.dropped.float(), routing.added.float()])
-        balance = balance_loss(routing, scores.shares_TE, self.balance_over, sequences, self.reduce)
+            tile = known_tile(x_TD.device, self.router.config.rounding_tile)
+            padding = (-routing.counts_E % tile).sum().float() if tile else torch.full_like(entropy, torch.nan)
+            figures = torch.stack([tokens, entropy, routing.dropped.float(), routing.added.float(), padding])
+            counts_E = count_rows(routing.chosen_S, routing.counts_E.numel())
+        reduce = self.reduce if self.training else alone  # an evaluation has no use for the loss
+        balance = balance_loss(routing, scores.shares_TE, self.balance_over, sequences, reduce)
         losses = {"balance": balance, "z": z_loss(scores.logits_TE), "shares": scores.shares_TE.sum(dim=0)}
-        return y_TD, losses | {"counts": routing.counts_E, "figures": figures}
+        return y_TD, losses | {"counts": counts_E, "figures": figures}

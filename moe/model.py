@@ -31,7 +31,7 @@ class Output(NamedTuple):
     loss     scalar fp32, the sum of the cross entropies of all targets that are not IGNORED, else None
     aux      auxiliary loss of this call's tokens, weighted with the configuration's coefficients, mean over MoE layers (or, where
              model.router.balance_over=layers, of them all at once)
-    counts   int64 (MoE layers, E), rows per expert
+    counts   int64 (MoE layers, E), tokens that chose each expert
     figures  fp32 (MoE layers, 4), sums over tokens that moesaic.moe.balance.FIGURES names
     """
 

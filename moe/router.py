@@ -7,6 +7,7 @@ choice, the micro-batch balance loss) is defined over the tokens of one call. Ev
 computes in: a bf16 score would decide ties by rounding.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Routing:
     expert_S    int64, the expert of each slot; E where the slot is unused (dropped, or reserved and not needed)
     weights_S   fp32, what the expert's output is multiplied with; 0 where unused; carries the gradient to the router
     counts_E    int64, used slots of each expert
+    chosen_S    int64, the experts before capacity and rounding, of the first slots of token_S: what balance is about
     tokens      T
     per_token   K, where the slots are those of token 0, then token 1, … with K each, all used; else 0
     dropped     int64 scalar, top-K choices that capacity or rounding took away
@@ -37,6 +39,7 @@ class Routing:
     expert_S: Tensor
     weights_S: Tensor
     counts_E: Tensor
+    chosen_S: Tensor
     tokens: int
     per_token: int
     dropped: Tensor
@@ -57,7 +60,8 @@ def topk_routing(experts_TK: Tensor, weights_TK: Tensor, n_experts: int) -> Rout
     none = torch.zeros((), dtype=torch.int64, device=experts_TK.device)
     token_S = torch.arange(tokens, device=experts_TK.device).repeat_interleave(k)
     counts_E = count_rows(experts_TK, n_experts)
-    return Routing(token_S, experts_TK.flatten(), weights_TK.flatten(), counts_E, tokens, k, none, none)
+    expert_S = experts_TK.flatten()
+    return Routing(token_S, expert_S, weights_TK.flatten(), counts_E, expert_S, tokens, k, none, none)
 
 
 def ordered_keys(scores: Tensor) -> Tensor:
@@ -155,15 +159,18 @@ class Router(nn.Module):
         tokens, n_experts = scores_TE.shape
         capacity = min(tokens, -(-tokens * self.config.top_k // n_experts))
         token_EC = stable_topk(scores_TE.T, capacity)
-        weights_EC = scores_TE.T.gather(1, token_EC)
         expert_EC = torch.arange(n_experts, device=token_EC.device)[:, None].expand_as(token_EC)
         if self.config.renormalize:
-            total_T = torch.zeros_like(scores_TE[:, 0]).index_add(0, token_EC.flatten(), weights_EC.flatten())
-            weights_EC = weights_EC / (total_T[token_EC] + 1e-20)
+            # Over whole rows: adding up by token would be in no fixed order on CUDA.
+            taken_ET = torch.zeros_like(scores_TE.T, dtype=torch.bool).scatter_(1, token_EC, True)
+            scores_TE = torch.where(taken_ET.T, scores_TE, 0.0)
+            scores_TE = scores_TE / (scores_TE.sum(dim=1, keepdim=True) + 1e-20)
+        weights_EC = scores_TE.T.gather(1, token_EC)
         counts_E = torch.full((n_experts,), capacity, dtype=torch.int64, device=token_EC.device)
         none = torch.zeros((), dtype=torch.int64, device=token_EC.device)
         weights_S = (weights_EC * self.config.scale).flatten()
-        return Routing(token_EC.flatten(), expert_EC.flatten(), weights_S, counts_E, tokens, 0, none, none)
+        expert_S = expert_EC.flatten()
+        return Routing(token_EC.flatten(), expert_S, weights_S, counts_E, expert_S, tokens, 0, none, none)
 
     def _capped(self, experts_TK: Tensor, weights_TK: Tensor) -> Routing:
         """At most C = ceil(capacity_factor * T * K / E) rows an expert, those of highest score; ties to the earlier token."""
@@ -179,9 +186,9 @@ class Router(nn.Module):
         weights_TK = self._weights(weights_TK * keep_S.view(tokens, k))
         routing = topk_routing(experts_TK, weights_TK, n_experts)
         kept_E = counts_E.clamp(max=capacity)
-        expert_S = expert_S.masked_fill(~keep_S, n_experts)
         dropped = (counts_E - kept_E).sum()
-        return Routing(routing.token_S, expert_S, routing.weights_S, kept_E, tokens, 0, dropped, routing.added)
+        expert_S = expert_S.masked_fill(~keep_S, n_experts)
+        return dataclasses.replace(routing, expert_S=expert_S, counts_E=kept_E, per_token=0, dropped=dropped)
 
     def _rounded(self, scores_TE: Tensor, experts_TK: Tensor) -> Routing:
         """Token rounding (SonicMoE, arXiv 2512.14080): every expert's rows a multiple of the tile; moesaic.kernels.rounding."""
@@ -200,5 +207,5 @@ class Router(nn.Module):
             torch.cat((token_S, rounded.added_token_EA.flatten())),
             torch.cat((expert_TK.flatten(), expert_EA.flatten())),
             torch.cat((weights_TK.flatten(), weights_EA.flatten())) * self.config.scale,
-            rounded.counts_E, tokens, 0, rounded.dropped, rounded.added,
+            rounded.counts_E, experts_TK.flatten(), tokens, 0, rounded.dropped, rounded.added,
         )  # fmt: skip

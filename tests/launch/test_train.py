@@ -443,11 +443,11 @@ def test_a_resumed_run_draws_the_same_chances_and_keeps_the_bias(place: Place, t
 
 def test_a_gpu_of_unknown_tile_trains_but_does_not_round(place: Place) -> None:
     unknown = torch.device("meta")  # stands for one
-    assert train.tile_rows(cli.compose(place.knobs("none")), unknown) is None
+    train.check_rounding(cli.compose(place.knobs("none")), unknown)
     with pytest.raises(ValueError, match=r"model\.router\.rounding_tile=null: no tile is known for meta"):
-        train.tile_rows(cli.compose(place.knobs("none", "model.router.rounding=up")), unknown)
+        train.check_rounding(cli.compose(place.knobs("none", "model.router.rounding=up")), unknown)
     rounds = place.knobs("none", "model.router.rounding=up", "model.router.rounding_tile=64")
-    assert train.tile_rows(cli.compose(rounds), unknown) == 64
+    train.check_rounding(cli.compose(rounds), unknown)
 
 
 # ---------------------------------------------------------------- kills

@@ -51,15 +51,16 @@ def test_balance_loss_definition_and_gradient(over: str, sequences: int) -> None
     torch.testing.assert_close(mine, theirs)
 
 
-def test_sequence_loss_leaves_out_unused_slots() -> None:
+@pytest.mark.parametrize("over", ["micro_batch", "sequence", "global"])
+def test_the_loss_sees_what_was_chosen_before_drops(over: str) -> None:
+    """Capacity and rounding change who computes, not who was wanted: else the loss would vanish where most is dropped."""
     shares = torch.rand(8, 3).softmax(dim=1)
-    ids = torch.tensor([[0], [0], [1], [2], [2], [1], [1], [0]])
-    full = routing_of(ids, 3)
-    dropped = dataclasses.replace(full, expert_S=full.expert_S.masked_fill(torch.arange(8) == 3, 3), per_token=0)
-    got = balance_loss(dropped, shares, "sequence", 2, alone)
-    first = 3 * (torch.tensor([2.0, 1.0, 0.0]) / 3 * shares[:4].mean(0)).sum()
-    second = 3 * (torch.tensor([1.0, 2.0, 1.0]) / 4 * shares[4:].mean(0)).sum()
-    torch.testing.assert_close(got, (first + second) / 2)
+    full = routing_of(torch.tensor([[0], [0], [1], [2], [2], [1], [1], [0]]), 3)
+    expert_S = torch.cat((full.expert_S.masked_fill(torch.arange(8) < 5, 3), torch.tensor([2, 1])))
+    changed = dataclasses.replace(
+        full, expert_S=expert_S, token_S=torch.cat((full.token_S, torch.tensor([0, 7]))), per_token=0
+    )
+    assert torch.equal(balance_loss(changed, shares, over, 2, alone), balance_loss(full, shares, over, 2, alone))
 
 
 def test_z_loss_definition() -> None:
@@ -79,8 +80,8 @@ def test_load_figures_by_hand() -> None:
     # Layer 0 even; layer 1: one expert has all 8 rows, so max/mean 4, standard deviation/mean sqrt(3), entropy 0.
     counts = torch.tensor([[2, 2, 2, 2], [0, 8, 0, 0]])
     # 4 tokens; the entropy of scores is log 4 a token in layer 0, half of it in layer 1; one drop, two additions.
-    sums = torch.tensor([[4, 4 * math.log(4), 0, 0], [4, 2 * math.log(4), 1, 2]])
-    figures = load_figures(counts, sums, tile=3)
+    sums = torch.tensor([[4, 4 * math.log(4), 0, 0, 4], [4, 2 * math.log(4), 1, 2, 1]])
+    figures = load_figures(counts, sums)
     assert figures["moe/load_max_over_mean"] == pytest.approx(4.0)
     assert figures["moe/load_cv"] == pytest.approx(math.sqrt(3) / 2)
     assert figures["moe/dead_fraction"] == pytest.approx(3 / 8)
@@ -88,8 +89,10 @@ def test_load_figures_by_hand() -> None:
     assert figures["moe/router_entropy"] == pytest.approx(0.75)
     assert figures["moe/dropped"] == pytest.approx(1 / 8) and figures["moe/layer1/dropped"] == pytest.approx(1 / 4)
     assert figures["moe/layer1/added"] == pytest.approx(1 / 2)
-    # Tiles of 3 rows: 2 become 3 four times (4 of 8), 8 become 9 (1 of 8).
-    assert figures["moe/layer0/padding"] == pytest.approx(0.5) and figures["moe/layer1/padding"] == pytest.approx(1 / 8)
+    # Tiles add 4 rows to the 8 of layer 0, and 1 to the 8 - 1 + 2 of layer 1.
+    assert figures["moe/layer0/padding"] == pytest.approx(0.5) and figures["moe/layer1/padding"] == pytest.approx(1 / 9)
     assert figures["moe/layer0/load_max_over_mean"] == pytest.approx(1.0)
+    unknown = sums.clone()
+    unknown[:, 4] = torch.nan
     known = {key: value for key, value in figures.items() if "padding" not in key}
-    assert load_figures(counts, sums, tile=None) == known
+    assert load_figures(counts, unknown) == known
