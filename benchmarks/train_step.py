@@ -13,6 +13,7 @@ is timed.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 
@@ -166,7 +167,10 @@ def without_hopeless(sides: dict[str, Side]) -> dict[str, Side]:
             side.gradients(batch)
             times[name] = time.perf_counter() - start
             side.model.zero_grad(set_to_none=True)
-    return {name: side for name, side in sides.items() if times[name] <= 5 * min(times.values())}
+    kept = {name: side for name, side in sides.items() if times[name] <= 5 * min(times.values())}
+    for name in sides.keys() - kept.keys():
+        print(f"left out: {name}, {times[name] / min(times.values()):.0f} times the fastest", file=sys.stderr)
+    return kept
 
 
 def check_losses(ours: Side, peers: dict[str, Side]) -> tuple[float, dict[str, float]]:

@@ -48,25 +48,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if needed else None
         # fp32 whatever the weights are in: it sums over chunks.
         dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed else None
-        for x_nD, targets_n, dx_nD in zip(
-            x_ND.split(rows),
-            targets_N.split(rows),
-            dx_ND.split(rows) if dx_ND is not None else x_ND.split(rows),
-            strict=True,
-        ):
-            if x_nD.shape[0] == 0:
-                continue
-            z_nV = (x_nD @ weight_VD.T).float()
-            real_n1 = (targets_n != ignored)[:, None]
-            target_n1 = targets_n.clamp(min=0)[:, None]
-            lse_n1 = z_nV.logsumexp(dim=1, keepdim=True)
-            loss += torch.where(real_n1, lse_n1 - z_nV.gather(1, target_n1), 0).sum()
-            if dw_VD is not None:
-                g_nV = z_nV.sub_(lse_n1).exp_()
-                g_nV.scatter_add_(1, target_n1, torch.full_like(lse_n1, -1.0))
-                g_nV *= real_n1
-                g_nV = g_nV.to(x_nD.dtype)
-                torch.mm(g_nV, weight_VD, out=dx_nD)
+        # One buffer for the logits of every chunk: fresh memory each time would cost its page faults again.
+        logits = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0])
+        for start in range(0, x_ND.shape[0], rows):
+            x_nD, target_n1 = x_ND[start : start + rows], targets_N[start : start + rows, None]
+            z_nV = torch.mm(x_nD, weight_VD.T, out=logits[: x_nD.shape[0]]).float()
+            real_n1 = (target_n1 != ignored).float()
+            target_n1 = target_n1.clamp(min=0)
+            largest_n1 = z_nV.amax(dim=1, keepdim=True)
+            chosen_n1 = z_nV.gather(1, target_n1)
+            sum_n1 = z_nV.sub_(largest_n1).exp_().sum(dim=1, keepdim=True)
+            loss += (real_n1 * (largest_n1 + sum_n1.log() - chosen_n1)).sum()
+            if dx_ND is not None and dw_VD is not None:
+                g_nV = z_nV.mul_(real_n1 / sum_n1).scatter_add_(1, target_n1, -real_n1).to(x_nD.dtype)
+                torch.mm(g_nV, weight_VD, out=dx_ND[start : start + rows])
                 if dw_VD.dtype is g_nV.dtype:
                     dw_VD.addmm_(g_nV.T, x_nD)
                 else:

@@ -110,9 +110,11 @@ def train(config: Config, device: torch.device) -> None:
     peak, peak_name = peak_flops(device, compute)
     counts = parameter_counts(config.model)
     say(f"data: {data.description}")
-    if config.model.vocab_size > 4 * data.tokenizer.vocab_size:
-        say(f"warning: model.vocab_size={config.model.vocab_size} has rows for tokens that data.tokenizer={data.tokenizer.spec} never "
-            f"gives ({data.tokenizer.vocab_size} ids)")  # fmt: skip
+    vocab, ids = config.model.vocab_size, data.tokenizer.vocab_size
+    if vocab > 4 * ids:
+        say(
+            f"warning: model.vocab_size={vocab}: data.tokenizer={data.tokenizer.spec} has {ids} tokens, the rest are never used"
+        )
     say(
         f"model: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active a token; "
         f"{config.model.n_experts} experts, {config.model.router.top_k} a token"

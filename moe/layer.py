@@ -46,8 +46,8 @@ class MoE(nn.Module):
     3. The shared expert, if any, sees every token; the two are added.
 
     x_TD of `sequences` sequences -> (y_TD, aux). aux: `balance` and `z`, scalars, the unweighted losses over this call's
-    tokens; `shares`, fp32 (E,), the sums of the tokens' scores; `counts`, int64 (E,), tokens that chose each expert; `figures`, fp32 (5,),
-    the sums over tokens that moesaic.moe.balance.FIGURES names.
+    tokens; `shares`, fp32 (E,), the sums of the tokens' scores; `counts`, int64 (E,), tokens that chose each expert; `figures`,
+    fp32 (5,), the sums over tokens that moesaic.moe.balance.FIGURES names.
     """
 
     def __init__(self, config: ModelConfig) -> None:
