@@ -4,9 +4,12 @@
 
 Router, experts and combination of the same weights on the same input; fp32, two threads. The peer is the fastest of transformers'
 expert implementations. A second line a shape gives the layer's FLOP/s (18 T K D F, a multiply-add counts 2, of the experts alone)
-as a part of what a square matrix product reaches in the same run. Where outputs or input gradients differ, nothing is timed.
+as a part of what a square matrix product reaches in the same run; then the time of the router alone, plain and with token
+rounding (tile 128), beside the whole layer's. Where outputs or input gradients differ, nothing is timed.
 """
 
+import copy
+import dataclasses
 from collections.abc import Callable
 
 import compare
@@ -61,6 +64,19 @@ def runner(forward: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Callab
     return run
 
 
+def router_runner(layer: MoE, x: Tensor, rounding: str) -> Callable[[], None]:
+    """The layer's router by itself, forward and backward."""
+    config = dataclasses.replace(layer.router.config, rounding=rounding, rounding_tile=128)
+    router = copy.deepcopy(layer.router)
+    router.config = config
+
+    def run() -> None:
+        routing, _ = router(x.detach().requires_grad_())
+        routing.weights_S.sum().backward()
+
+    return run
+
+
 def main() -> None:
     compare.warn_if_busy()
     torch.set_num_threads(THREADS)
@@ -79,7 +95,8 @@ def main() -> None:
                 error = ((mine - theirs.view_as(mine)).abs().max() / theirs.abs().max()).item()
                 if error > 1e-4:
                     raise SystemExit(f"outputs or gradients of {name} differ by {error}; nothing is timed")
-        seconds = compare.alternate(sides | {"dense": lambda: torch.mm(a, b)}, ROUNDS)
+        routers = {rule: router_runner(ours, x, rule) for rule in ("none", "nearest", "score")}
+        seconds = compare.alternate(sides | routers | {"dense": lambda: torch.mm(a, b)}, ROUNDS)
         case = f"T {tokens}, D {d}, F {f}, E {experts}, K {k}, fp32, {THREADS} threads, forward + backward"
         best = min(EXPERTS, key=lambda name: seconds[name])
         peer_name = f"transformers {transformers.__version__} OLMoE block, {best} experts"
@@ -88,6 +105,10 @@ def main() -> None:
         reached = 18 * tokens * k * d * f / seconds["ours"] / 1e9
         dense = 2 * DENSE**3 / seconds["dense"] / 1e9
         compare.report("moe_layer", case, reached, dense, f"{DENSE}^3 matrix product", "GFLOP/s", more_is_better=True)
+        for rule in routers:
+            name = f"{case}; router alone, rounding={rule}"
+            mine, whole = 1e3 * seconds[rule], 1e3 * seconds["ours"]
+            compare.report("moe_layer", name, mine, whole, "the whole layer, ours", "ms", more_is_better=False)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,3 +170,11 @@ def test_fresh_memory_is_poisoned():
         exec("meta = torch.empty(2)", ours)
     assert ours["meta"].is_meta
     assert torch.empty(1000).isnan().sum() < 1000
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [path for path in ROOT.rglob("*.md") if not {".venv", "runs", "node_modules"} & set(path.parts)]
+    assert len(pages) > 6
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
