@@ -190,6 +190,9 @@ def train_step(
 ) -> list[torch.Tensor]:
     """Gradients of one global batch, added into the parameters' `.grad`.
 
+    Each micro-batch gathers the weights and adds its gradients over the ranks at once: more traffic than holding whole
+    gradients until the last one, and no more memory than a single micro-batch needs.
+
     Returns this rank's part of the loss, fp32 scalar, its rows per MoE layer and expert, int64 (L, E), and its routing figures,
     fp32 (L, 5), as in moesaic.moe.model.Output; their sums over ranks are the step's.
     """
