@@ -27,6 +27,7 @@ from moesaic.kernels.permute import Rows, sum_bags
 from moesaic.moe.config import ModelConfig
 
 aten = torch.ops.aten
+GROUP_ROWS = 2048  # of the loops on a CPU
 
 # ---------------------------------------------------------------- activations
 
@@ -173,21 +174,23 @@ def _forward_loop(
     n_rows, counts = rows.source_R.numel(), rows.counts_E.tolist()
     h_RG = x_ND.new_empty(n_rows, w_up.shape[1])
     y_Rd = x_ND.new_empty(n_rows, columns[0].stop)
-    # Memory that every expert uses again stays in cache, and costs no page faults.
-    x_rD, g_rF, a_rF = _scratch(x_ND, max(counts), x_ND.shape[1], w_down.shape[2], w_down.shape[2])
+    groups = _groups(counts)
+    # Memory that every group uses again stays in cache, and costs no page faults.
+    x_rD, g_rF, a_rF = _scratch(x_ND, _largest(groups), x_ND.shape[1], w_down.shape[2], w_down.shape[2])
     a_RF = x_ND.new_empty(n_rows, w_down.shape[2]) if len(columns) > 1 else None
     w_first = w_down[:, columns[0]]
-    for j, (n, source, h, y, w) in enumerate(
-        zip(counts, *(t.split(counts) for t in (rows.source_R, h_RG, y_Rd, weights_R[:, None])), strict=True)
-    ):
-        torch.index_select(x_ND, 0, source, out=x_rD[:n])
-        torch.mm(x_rD[:n], w_up[j].T, out=h)
-        if b_up is not None:
-            h += b_up[j]
-        own = a_rF[:n] if a_RF is None else a_RF.split(counts)[j]
-        a = activate(activation, h, g_rF[:n], own).mul_(w)
-        torch.mm(a, w_first[j].T, out=y)
-    del x_rD, g_rF, a_rF, own, a  # before the sums over chunks need memory of their own
+    for experts, part, own in groups:
+        x, h, y = x_rD[: part.stop - part.start], h_RG[part], y_Rd[part]
+        torch.index_select(x_ND, 0, rows.source_R[part], out=x)
+        for j, x_j, h_j in zip(experts, x.split(own), h.split(own), strict=True):
+            torch.mm(x_j, w_up[j].T, out=h_j)
+            if b_up is not None:
+                h_j += b_up[j]
+        a = a_rF[: x.shape[0]] if a_RF is None else a_RF[part]
+        activate(activation, h, g_rF[: x.shape[0]], a).mul_(weights_R[part, None])
+        for j, a_j, y_j in zip(experts, a.split(own), y.split(own), strict=True):
+            torch.mm(a_j, w_first[j].T, out=y_j)
+    del x_rD, g_rF, a_rF, x, a, x_j, a_j  # before the sums over chunks need memory of their own
 
     def fill(buffer: Tensor, chunk: slice) -> None:
         assert a_RF is not None
@@ -196,6 +199,29 @@ def _forward_loop(
 
     y_ND = _in_chunks(columns, rows, x_ND.shape[0], y_Rd, fill)
     return h_RG, y_ND if b_down is None else y_ND + _biases(b_down, weights_R, rows)
+
+
+Group = tuple[range, slice, list[int]]
+
+
+def _groups(counts: list[int]) -> list[Group]:
+    """Neighbouring experts, GROUP_ROWS rows or a little more in all: (experts, rows, rows of each).
+
+    Gathering and activation are done for a group at once. For each of many small experts by itself, starting the operations
+    takes as long as they do; for all rows at once, they would come from memory instead of the cache.
+    """
+    groups: list[Group] = []
+    first = start = stop = 0
+    for j, count in enumerate(counts):
+        stop += count
+        if stop - start >= GROUP_ROWS or j == len(counts) - 1:
+            groups.append((range(first, j + 1), slice(start, stop), counts[first : j + 1]))
+            first, start = j + 1, stop
+    return groups
+
+
+def _largest(groups: list[Group]) -> int:
+    return max(part.stop - part.start for _, part, _ in groups)
 
 
 def _scratch(like: Tensor, rows: int, *widths: int) -> list[Tensor]:
@@ -222,27 +248,33 @@ def _backward_loop(
     dw_up, dw_down = torch.empty_like(w_up), torch.empty_like(w_down)
     db_up = w_up.new_zeros(w_up.shape[:2]) if b_down is not None else None
     db_down = torch.zeros_like(b_down) if b_down is not None else None
-    x_rD, g_rF, a_rF, da_rF, dh_rG = _scratch(x_ND, max(counts), d, f, f, f, g)
+    groups = _groups(counts)
+    x_rD, g_rF, a_rF, da_rF, dh_rG = _scratch(x_ND, _largest(groups), d, f, f, f, g)
     w_first = w_up[:, :, columns[0]]
-    parts = (rows.source_R, h_RG, dx_Rd, weights_R[:, None], dweights_R)
-    for j, (n, source, h, dx, w, dw) in enumerate(zip(counts, *(t.split(counts) for t in parts), strict=True)):
-        # An expert without rows gets zeros, as the product over no rows gives: never None, never what was in memory.
-        dy = torch.index_select(dy_ND, 0, source, out=x_rD[:n])
-        a = activate(activation, h, g_rF[:n], a_rF[:n])
-        da = torch.mm(dy, w_down[j], out=da_rF[:n])
-        torch.linalg.vecdot(da, a, out=dw)
-        torch.mm(dy.T, a.mul_(w), out=dw_down[j])
-        if b_down is not None and db_down is not None:
-            dw += dy @ b_down[j]
-            torch.mv(dy.T, w[:, 0], out=db_down[j])
-        own = dh_rG[:n] if dh_RG is None else dh_RG.split(counts)[j]
-        dh = activate_backward(activation, da.mul_(w), h, g_rF[:n], own)
-        if db_up is not None:
-            torch.sum(dh, dim=0, out=db_up[j])
-        torch.mm(dh, w_first[j], out=dx)
-        x = torch.index_select(x_ND, 0, source, out=x_rD[:n])
-        torch.mm(dh.T, x, out=dw_up[j])
-    del x_rD, g_rF, a_rF, da_rF, dh_rG, own, a, da, dh, dy, x
+    for experts, part, own in groups:
+        n, w, h = part.stop - part.start, weights_R[part, None], h_RG[part]
+        dy = torch.index_select(dy_ND, 0, rows.source_R[part], out=x_rD[:n])
+        a, da = activate(activation, h, g_rF[:n], a_rF[:n]), da_rF[:n]
+        for j, dy_j, da_j in zip(experts, dy.split(own), da.split(own), strict=True):
+            torch.mm(dy_j, w_down[j], out=da_j)
+        torch.linalg.vecdot(da, a, out=dweights_R[part])
+        a.mul_(w)
+        for j, dy_j, a_j, w_j in zip(experts, *(t.split(own) for t in (dy, a, w)), strict=True):
+            # An expert without rows gets zeros, as the product over no rows gives: never None, never what was in memory.
+            torch.mm(dy_j.T, a_j, out=dw_down[j])
+            if db_down is not None:
+                torch.mv(dy_j.T, w_j[:, 0], out=db_down[j])
+        if b_down is not None:
+            for j, dy_j, dw_j in zip(experts, dy.split(own), dweights_R[part].split(own), strict=True):
+                dw_j += dy_j @ b_down[j]
+        dh = activate_backward(activation, da.mul_(w), h, g_rF[:n], dh_rG[:n] if dh_RG is None else dh_RG[part])
+        x = torch.index_select(x_ND, 0, rows.source_R[part], out=x_rD[:n])
+        for j, dh_j, x_j, dx_j in zip(experts, *(t.split(own) for t in (dh, x, dx_Rd[part])), strict=True):
+            torch.mm(dh_j, w_first[j], out=dx_j)
+            torch.mm(dh_j.T, x_j, out=dw_up[j])
+            if db_up is not None:
+                torch.sum(dh_j, dim=0, out=db_up[j])
+    del x_rD, g_rF, a_rF, da_rF, dh_rG, a, da, dh, dy, x, dy_j, da_j, a_j, dh_j, x_j
 
     def fill(buffer: Tensor, chunk: slice) -> None:
         assert dh_RG is not None

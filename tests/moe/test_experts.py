@@ -149,6 +149,7 @@ def test_activations_biases_and_unused_slots(
 ) -> None:
     if backend == "grouped":
         grouped_on_cpu(monkeypatch)
+    monkeypatch.setattr(module, "GROUP_ROWS", 16)  # several groups of experts, of more and fewer rows
     ids = choose(43, 6, 3, "random")
     unused = torch.rand(43, 3) < 0.3
     unused[7] = True  # a token without any expert
