@@ -9,6 +9,7 @@ import ctypes
 import os
 import secrets
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
+        find_store()
         store, rank, world = next(rendezvous("env://"))
         dist.init_process_group(
             backend, store=dist.PrefixStore(meet(store, rank, world), store), rank=rank, world_size=world
@@ -82,6 +84,30 @@ def start() -> torch.device:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def find_store(seconds: float = 10.0) -> None:
+    """End the process unless the store of torchrun's agent answers within `seconds`.
+
+    An agent that died before this process ran its first line leaves no other trace: its parent is then another one from the
+    start. Nobody else will open that store, and a rendezvous would wait half an hour for it.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=seconds).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                print(
+                    f"error: torchrun's store at {host}:{port} does not answer ({error}); is its agent dead?",
+                    file=sys.stderr,
+                )
+                raise SystemExit(1) from error
+        time.sleep(0.2)
 
 
 def meet(store: dist.Store, rank: int, world: int) -> str:

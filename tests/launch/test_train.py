@@ -544,7 +544,7 @@ def test_ranks_end_with_their_agent(place: Place, tmp_path: Path, moment: str) -
             until(lambda: len(losses(run_dir)) > 2)
         kill(running.agent.pid)
         assert running.wait() == -signal.SIGKILL
-        until(lambda: not set(ranks) & set(processes(running.tag)), 30 if moment == "importing" else 5)
+        until(lambda: not set(ranks) & set(processes(running.tag)), 120 if moment == "importing" else 20)
 
 
 SLOW_THREADS = """

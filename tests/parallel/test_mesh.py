@@ -1,5 +1,6 @@
 """Degrees of expert parallelism: what `auto` picks, and which mistakes are told."""
 
+import socket
 from typing import Any
 
 import pytest
@@ -37,3 +38,18 @@ def test_backend_and_device_of_a_rank(gpus: int, backend: str, device: str, monk
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert mesh.start() == torch.device(device)
     assert chosen == ([torch.device(device), backend] if gpus else [backend])
+
+
+def test_a_rank_whose_agent_is_gone_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        mesh.find_store(0.1)
+    with pytest.raises(SystemExit) as stop:
+        mesh.find_store(0.1)
+    assert stop.value.code == 1
+    assert f"127.0.0.1:{port} does not answer" in capsys.readouterr().err
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    mesh.find_store(0.1)
