@@ -66,7 +66,13 @@ def _inverse(permutation: Tensor) -> Tensor:
 
 
 def sum_bags(y_RD: Tensor, bag: Tensor, starts: Tensor | None) -> Tensor:
-    """y_ND[n] = sum of y_RD over the rows of bag n, in slot order: the same bits every time, unlike a scatter-add on CUDA."""
+    """y_ND[n] = sum of y_RD over the rows of bag n, in slot order: the same bits every time, unlike a scatter-add on CUDA.
+
+    `starts` are given as N + 1 bags, of which the last, thrown away, takes the padding: with `include_last_offset`, torch's
+    CUDA kernel runs the last real bag on to the end of `bag`, whatever the last offset says.
+    """
     if bag.numel() == 0:
         return y_RD.new_zeros(bag.shape[0] if starts is None else starts.numel() - 1, y_RD.shape[1])
-    return F.embedding_bag(bag, y_RD, starts, mode="sum", include_last_offset=starts is not None)
+    if starts is None:
+        return F.embedding_bag(bag, y_RD, mode="sum")
+    return F.embedding_bag(bag, y_RD, starts, mode="sum")[:-1]

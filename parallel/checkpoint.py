@@ -81,7 +81,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p] = {"step": torch.tensor(0.0)} | {m: torch.zeros_like(p) for m in _MOMENTS}
+            # AdamW's fused kernel wants the step count beside the parameter, on its device.
+            step = torch.zeros((), device=p.device)
+            optimizer.state[p] = {"step": step} | {m: torch.zeros_like(p) for m in _MOMENTS}
     tensors = _tensors(model, optimizer)
     if _rng_key() in saved:
         tensors[_rng_key()] = torch.get_rng_state()

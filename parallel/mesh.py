@@ -86,7 +86,7 @@ def start() -> torch.device:
     return device
 
 
-def find_store(seconds: float = 10.0) -> None:
+def find_store(seconds: float = 60.0) -> None:
     """End the process unless the store of torchrun's agent answers within `seconds`.
 
     An agent that died before this process ran its first line leaves no other trace: its parent is then another one from the

@@ -114,6 +114,15 @@ def test_expert_choice_takes_each_experts_best_tokens() -> None:
         router.eval()(x)
 
 
+def test_expert_choice_renormalizes_over_the_experts_that_took_the_token() -> None:
+    router, x = made("expert_choice", tokens=21, top_k=3, renormalize=True, scale=2.0)
+    routing, scores = router(x)
+    for t in range(21):
+        mine = routing.token_S == t
+        chosen = scores.shares_TE[t, routing.expert_S[mine]]
+        torch.testing.assert_close(routing.weights_S[mine], 2 * chosen / chosen.sum())
+
+
 @pytest.mark.parametrize("factor", [0.482, 0.5, 1.0, 1.12, 1.25, 8.0])
 def test_capacity_drops_the_lowest_scores(factor: float) -> None:
     router, x = made(capacity_factor=factor, top_k=3, renormalize=True)
