@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moesaic.moe.balance import balance_loss, load_figures, z_loss
-from moesaic.moe.router import Routing, topk_routing
+from moesaic.moe.config import ModelConfig, RouterConfig
+from moesaic.moe.layer import MoE
+from moesaic.moe.model import initialize
+from moesaic.moe.router import Routing, count_rows, topk_routing
 
 
 def alone(counts: Tensor) -> Tensor:
@@ -57,9 +61,10 @@ def test_the_loss_sees_what_was_chosen_before_drops(over: str) -> None:
     shares = torch.rand(8, 3).softmax(dim=1)
     full = routing_of(torch.tensor([[0], [0], [1], [2], [2], [1], [1], [0]]), 3)
     expert_S = torch.cat((full.expert_S.masked_fill(torch.arange(8) < 5, 3), torch.tensor([2, 1])))
-    changed = dataclasses.replace(
-        full, expert_S=expert_S, token_S=torch.cat((full.token_S, torch.tensor([0, 7]))), per_token=0
-    )
+    token_S = torch.cat((full.token_S, torch.tensor([0, 7])))
+    counts_E = count_rows(expert_S[expert_S < 3], 3)
+    assert counts_E.tolist() != full.counts_E.tolist()
+    changed = dataclasses.replace(full, expert_S=expert_S, token_S=token_S, counts_E=counts_E, per_token=0)
     assert torch.equal(balance_loss(changed, shares, over, 2, alone), balance_loss(full, shares, over, 2, alone))
 
 
@@ -96,3 +101,33 @@ def test_load_figures_by_hand() -> None:
     unknown[:, 4] = torch.nan
     known = {key: value for key, value in figures.items() if "padding" not in key}
     assert load_figures(counts, unknown) == known
+
+
+def layer(**router: Any) -> MoE:
+    config = ModelConfig(d_model=16, n_heads=2, n_experts=6, d_expert=8, init_std=0.5, router=RouterConfig(**router))
+    made = MoE(config)
+    initialize(made, "ffn.", config, 0, torch.device("cpu"))
+    return made
+
+
+def test_a_layer_tells_what_was_chosen_and_what_tiles_add() -> None:
+    x = torch.randn(40, 16)
+    free, capped = layer(rounding_tile=16), layer(rounding_tile=16, capacity_factor=0.5)
+    chosen = free(x)[1]["counts"]
+    aux = capped(x)[1]
+    assert torch.equal(aux["counts"], chosen)
+    kept = chosen.clamp(max=7)  # 0.5 * 40 * 2 / 6, rounded up
+    tokens, _, dropped, added, padding = aux["figures"].tolist()
+    assert (tokens, dropped, added) == (40, (chosen - kept).sum().item(), 0)
+    assert padding == sum(-n % 16 for n in kept.tolist())
+    assert free(x)[1]["figures"][4].item() == sum(-n % 16 for n in chosen.tolist())
+
+
+@pytest.mark.parametrize(("over", "calls"), [("global", 1), ("micro_batch", 0), ("sequence", 0)])
+def test_only_training_and_only_global_asks_other_ranks(over: str, calls: int) -> None:
+    made, asked = layer(balance_over=over), []
+    made.reduce = lambda counts: (asked.append(counts), counts)[1]
+    made(torch.randn(8, 16))
+    assert len(asked) == calls
+    made.eval()(torch.randn(8, 16))
+    assert len(asked) == calls
