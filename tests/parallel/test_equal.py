@@ -197,7 +197,10 @@ def in_bf16() -> tuple[Tensor, dict[str, Tensor], set[torch.dtype]]:
     model = parallelize(
         config_of("plain"), make_meshes("cpu", 2), "all_to_all", seed=2, device=CPU, compute=torch.bfloat16
     )
+    tables: set[torch.dtype] = set()
+    model.blocks[0].attention.register_forward_pre_hook(lambda _, inputs: tables.update(t.dtype for t in inputs[1:3]))
     loss = total(backward(model, {rank: micro_batches(2, 1, False)[rank]}, 4 * SEQUENCE)[0])
+    assert tables == {torch.float32}  # angles of far positions need it
     kinds = {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters()}
     return loss, {n: whole(p.grad) for n, p in model.named_parameters()}, kinds
 
