@@ -5,12 +5,15 @@ tokens_per_s, mfu (0..1) and moe/... figures, of which the progress line shows m
 busiest expert over the mean. Evaluation records hold step and val_loss.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 import secrets
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -178,11 +181,32 @@ def _init_wandb(
     return run
 
 
-def _forget_wandb() -> None:
-    """End W&B's process: while it lives, it holds the id of a run that failed to start, and the login that failed."""
+def _forget_wandb(patience: float = 5.0) -> None:
+    """End W&B's process: while it lives, it holds the id of a run that failed to start, and the login that failed.
+
+    Asked to end, it first tries for minutes to reach a server that does not answer, and teardown waits for it without limit:
+    after `patience` seconds it is killed.
+    """
     import wandb
 
-    wandb.teardown()
+    teardown = threading.Thread(target=wandb.teardown, daemon=True)
+    teardown.start()
+    teardown.join(patience)
+    if teardown.is_alive():
+        for pid in _children_named("wandb-core"):
+            os.kill(pid, signal.SIGKILL)
+        teardown.join(patience)
+
+
+def _children_named(name: str) -> list[int]:
+    """This process's children whose program is `name` (Linux; elsewhere none are found)."""
+    found: list[int] = []
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                    found.append(int(pid))
+    return found
 
 
 def _warn(message: str) -> None:

@@ -4,11 +4,14 @@ import http.server
 import json
 import math
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -193,6 +196,22 @@ def test_online_falls_back_to_offline_with_one_line(tmp_path: Path, key: str):
     (file,) = wandb_files(run_dir)
     assert file.parent.name.startswith("offline-run-")
     assert losses(wandb_records(file)) == [(step, 10.0 / step) for step in range(1, 6)]
+
+
+def test_a_wandb_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    program = tmp_path / "wandb-core"
+    shutil.copy(shutil.which("sleep") or "/bin/sleep", program)
+    stubborn = subprocess.Popen([program, "100"])
+    other = subprocess.Popen(["sleep", "100"])
+    try:
+        monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(teardown=stubborn.wait))
+        metrics._forget_wandb(patience=0.5)
+        assert stubborn.wait(timeout=5) == -signal.SIGKILL
+        assert other.poll() is None, "killed somebody else's process"
+    finally:
+        for process in (stubborn, other):
+            process.kill()
+            process.wait()
 
 
 class Forbidding(http.server.BaseHTTPRequestHandler):
