@@ -1,7 +1,7 @@
 """The configuration of a run. Hydra validates against these dataclasses: an unknown key is an error.
 
 `Config` is the root of recipes/train.yaml. A field's docstring entry says what the knob means; `check` holds the rules that
-join several knobs. The model's own part is moesaic.moe.config.
+join several knobs. The model's own part is moesaic.moe.config, that of the ranks moesaic.parallel.config.
 """
 
 import math
@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 
 from moesaic.moe.config import ModelConfig, require
+from moesaic.parallel.config import ParallelConfig
 
 
 @dataclass
@@ -86,19 +87,6 @@ class DataConfig:
 
 
 @dataclass
-class ParallelConfig:
-    """How the model is spread.
-
-    expert        ranks over which the experts are divided; auto: the largest divisor of both the world size and n_experts
-    expert_path   local: every rank computes all experts, and expert is 1; all_to_all: rows travel to their experts;
-                  auto: local where expert comes to 1
-    """
-
-    expert: str = "auto"
-    expert_path: str = "auto"
-
-
-@dataclass
 class PrecisionConfig:
     """compute: the type of matrix products; weights, gradients' sums and optimizer are fp32. auto: bf16 on CUDA, fp32 on CPU."""
 
@@ -171,19 +159,13 @@ def check(c: Config) -> None:
         require(0 <= getattr(c.optim, name) <= 1, f"optim.{name}={getattr(c.optim, name)}: must lie in 0..1")
     require(c.data.source in ("python", "files"), f"data.source={c.data.source}: must be one of python, files")
     require(0 < c.data.val_fraction < 1, f"data.val_fraction={c.data.val_fraction}: must lie between 0 and 1")
-    expert, path = c.parallel.expert, c.parallel.expert_path
-    require(path in ("auto", "local", "all_to_all"),
-            f"parallel.expert_path={path}: must be one of auto, local, all_to_all")  # fmt: skip
     if c.model.router.kind == "expert_choice":
         for name in ("eval_every", "sample"):
             require(getattr(c.train, name) == 0, f"train.{name}={getattr(c.train, name)}: must be 0 with "
                     "model.router.kind=expert_choice, whose choice depends on later tokens")  # fmt: skip
-    if expert != "auto":
-        require(expert.isdecimal() and int(expert) >= 1, f"parallel.expert={expert}: must be auto or a positive number")
-        require(c.model_from_init or c.model.n_experts % int(expert) == 0,
-                f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
-        require(path != "local" or int(expert) == 1,
-                f"parallel.expert={expert}: must be 1 or auto with parallel.expert_path=local")  # fmt: skip
+    expert = c.parallel.expert
+    require(expert == "auto" or c.model_from_init or c.model.n_experts % int(expert) == 0,
+            f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
     require(c.precision.compute in ("auto", "fp32", "bf16"),
             f"precision.compute={c.precision.compute}: must be one of auto, fp32, bf16")  # fmt: skip
     require(c.wandb.mode in ("offline", "online", "disabled"),

@@ -36,7 +36,7 @@ from moesaic.moe.hf import Checkpoint
 from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint
-from moesaic.parallel.apply import parallelize, total
+from moesaic.parallel.apply import expert_path, parallelize, total
 from moesaic.parallel.clip import clip_gradients
 from moesaic.parallel.mesh import end_with_parent, expert_degree, leave_after, make_meshes, start
 
@@ -79,9 +79,10 @@ def train(config: Config, device: torch.device) -> None:
     # --- the model, spread over the ranks
     compute = compute_dtype(config, device)
     meshes = make_meshes(device.type, expert)
-    path = "all_to_all" if expert > 1 or config.parallel.expert_path == "all_to_all" else "local"
     fill = weights.read_into if weights else None
-    model = parallelize(config.model, meshes, path, seed=config.train.seed, device=device, compute=compute, fill=fill)
+    model = parallelize(
+        config.model, config.parallel, meshes, seed=config.train.seed, device=device, compute=compute, fill=fill
+    )
     optimizer = make_optimizer(model, config.optim)
     torch.manual_seed(config.train.seed * 1_000_003 + rank)
     step, samples, tokens = saved["step"], saved["samples"], saved["tokens"]
@@ -120,7 +121,8 @@ def train(config: Config, device: torch.device) -> None:
         f"{config.model.n_experts} experts, {config.model.router.top_k} a token"
     )
     say(
-        f"ranks: {world} ({device.type}), parallel.expert={expert} ({path}); {str(compute).removeprefix('torch.')} products"
+        f"ranks: {world} ({device.type}), parallel.expert={expert} ({expert_path(config.parallel, meshes)}); "
+        f"{str(compute).removeprefix('torch.')} products"
     )
     say(f"MFU is relative to {world} x {peak / 1e9:,.0f} GFLOP/s: {peak_name}")
     say(progress_header())

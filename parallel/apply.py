@@ -7,13 +7,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Block, Fill, Transformer, initialize
+from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert import AllToAllPath
 from moesaic.parallel.fsdp import divide_experts, shard_block, shard_root
 from moesaic.parallel.mesh import Meshes
 
 
 def parallelize(
-    config: ModelConfig, meshes: Meshes, path: str, *, seed: int, device: torch.device, compute: torch.dtype,
+    config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, *, seed: int, device: torch.device, compute: torch.dtype,
     fill: Fill | None = None,
 ) -> Transformer:  # fmt: skip
     """A model with initial weights, or those that `fill` gives, spread over the ranks of `meshes`. Collective. In this order:
@@ -22,8 +23,8 @@ def parallelize(
     2. Block by block: allocate, fill with the initial weights of (seed, name) or by `fill`, keep this rank's experts, shard
        with FSDP2 (the experts first, then the block). A rank never holds more than one whole block.
     3. The same for embedding, norm and head.
-    4. Put the expert path of the name `path`, local or all_to_all, into every MoE layer (local needs undivided experts), and
-       the sum over ranks that statistics over the global batch go through.
+    4. Put the expert path that `parallel` names into every MoE layer, and the sum over ranks that statistics over the global
+       batch go through.
 
     Gradients are sums over ranks: divide the loss by the tokens of the global batch. `compute` is the type of matrix
     products; parameters, gradients and their sums are fp32.
@@ -32,7 +33,7 @@ def parallelize(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     with torch.device("meta"):
         model = Transformer(config)
-    assert path == "all_to_all" or (path == "local" and meshes.expert_parallel == 1), (path, meshes.expert_parallel)
+    path = expert_path(parallel, meshes)
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         initialize(block, f"blocks.{i}.", config, seed, device, fill)
@@ -49,6 +50,15 @@ def parallelize(
         model.head.weight = model.embedding.weight
     shard_root(model, meshes, policy)
     return model
+
+
+def expert_path(parallel: ParallelConfig, meshes: Meshes) -> str:
+    """The name of the expert path: `parallel.expert_path`, where that is auto the one that `meshes` call for."""
+    path = parallel.expert_path
+    if path == "auto":
+        path = "all_to_all" if meshes.expert_parallel > 1 else "local"
+    assert path != "local" or meshes.expert_parallel == 1, (path, meshes.expert_parallel)
+    return path
 
 
 def total(value: torch.Tensor) -> torch.Tensor:

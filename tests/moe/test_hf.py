@@ -22,6 +22,7 @@ from moesaic.moe.flops import parameter_counts
 from moesaic.moe.hf_config import format_config, parse_config, read_config, settle
 from moesaic.moe.model import Transformer, build
 from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.ranks import run_ranks
 
@@ -546,7 +547,9 @@ def spread(folder: str) -> tuple[list[int], dict[str, Tensor]]:
     """The weights of every parameter, gathered, and this rank's own experts of the last layer."""
     checkpoint = hf.Checkpoint(folder)
     meshes, fill = make_meshes("cpu", 2), checkpoint.read_into
-    model = parallelize(checkpoint.config, meshes, "all_to_all", seed=0, device=CPU, compute=torch.float32, fill=fill)
+    model = parallelize(
+        checkpoint.config, ParallelConfig(), meshes, seed=0, device=CPU, compute=torch.float32, fill=fill
+    )
     experts = model.blocks[-1].ffn.experts.w_up_EGD
     whole = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
     return list(experts.to_local().shape), whole | dict(model.named_buffers())

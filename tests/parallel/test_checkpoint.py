@@ -12,6 +12,7 @@ from moesaic.moe.config import ModelConfig, RouterConfig
 from moesaic.moe.model import build
 from moesaic.parallel import checkpoint
 from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.ranks import run_ranks
 
@@ -24,7 +25,14 @@ CONFIG = ModelConfig(
 
 def trained(expert: int, steps: int, seed: int) -> tuple[Any, torch.optim.Optimizer]:
     path = "all_to_all" if expert > 1 else "local"
-    model = parallelize(CONFIG, make_meshes("cpu", expert), path, seed=seed, device=CPU, compute=torch.float32)
+    model = parallelize(
+        CONFIG,
+        ParallelConfig(expert_path=path),
+        make_meshes("cpu", expert),
+        seed=seed,
+        device=CPU,
+        compute=torch.float32,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
         tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(step))

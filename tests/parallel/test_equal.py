@@ -17,6 +17,7 @@ from moesaic.moe.config import ModelConfig, RouterConfig
 from moesaic.moe.model import build
 from moesaic.parallel.apply import parallelize, total
 from moesaic.parallel.clip import clip_gradients
+from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.ranks import run_ranks
 
@@ -122,7 +123,12 @@ def spread(cases: list[tuple[str, int, int, bool]]) -> list[dict[str, Any]]:
         tokens = sum(b.shape[0] for row in batches for b in row) * SEQUENCE
         path = "local" if expert == 1 and shape == "plain" else "all_to_all"
         model = parallelize(
-            config_of(shape), make_meshes("cpu", expert), path, seed=2, device=CPU, compute=torch.float32
+            config_of(shape),
+            ParallelConfig(expert_path=path),
+            make_meshes("cpu", expert),
+            seed=2,
+            device=CPU,
+            compute=torch.float32,
         )
         results.append(
             train(model, {rank: batches[rank]}, tokens, lambda m: clip_gradients(m.parameters(), 0.5), total)
@@ -195,7 +201,7 @@ def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
 def in_bf16() -> tuple[Tensor, dict[str, Tensor], set[torch.dtype]]:
     rank = dist.get_rank()
     model = parallelize(
-        config_of("plain"), make_meshes("cpu", 2), "all_to_all", seed=2, device=CPU, compute=torch.bfloat16
+        config_of("plain"), ParallelConfig(), make_meshes("cpu", 2), seed=2, device=CPU, compute=torch.bfloat16
     )
     tables: set[torch.dtype] = set()
     model.blocks[0].attention.register_forward_pre_hook(lambda _, inputs: tables.update(t.dtype for t in inputs[1:3]))
