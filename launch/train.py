@@ -36,8 +36,8 @@ from moesaic.moe.hf import Checkpoint
 from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint
-from moesaic.parallel.apply import expert_path, parallelize, total
-from moesaic.parallel.clip import clip_gradients
+from moesaic.parallel.apply import Engine, expert_path, parallelize, total
+from moesaic.parallel.fsdp import FSDPEngine
 from moesaic.parallel.mesh import end_with_parent, expert_degree, leave_after, make_meshes, start
 
 T = TypeVar("T")
@@ -83,11 +83,11 @@ def train(config: Config, device: torch.device) -> None:
     model = parallelize(
         config.model, config.parallel, meshes, seed=config.train.seed, device=device, compute=compute, fill=fill
     )
-    optimizer = make_optimizer(model, config.optim)
+    engine: Engine = FSDPEngine(model, make_optimizer(model, config.optim))
     torch.manual_seed(config.train.seed * 1_000_003 + rank)
     step, samples, tokens = saved["step"], saved["samples"], saved["tokens"]
     if source:
-        checkpoint.load(source, model, optimizer)
+        checkpoint.load(source, model, engine.optimizer)
         say(f"resumed from {source}: step {step}, {tokens:,} tokens")
     if weights:
         say("\n".join([f"weights: {config.init_from} ({weights.kind})", *weights.notes]))
@@ -137,11 +137,9 @@ def train(config: Config, device: torch.device) -> None:
     meter.start()
     while step < steps:
         lr = learning_rate(step, steps, config.optim)
-        set_lr(optimizer, lr)
-        loss, rows_LE, figures_LF = train_step(model, data.train, config.train, samples, device, separator)
-        norm = clip_gradients(model.parameters(), config.optim.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        set_lr(engine.optimizer, lr)
+        loss, rows_LE, figures_LF = train_step(engine, data.train, config.train, samples, device, separator)
+        norm = engine.step(config.optim.clip)
         if config.model.router.kind == "sigmoid_bias":
             update_bias(model, total(rows_LE))
         step += 1
@@ -162,13 +160,13 @@ def train(config: Config, device: torch.device) -> None:
 
         meter.stop()
         if every.eval_every and (step % every.eval_every == 0 or step == steps):
-            val_loss = evaluate(model, data.val, config.train, device, separator)
+            val_loss = evaluate(engine, data.val, config.train, device, separator)
             record({"step": step, "tokens": tokens, "val_loss": val_loss})
             say(f"step {step}: val_loss {val_loss:.4f} nats a token")
         if step == steps or (every.checkpoint_every and step % every.checkpoint_every == 0):
             state = {"step": step, "samples": samples, "tokens": tokens, "data": fingerprint(data)}
             state |= {"world": world, "config": dataclasses.asdict(config)}
-            checkpoint.save(checkpoints, step, model, optimizer, state, every.keep_checkpoints)
+            checkpoint.save(checkpoints, step, model, engine.optimizer, state, every.keep_checkpoints)
         meter.start()
 
     if every.sample:
@@ -183,7 +181,7 @@ def train(config: Config, device: torch.device) -> None:
 
 
 def train_step(
-    model: Transformer,
+    engine: Engine,
     stream: TokenStream,
     config: TrainConfig,
     first_sample: int,
@@ -200,12 +198,13 @@ def train_step(
     """
     sums: list[torch.Tensor] = []
     global_tokens = config.global_batch * config.seq_len
-    for first, count in micro_batches(config.global_batch, config, dist.get_rank(), dist.get_world_size()):
+    my_batches = micro_batches(config.global_batch, config, dist.get_rank(), dist.get_world_size())
+    for i, (first, count) in enumerate(my_batches, 1):
         batch = torch.from_numpy(train_batch(stream, config.seed, first_sample + first, count)).to(device)
-        out = predict(model, batch, separator)
+        out = predict(engine.model, batch, separator)
         assert out.loss is not None
         share = count * config.seq_len / global_tokens
-        (out.loss / global_tokens + out.aux * share).backward()
+        engine.backward(out.loss / global_tokens + out.aux * share, last=i == len(my_batches))
         parts = [out.loss.detach() / global_tokens, out.counts, out.figures]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
     return sums
@@ -236,21 +235,21 @@ def micro_batches(sequences: int, config: TrainConfig, rank: int, world: int) ->
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, stream: TokenStream, config: TrainConfig, device: torch.device, separator: int | None
+    engine: Engine, stream: TokenStream, config: TrainConfig, device: torch.device, separator: int | None
 ) -> float:
     """Mean cross entropy, nats a token, over the first `eval_batches * global_batch` held-out sequences (or all there are)."""
-    model.eval()
+    engine.model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     sequences = min(config.eval_batches * config.global_batch, stream.windows)
     for start_at in range(0, sequences, config.global_batch):
         batch_size = min(config.global_batch, sequences - start_at)
         for first, count in micro_batches(batch_size, config, dist.get_rank(), dist.get_world_size()):
             batch = torch.from_numpy(val_batch(stream, start_at + first, count)).to(device)
-            out = predict(model, batch, separator)
+            out = predict(engine.model, batch, separator)
             assert out.loss is not None
             loss += out.loss
-    model.train()
-    model.reshard()  # type: ignore[operator]  # FSDP2 leaves the root's weights whole after a forward pass without a backward one
+    engine.model.train()
+    engine.rest()
     return total(loss).item() / (sequences * config.seq_len)
 
 

@@ -1,5 +1,7 @@
 """The one place where a model is spread over ranks."""
 
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -11,6 +13,31 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert import AllToAllPath
 from moesaic.parallel.fsdp import divide_experts, shard_block, shard_root
 from moesaic.parallel.mesh import Meshes
+
+
+class Engine(Protocol):
+    """What turns losses into new weights. A training step:
+
+        for each micro-batch of this rank:   engine.backward(loss of engine.model(...), last=is it the step's last)
+        set the learning rate in engine.optimizer.param_groups
+        norm = engine.step(clip)
+
+    model      call it; its weights may be whole only inside its forward
+    optimizer  has param_groups
+    """
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradients of `loss`, which is divided by the tokens of the global batch: sums over ranks. Collective."""
+
+    def step(self, clip: float) -> torch.Tensor:
+        """Scale gradients so that their global norm is at most `clip` (0: leave them), update the weights, clear the gradients.
+        Returns the norm before, fp32 scalar, equal on every rank. Collective."""
+
+    def rest(self) -> None:
+        """After forward passes without a backward one: let go of what they gathered."""
 
 
 def parallelize(

@@ -1,14 +1,35 @@
 """FSDP2 over the two meshes of a run: dense parameters over all ranks, experts over those that hold the same ones."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoE
-from moesaic.moe.model import Block
+from moesaic.moe.model import Block, Transformer
+from moesaic.parallel.clip import clip_gradients
 from moesaic.parallel.mesh import Meshes
+
+
+class FSDPEngine:
+    """The engine of FSDP2: see moesaic.parallel.apply.Engine. `optimizer` holds the parameters of the sharded model."""
+
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, clip: float) -> Tensor:
+        norm = clip_gradients(self.model.parameters(), clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def rest(self) -> None:
+        # FSDP2 leaves the root's weights whole after a forward pass without a backward one.
+        self.model.reshard()  # type: ignore[operator]
 
 
 def divide_experts(experts: Experts, meshes: Meshes) -> None:

@@ -30,8 +30,10 @@ from torch.distributed import HashStore
 
 from moesaic.launch import cli, train
 from moesaic.launch.data import open_data, train_batch
+from moesaic.launch.optim import make_optimizer
 from moesaic.moe.model import build
 from moesaic.parallel import checkpoint
+from moesaic.parallel.fsdp import FSDPEngine
 from moesaic.parallel.mesh import meet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -377,11 +379,12 @@ def test_a_step_adds_the_gradients_of_the_global_batch(place: Place, monkeypatch
     stream = open_data(config.data, config.train.seq_len).train
     device = torch.device("cpu")
     ours, theirs = build(config.model, 1, device), build(config.model, 1, device)
+    engine = FSDPEngine(ours, make_optimizer(ours, config.optim))
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
     got = torch.zeros(())
     for rank in range(2):
         monkeypatch.setattr(train.dist, "get_rank", lambda: rank)
-        loss, rows_LE, figures_LF = train.train_step(ours, stream, config.train, 5, device, None)
+        loss, rows_LE, figures_LF = train.train_step(engine, stream, config.train, 5, device, None)
         got += loss
         assert rows_LE.sum() == 2 * 2 * 64 * (2 - rank) and figures_LF[:, 0].tolist() == [64 * (2 - rank)] * 2
     want = torch.zeros(())
