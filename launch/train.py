@@ -38,7 +38,7 @@ from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint
 from moesaic.parallel.apply import Engine, expert_path, parallelize, total
 from moesaic.parallel.fsdp import FSDPEngine
-from moesaic.parallel.mesh import end_with_parent, expert_degree, leave_after, make_meshes, start
+from moesaic.parallel.mesh import check_degrees, end_with_parent, expert_degree, leave_after, make_meshes, start
 
 T = TypeVar("T")
 MICRO_BATCH_TOKENS = 16_384
@@ -66,6 +66,7 @@ def train(config: Config, device: torch.device) -> None:
     weights = together(lambda: settle_model(config, saved))
     local = config.parallel.expert_path == "local"
     expert = together(lambda: expert_degree("1" if local else config.parallel.expert, config.model.n_experts, world))
+    together(lambda: check_degrees(expert, config.parallel.replicate, world))
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
     data = together(lambda: open_data(config.data, config.train.seq_len))
@@ -78,7 +79,7 @@ def train(config: Config, device: torch.device) -> None:
 
     # --- the model, spread over the ranks
     compute = compute_dtype(config, device)
-    meshes = make_meshes(device.type, expert)
+    meshes = make_meshes(device.type, expert, config.parallel.replicate)
     fill = weights.read_into if weights else None
     model = parallelize(
         config.model, config.parallel, meshes, seed=config.train.seed, device=device, compute=compute, fill=fill
@@ -121,7 +122,8 @@ def train(config: Config, device: torch.device) -> None:
         f"{config.model.n_experts} experts, {config.model.router.top_k} a token"
     )
     say(
-        f"ranks: {world} ({device.type}), parallel.expert={expert} ({expert_path(config.parallel, meshes)}); "
+        f"ranks: {world} ({device.type}), parallel.expert={expert} ({expert_path(config.parallel, meshes)}), "
+        f"parallel.replicate={config.parallel.replicate}; "
         f"{str(compute).removeprefix('torch.')} products"
     )
     say(f"MFU is relative to {world} x {peak / 1e9:,.0f} GFLOP/s: {peak_name}")

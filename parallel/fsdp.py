@@ -1,4 +1,5 @@
-"""FSDP2 over the two meshes of a run: dense parameters over all ranks, experts over those that hold the same ones."""
+"""FSDP2 over the two meshes of a run: dense parameters over `shard`, experts over those ranks that hold the same ones, both in
+copies where the meshes have a dimension of replicas (HSDP: gradients are summed over a copy's ranks, then over copies)."""
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ class FSDPEngine:
         self.model, self.optimizer = model, optimizer
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        # Each micro-batch adds its gradients over the ranks of a copy: kept whole until the last one, they would take 4 bytes for
+        # each of all parameters. What it adds over copies is sharded already, and can wait at no cost.
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_all_reduce(last)
         loss.backward()
 
     def step(self, clip: float) -> Tensor:
@@ -41,13 +46,12 @@ def divide_experts(experts: Experts, meshes: Meshes) -> None:
 
 
 def shard_experts(experts: Experts, meshes: Meshes, policy: MixedPrecisionPolicy) -> None:
-    """Shard over `expert_shard` what `divide_experts` left: by expert where the number divides, else within each expert."""
-    mesh = meshes.experts["expert_shard"]
+    """Shard over `expert_shard` what `divide_experts` left: by the first dimension that divides, so by expert, or within each."""
+    mesh, shards = meshes.expert_copies, meshes.experts["expert_shard"].size()
 
     def placement(weight: nn.Parameter) -> Shard:
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        within = local.shape[0] % mesh.size() != 0 and local.shape[1] % mesh.size() == 0
-        return Shard(1 if within else 0)
+        shape = weight.to_local().shape if isinstance(weight, DTensor) else weight.shape
+        return Shard(next((d for d, size in enumerate(shape) if size % shards == 0), 0))
 
     _sum_gradients(fully_shard(experts, mesh=mesh, shard_placement_fn=placement, mp_policy=policy))
 

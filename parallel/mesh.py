@@ -1,11 +1,29 @@
 """Processes, devices and the device meshes of a run.
 
-Two meshes cover the same ranks. Dense parameters are sharded over all ranks. Expert parameters are divided by expert over
-`expert` neighbouring ranks (neighbours share a node, and dispatch is the traffic that wants the fast links), and each of these
-parts is sharded over the world / expert ranks that hold the same experts.
+Two meshes cover the same W ranks. Each groups neighbours innermost, for they share a node and its fast links.
+
+    dense     (replicate, shard)                         W / replicate neighbours hold one copy of the dense parameters, sharded
+    experts   (expert_replicate, expert_shard, expert)   `expert` neighbours divide the experts of a layer, and dispatch stays
+                                                         among them; the W / expert ranks that hold the same ones shard them
+                                                         over expert_shard, in expert_replicate copies
+
+expert_replicate is the largest common divisor of `replicate` and W / expert. Where `expert` divides W / replicate, a copy of the
+experts lies within the ranks of one dense copy: as many copies as of the rest, and only sums of gradients cross between them.
+Where `expert` is larger, it spans several dense copies. There are then fewer copies of the experts, or one; as many ranks
+as before share a layer's experts, so each holds less, but rows travel between dense copies.
+
+    8 ranks, replicate 2, expert 2:   expert_replicate 2, expert_shard 2      ranks 0 1 | 2 3 and 4 5 | 6 7
+    8 ranks, replicate 2, expert 4:   expert_replicate 2, expert_shard 1      ranks 0 1 2 3 and 4 5 6 7
+    8 ranks, replicate 4, expert 4:   expert_replicate 2, expert_shard 1      the same: an expert group spans two dense copies
+    8 ranks, replicate 2, expert 8:   expert_replicate 1, expert_shard 1      one copy of the experts, two of the rest
+
+Dimensions of replicas are left out where there is one, for each dimension costs process groups. Pipeline stages would be a
+further dimension outside of both meshes, each stage with these two over its ranks; ranks of context parallelism would be a
+dimension inside `shard`, part of the ranks over which dense parameters are sharded and of those over which experts are divided.
 """
 
 import ctypes
+import math
 import os
 import secrets
 import signal
@@ -25,7 +43,7 @@ from torch.distributed.rendezvous import rendezvous
 
 @dataclass(frozen=True)
 class Meshes:
-    """dense: 1-D (shard) over all ranks; experts: 2-D (expert_shard, expert) over the same."""
+    """dense: ([replicate,] shard) over all ranks; experts: ([expert_replicate,] expert_shard, expert) over the same."""
 
     dense: DeviceMesh
     experts: DeviceMesh
@@ -34,6 +52,13 @@ class Meshes:
     def expert_parallel(self) -> int:
         """Ranks over which the experts of a layer are divided."""
         return self.experts["expert"].size()
+
+    @property
+    def expert_copies(self) -> DeviceMesh:
+        """The ranks that hold the same experts as this one: ([expert_replicate,] expert_shard)."""
+        names = self.experts.mesh_dim_names
+        assert names is not None
+        return self.experts[names[:-1]]
 
 
 def end_with_parent(parent: int) -> None:
@@ -148,17 +173,33 @@ def expert_degree(expert: str, n_experts: int, world: int) -> int:
     if expert == "auto":
         return max(d for d in range(1, world + 1) if world % d == 0 and n_experts % d == 0)
     degree = int(expert)
-    if world % degree:
-        raise ValueError(f"parallel.expert={degree}: must divide the number of ranks, {world}")
+    check_degrees(degree, 1, world)
     if n_experts % degree:
         raise ValueError(f"parallel.expert={degree}: must divide model.n_experts={n_experts}")
     return degree
 
 
-def make_meshes(device_type: str, expert: int) -> Meshes:
-    """Collective: every rank calls it with the same degree, which divides the world size."""
+def check_degrees(expert: int, replicate: int, world: int) -> None:
+    """Raises ValueError where the ranks can't be divided evenly."""
+    for name, degree in (("expert", expert), ("replicate", replicate)):
+        if degree < 1 or world % degree:
+            raise ValueError(f"parallel.{name}={degree}: must divide the number of ranks, {world}")
+
+
+def make_meshes(device_type: str, expert: int, replicate: int = 1) -> Meshes:
+    """The meshes of `expert` ranks that divide a layer's experts and `replicate` copies of the dense parameters.
+
+    Collective: every rank calls it with the same degrees. Raises ValueError where they don't divide the number of ranks.
+    """
     world = dist.get_world_size()
+    check_degrees(expert, replicate, world)
+    copies = math.gcd(replicate, world // expert)
+
+    def mesh(names: tuple[str, ...], sizes: tuple[int, ...]) -> DeviceMesh:
+        skip = int(sizes[0] == 1)
+        return init_device_mesh(device_type, sizes[skip:], mesh_dim_names=names[skip:])
+
     return Meshes(
-        dense=init_device_mesh(device_type, (world,), mesh_dim_names=("shard",)),
-        experts=init_device_mesh(device_type, (world // expert, expert), mesh_dim_names=("expert_shard", "expert")),
+        dense=mesh(("replicate", "shard"), (replicate, world // replicate)),
+        experts=mesh(("expert_replicate", "expert_shard", "expert"), (copies, world // expert // copies, expert)),
     )

@@ -23,12 +23,12 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def trained(expert: int, steps: int, seed: int) -> tuple[Any, torch.optim.Optimizer]:
+def trained(expert: int, steps: int, seed: int, replicate: int = 1) -> tuple[Any, torch.optim.Optimizer]:
     path = "all_to_all" if expert > 1 else "local"
     model = parallelize(
         CONFIG,
         ParallelConfig(expert_path=path),
-        make_meshes("cpu", expert),
+        make_meshes("cpu", expert, replicate),
         seed=seed,
         device=CPU,
         compute=torch.float32,
@@ -54,15 +54,15 @@ def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return state
 
 
-def write(root: Path, expert: int) -> dict[str, Tensor]:
-    model, optimizer = trained(expert, 3, seed=1)
+def write(root: Path, expert: int, replicate: int) -> dict[str, Tensor]:
+    model, optimizer = trained(expert, 3, seed=1, replicate=replicate)
     torch.manual_seed(77)
     checkpoint.save(root, 3, model, optimizer, {"step": 3}, keep=2)
     return state_of(model, optimizer)
 
 
-def read(root: Path, expert: int) -> tuple[dict[str, Tensor], float]:
-    model, optimizer = trained(expert, 1, seed=9)  # other weights and moments, to be overwritten
+def read(root: Path, expert: int, replicate: int) -> tuple[dict[str, Tensor], float]:
+    model, optimizer = trained(expert, 1, seed=9, replicate=replicate)  # other weights and moments, to be overwritten
     checkpoint.load(checkpoint.complete_checkpoints(root)[-1], model, optimizer)
     return state_of(model, optimizer), torch.rand(()).item()
 
@@ -71,15 +71,21 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+# (ranks, parallel.expert, parallel.replicate), of the run that writes and the one that reads
 @pytest.mark.parametrize(
-    ("world", "expert", "to_world", "to_expert"), [(2, 2, 2, 1), (2, 1, 4, 2), (4, 2, 1, 1), (4, 4, 2, 2)]
-)
+    ("before", "after"),
+    [
+        ((2, 2, 1), (2, 1, 1)), ((2, 1, 1), (4, 2, 1)), ((4, 2, 1), (1, 1, 1)), ((4, 4, 1), (2, 2, 1)),
+        ((4, 2, 2), (2, 1, 1)), ((2, 1, 1), (4, 4, 2)), ((4, 1, 2), (4, 2, 2)),
+    ],
+)  # fmt: skip
 def test_another_layout_loads_the_same_state(
-    world: int, expert: int, to_world: int, to_expert: int, tmp_path: Path
+    before: tuple[int, int, int], after: tuple[int, int, int], tmp_path: Path
 ) -> None:
     root = tmp_path / "checkpoints"
-    written = run_ranks(write, world, make(tmp_path / "write"), root, expert)[0]
-    for got, random in run_ranks(read, to_world, make(tmp_path / "read"), root, to_expert):
+    (world, *layout), (to_world, *to_layout) = before, after
+    written = run_ranks(write, world, make(tmp_path / "write"), root, *layout)[0]
+    for got, random in run_ranks(read, to_world, make(tmp_path / "read"), root, *to_layout):
         assert same(got, written)
         if to_world <= world:  # this rank's random state was saved
             assert random == torch.rand((), generator=torch.Generator().manual_seed(77)).item()

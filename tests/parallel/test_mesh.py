@@ -1,14 +1,18 @@
-"""Degrees of expert parallelism: what `auto` picks, and which mistakes are told."""
+"""Degrees and meshes: what `auto` picks, who shares what with whom, and which mistakes are told."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moesaic.parallel import mesh
-from moesaic.parallel.mesh import expert_degree
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.mesh import expert_degree, make_meshes
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,56 @@ def test_mistakes_name_knob_value_and_rule() -> None:
     with pytest.raises(ValueError, match=r"parallel\.expert=4: must divide model\.n_experts=6"):
         expert_degree("4", 6, 8)
     assert expert_degree("2", 6, 8) == 2
+    with pytest.raises(ValueError, match=r"parallel\.replicate=0: must be at least 1"):
+        ParallelConfig(replicate=0)
+    with ranks(8), pytest.raises(ValueError, match=r"parallel\.replicate=3: must divide the number of ranks, 8"):
+        make_meshes("cpu", 2, 3)
+    with ranks(8), pytest.raises(ValueError, match=r"parallel\.expert=3: must divide the number of ranks, 8"):
+        make_meshes("cpu", 3, 2)
+
+
+@contextmanager
+def ranks(world: int, rank: int = 0) -> Iterator[None]:
+    """This process as one of many, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("world", "replicate", "expert", "dense", "experts"),
+    [
+        (8, 1, 1, [8], [8, 1]),
+        (8, 1, 4, [8], [2, 4]),
+        (8, 2, 2, [2, 4], [2, 2, 2]),
+        (8, 2, 4, [2, 4], [2, 1, 4]),
+        (8, 4, 4, [4, 2], [2, 1, 4]),  # an expert group spans two dense copies
+        (8, 2, 8, [2, 4], [1, 8]),
+        (8, 8, 1, [8, 1], [8, 1, 1]),
+        (12, 3, 6, [3, 4], [2, 6]),  # neither degree divides the other
+        (12, 6, 2, [6, 2], [6, 1, 2]),
+        (1, 1, 1, [1], [1, 1]),
+    ],
+)
+def test_meshes(world: int, replicate: int, expert: int, dense: list[int], experts: list[int]) -> None:
+    last = world - 1
+    with ranks(world, last):
+        meshes = make_meshes("cpu", expert, replicate)
+        assert meshes.dense.shape == tuple(dense) and meshes.experts.shape == tuple(experts)
+        assert meshes.dense.mesh.tolist() == torch.arange(world).view(dense).tolist()
+        assert meshes.expert_parallel == expert
+        # Neighbours divide the experts; the ranks that hold the same ones lie `expert` apart.
+        assert meshes.experts["expert"].mesh.tolist() == list(range(world - expert, world))
+        assert meshes.expert_copies.mesh.flatten().tolist() == list(range(expert - 1, world, expert))
+        assert meshes.expert_copies.mesh.shape == tuple(experts[:-1])
+        neighbours = meshes.dense["shard"].mesh.tolist()
+        assert neighbours == list(range(world - world // replicate, world))
+        if (world // replicate) % expert == 0:  # one copy of the experts within one of the rest
+            sharing = meshes.experts["expert_shard"].mesh.tolist()
+            assert set(sharing) <= set(neighbours)
+            assert len(sharing) * expert == len(neighbours)
 
 
 @pytest.mark.parametrize(("gpus", "backend", "device"), [(0, "gloo", "cpu"), (8, "cpu:gloo,cuda:nccl", "cuda:3")])
