@@ -37,8 +37,10 @@ from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint
 from moesaic.parallel.apply import Engine, expert_path, parallelize, total
+from moesaic.parallel.expert import wire_figures
 from moesaic.parallel.fsdp import FSDPEngine
 from moesaic.parallel.mesh import check_degrees, end_with_parent, expert_degree, leave_after, make_meshes, start
+from moesaic.parallel.two_hop import node_ranks
 
 T = TypeVar("T")
 MICRO_BATCH_TOKENS = 16_384
@@ -67,6 +69,7 @@ def train(config: Config, device: torch.device) -> None:
     local = config.parallel.expert_path == "local"
     expert = together(lambda: expert_degree("1" if local else config.parallel.expert, config.model.n_experts, world))
     together(lambda: check_degrees(expert, config.parallel.replicate, world))
+    together(lambda: node_ranks(config.parallel.node_size, expert))
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
     data = together(lambda: open_data(config.data, config.train.seq_len))
@@ -152,11 +155,13 @@ def train(config: Config, device: torch.device) -> None:
             dist.all_reduce(loss)
             rows_LE, figures_LF = total(rows_LE), total(figures_LF)
             figures = {"step": step, "tokens": tokens, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+            steps_since = (tokens - logged) // (every.global_batch * every.seq_len)
             rate = (tokens - logged) / meter.lap()
             logged = tokens
             figures |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world)} | load_figures(
                 rows_LE.cpu(), figures_LF.cpu()
             )
+            figures |= wire_figures(model.moe_layers(), steps_since, device)
             record(figures)
             say(progress_line(figures, steps))
 

@@ -10,9 +10,9 @@ from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Block, Fill, Transformer, initialize
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.expert import AllToAllPath
 from moesaic.parallel.fsdp import divide_experts, shard_block, shard_root
 from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.two_hop import communicating_path
 
 
 class Engine(Protocol):
@@ -61,6 +61,7 @@ def parallelize(
     with torch.device("meta"):
         model = Transformer(config)
     path = expert_path(parallel, meshes)
+    new_path = None if path == "local" else communicating_path(path, parallel, meshes)
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         initialize(block, f"blocks.{i}.", config, seed, device, fill)
@@ -68,8 +69,8 @@ def parallelize(
             block.ffn.reduce = total
             if meshes.expert_parallel > 1:
                 divide_experts(block.ffn.experts, meshes)
-            if path == "all_to_all":
-                block.ffn.path = AllToAllPath(meshes.experts.get_group("expert"))
+            if new_path:
+                block.ffn.path = new_path()
         shard_block(block, meshes, policy)
     for name in ("embedding", "norm", "head"):
         initialize(getattr(model, name), f"{name}.", config, seed, device, fill)

@@ -12,19 +12,25 @@ class ParallelConfig:
     expert        ranks over which the experts are divided; auto: the largest divisor of both the world size and n_experts
     replicate     copies of the dense parameters, each sharded over world / replicate neighbouring ranks; experts are copied as
                   far as `expert` allows, see moesaic.parallel.mesh
-    expert_path   local: every rank computes all experts, and expert is 1; all_to_all: rows travel to their experts;
-                  auto: local where expert comes to 1
+    expert_path   local: every rank computes all experts, and expert is 1; all_to_all: tokens travel to their experts;
+                  two_hop: the same, but between nodes once for each node; auto: local where expert comes to 1, else all_to_all
+    node_size     neighbouring ranks in one node, with fast links; must divide the expert degree, or be a multiple of it.
+                  auto: what torchrun started on this machine
     """
 
     expert: str = "auto"
     replicate: int = 1
     expert_path: str = "auto"
+    node_size: str = "auto"
 
     def __post_init__(self) -> None:
         expert, path = self.expert, self.expert_path
         require(self.replicate >= 1, f"parallel.replicate={self.replicate}: must be at least 1")
-        require(path in ("auto", "local", "all_to_all"),
-                f"parallel.expert_path={path}: must be one of auto, local, all_to_all")  # fmt: skip
+        require(path in ("auto", "local", "all_to_all", "two_hop"),
+                f"parallel.expert_path={path}: must be one of auto, local, all_to_all, two_hop")  # fmt: skip
+        node = self.node_size
+        require(node == "auto" or (node.isdecimal() and int(node) >= 1),
+                f"parallel.node_size={node}: must be auto or a positive number")  # fmt: skip
         if expert != "auto":
             require(
                 expert.isdecimal() and int(expert) >= 1, f"parallel.expert={expert}: must be auto or a positive number"

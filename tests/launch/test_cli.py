@@ -116,8 +116,9 @@ def test_knobs_of_the_command_contract():
         ("data.source=web", "data.source=web: must be one of python, files"),
         ("train.micro_batch=32", "train.micro_batch=32: must not exceed train.global_batch=8"),
         ("parallel.expert=3", "parallel.expert=3: must divide model.n_experts=8"),
+        ("parallel.node_size=none", "parallel.node_size=none: must be auto or a positive number"),
         ("parallel.expert=all", "parallel.expert=all: must be auto or a positive number"),
-        ("parallel.expert_path=fast", "parallel.expert_path=fast: must be one of auto, local, all_to_all"),
+        ("parallel.expert_path=fast", "parallel.expert_path=fast: must be one of auto, local, all_to_all, two_hop"),
     ],
 )
 def test_mistake(override, line):
