@@ -15,7 +15,8 @@ from moesaic.moe.router import Routing
 class ExpertPath(Protocol):
     """The way of tokens through the experts: dispatch, compute, combine. One call, so that one kernel can replace all of it.
 
-    x_TD and a routing of its T tokens -> y_TD, the sum over a token's used slots, in slot order, of weight * expert(x).
+    x_TD and a routing of its T tokens -> y_TD, the sum over a token's used slots of weight * expert(x), in an order that is the
+    same every time; `LocalPath` adds in slot order.
     """
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
