@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moesaic.moe.replay import once
 from moesaic.moe.router import Routing, count_rows
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def balance_loss(
         return n_experts * (share_BE * mean_BE).sum() / sequences
     counts_E = count_rows(routing.chosen_S, n_experts)
     if over == "global":
-        counts_E = reduce(counts_E)
+        own_E = counts_E
+        counts_E = once("balance", lambda: reduce(own_E))
     share_E = counts_E / counts_E.sum().clamp(min=1)
     return n_experts * (share_E * shares_TE.sum(dim=0)).sum() / max(tokens, 1)
 

@@ -4,6 +4,7 @@ Letters: T tokens, D model width, E experts.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,11 @@ Aux = dict[str, Tensor]
 def alone(counts: Tensor) -> Tensor:
     """The sum over all ranks, of one rank: `MoE.reduce` until moesaic.parallel puts a collective in its place."""
     return counts
+
+
+def plainly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments): what runs a block or a path until moesaic.parallel.remat puts something else in its place."""
+    return function(*arguments)
 
 
 class FeedForward(nn.Module):
@@ -43,7 +49,9 @@ class MoE(nn.Module):
     1. `router` scores all E experts in fp32 and decides who visits whom, with what weight: a frozen `Routing`.
     2. `path` takes the token to its experts, wherever they are, and brings the weighted sum back. `LocalPath` when the layer
        is made; moesaic.parallel puts another one in its place when experts live on several ranks.
-    3. The shared expert, if any, sees every token; the two are added.
+       `run` calls it.
+    3. The shared expert, if any, sees every token; the two are added. It and the losses are computed before `path` is called, so
+       that backward begins with the experts, and recomputation (moesaic.parallel.remat) can end with them.
 
     x_TD of `sequences` sequences -> (y_TD, aux). aux: `balance` and `z`, scalars, the unweighted losses over this call's
     tokens; `shares`, fp32 (E,), the sums of the tokens' scores; `counts`, int64 (E,), tokens that chose each expert; `figures`,
@@ -58,20 +66,20 @@ class MoE(nn.Module):
         self.shared = FeedForward(config.d_model, config.d_shared) if config.d_shared else None
         self.path: ExpertPath = LocalPath()
         self.reduce: Callable[[Tensor], Tensor] = alone
+        self.run: Callable[..., Any] = plainly
 
     def forward(self, x_TD: Tensor, sequences: int = 1) -> tuple[Tensor, Aux]:
         routing, scores = self.router(x_TD)
-        y_TD = self.path(x_TD, routing, self.experts)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        reduce = self.reduce if self.training else alone  # an evaluation has no use for the loss
+        balance = balance_loss(routing, scores.shares_TE, self.balance_over, sequences, reduce)
+        aux = {"balance": balance, "z": z_loss(scores.logits_TE), "shares": scores.shares_TE.sum(dim=0)}
         with torch.no_grad():
             entropy = torch.special.entr(scores.shares_TE).sum()
             tokens = torch.full_like(entropy, routing.tokens)
             tile = known_tile(x_TD.device, self.router.config.rounding_tile)
             padding = (-routing.counts_E % tile).sum().float() if tile else torch.full_like(entropy, torch.nan)
             figures = torch.stack([tokens, entropy, routing.dropped.float(), routing.added.float(), padding])
-            counts_E = count_rows(routing.chosen_S, routing.counts_E.numel())
-        reduce = self.reduce if self.training else alone  # an evaluation has no use for the loss
-        balance = balance_loss(routing, scores.shares_TE, self.balance_over, sequences, reduce)
-        losses = {"balance": balance, "z": z_loss(scores.logits_TE), "shares": scores.shares_TE.sum(dim=0)}
-        return y_TD, losses | {"counts": counts_E, "figures": figures}
+            aux |= {"counts": count_rows(routing.chosen_S, routing.counts_E.numel()), "figures": figures}
+        shared_TD = None if self.shared is None else self.shared(x_TD)
+        y_TD = self.run(self.path, x_TD, routing, self.experts)
+        return y_TD if shared_TD is None else y_TD + shared_TD, aux

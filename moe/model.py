@@ -6,7 +6,7 @@ Letters: B sequences, S positions, T = B * S tokens, D model width, V vocabulary
 import hashlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from moesaic.kernels.rms_norm import RMSNorm
 from moesaic.moe.attention import Attention, LatentAttention, Mask, document_mask, rotary_table
 from moesaic.moe.balance import FIGURES, pooled_balance_loss
 from moesaic.moe.config import ModelConfig
-from moesaic.moe.layer import Aux, FeedForward, MoE
+from moesaic.moe.layer import Aux, FeedForward, MoE, plainly
 
 IGNORED = -100
 # Writes the weights of a whole parameter or buffer, by its name in the model, into a tensor of its shape, in place.
@@ -43,7 +43,10 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x += attention(norm(x)); x += feed_forward(norm(x)). x_BSD -> (x_BSD, aux of a MoE layer)."""
+    """Pre-norm residual block: x += attention(norm(x)); x += feed_forward(norm(x)). x_BSD -> (x_BSD, aux of a MoE layer).
+
+    `run` runs it: moesaic.parallel.remat may put in its place what computes activations again in backward.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -52,8 +55,12 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         dense = layer < config.n_dense_layers
         self.ffn = FeedForward(config.d_model, config.d_dense) if dense else MoE(config)
+        self.run: Callable[..., Any] = plainly
 
     def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor, mask: Mask = None) -> tuple[Tensor, Aux]:
+        return self.run(self._forward, x_BSD, cos_SC, sin_SC, mask)
+
+    def _forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor, mask: Mask) -> tuple[Tensor, Aux]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SC, sin_SC, mask)
         x_TD = self.ffn_norm(x_BSD).flatten(0, 1)
         y_TD, aux = self.ffn(x_TD, x_BSD.shape[0]) if isinstance(self.ffn, MoE) else (self.ffn(x_TD), {})

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.kernels.rounding import round_routing, token_weights
+from moesaic.kernels.rounding import Rounding, round_routing, token_weights
 from moesaic.kernels.tiles import rounding_tile
 from moesaic.moe.config import ModelConfig
+from moesaic.moe.replay import once
 
 
 @dataclass(frozen=True)
@@ -129,20 +130,26 @@ class Router(nn.Module):
         if config.kind == "sigmoid_bias":
             scores_TE = logits_TE.sigmoid()
             shares_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True)
-            choice_TE = keep_best_groups(scores_TE + self.bias_E.float(), config.groups, config.groups_kept)
         else:
-            scores_TE = shares_TE = choice_TE = logits_TE.softmax(dim=1)
+            scores_TE = shares_TE = logits_TE.softmax(dim=1)
         scores = Scores(logits_TE, shares_TE)
         if config.kind == "expert_choice":
             return self._expert_choice(scores_TE), scores
 
-        experts_TK = stable_topk(choice_TE, config.top_k)
+        experts_TK = once("experts", lambda: self._choose(scores_TE))
         if self.training and config.rounding != "none":
             return self._rounded(scores_TE, experts_TK), scores
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.training and config.capacity_factor:
             return self._capped(experts_TK, weights_TK), scores
         return topk_routing(experts_TK, self._weights(weights_TK), logits_TE.shape[1]), scores
+
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        """int64 (T, K): each token's K best experts."""
+        config = self.config
+        if config.kind == "sigmoid_bias":
+            scores_TE = keep_best_groups(scores_TE + self.bias_E.float(), config.groups, config.groups_kept)
+        return stable_topk(scores_TE, config.top_k)
 
     def _weights(self, weights_TK: Tensor) -> Tensor:
         if self.config.renormalize:
@@ -158,7 +165,7 @@ class Router(nn.Module):
             )
         tokens, n_experts = scores_TE.shape
         capacity = min(tokens, -(-tokens * self.config.top_k // n_experts))
-        token_EC = stable_topk(scores_TE.T, capacity)
+        token_EC = once("tokens", lambda: stable_topk(scores_TE.T, capacity))
         expert_EC = torch.arange(n_experts, device=token_EC.device)[:, None].expand_as(token_EC)
         if self.config.renormalize:
             # Over whole rows: adding up by token would be in no fixed order on CUDA.
@@ -179,12 +186,17 @@ class Router(nn.Module):
         # A hair less, for 1.1 * 10 is more than 11 in floating point.
         capacity = math.ceil(self.config.capacity_factor * tokens * k / n_experts - 1e-6)
         expert_S, counts_E = experts_TK.flatten(), count_rows(experts_TK, n_experts)
-        by_score = ordered_keys(weights_TK.flatten()).argsort(descending=True, stable=True)
-        slot_R = by_score[expert_S[by_score].argsort(stable=True)]
-        place_R = torch.arange(slot_R.numel(), device=slot_R.device) - (counts_E.cumsum(0) - counts_E)[expert_S[slot_R]]
-        keep_S = torch.zeros_like(expert_S, dtype=torch.bool).scatter_(0, slot_R, place_R < capacity)
-        weights_TK = self._weights(weights_TK * keep_S.view(tokens, k))
-        routing = topk_routing(experts_TK, weights_TK, n_experts)
+
+        def best() -> Tensor:
+            by_score = ordered_keys(weights_TK.flatten()).argsort(descending=True, stable=True)
+            slot_R = by_score[expert_S[by_score].argsort(stable=True)]
+            place_R = (
+                torch.arange(slot_R.numel(), device=slot_R.device) - (counts_E.cumsum(0) - counts_E)[expert_S[slot_R]]
+            )
+            return torch.zeros_like(expert_S, dtype=torch.bool).scatter_(0, slot_R, place_R < capacity)
+
+        keep_S = once("kept", best)
+        routing = topk_routing(experts_TK, self._weights(weights_TK * keep_S.view(tokens, k)), n_experts)
         kept_E = counts_E.clamp(max=capacity)
         dropped = (counts_E - kept_E).sum()
         expert_S = expert_S.masked_fill(~keep_S, n_experts)
@@ -195,9 +207,13 @@ class Router(nn.Module):
         tokens, k = experts_TK.shape
         n_experts = scores_TE.shape[1]
         tile = rounding_tile(scores_TE.device, self.config.rounding_tile)
-        # From the CPU's generator, whose state checkpoints hold: a resumed run draws what the uninterrupted one would.
-        seed = torch.randint(2**62, ())
-        rounded = round_routing(scores_TE.detach(), experts_TK, tile=tile, rule=self.config.rounding, seed=seed)
+
+        def draw() -> Rounding:
+            # From the CPU's generator, whose state checkpoints hold: a resumed run draws what the uninterrupted one would.
+            seed = torch.randint(2**62, ())
+            return round_routing(scores_TE, experts_TK, tile=tile, rule=self.config.rounding, seed=seed)
+
+        rounded = once("rounded", draw)
         weights_TK, weights_EA = token_weights(scores_TE, experts_TK, rounded, self.config.renormalize)
         expert_TK = experts_TK.masked_fill(~rounded.keep_TK, n_experts)
         own_E1 = torch.arange(n_experts, device=experts_TK.device)[:, None]

@@ -12,6 +12,7 @@ from moesaic.moe.model import Block, Fill, Transformer, initialize
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.fsdp import divide_experts, shard_block, shard_root
 from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.remat import recompute
 from moesaic.parallel.two_hop import communicating_path
 
 
@@ -51,7 +52,7 @@ def parallelize(
        with FSDP2 (the experts first, then the block). A rank never holds more than one whole block.
     3. The same for embedding, norm and head.
     4. Put the expert path that `parallel` names into every MoE layer, and the sum over ranks that statistics over the global
-       batch go through.
+       batch go through; then what `parallel.remat` says into every block.
 
     Gradients are sums over ranks: divide the loss by the tokens of the global batch. `compute` is the type of matrix
     products; parameters, gradients and their sums are fp32.
@@ -77,6 +78,7 @@ def parallelize(
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
     shard_root(model, meshes, policy)
+    recompute(model, parallel.remat)
     return model
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from moesaic.kernels.permute import Rows, sum_bags
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoE
+from moesaic.moe.replay import once
 from moesaic.moe.router import Routing
 
 Sent = Counter[tuple[str, str]]
@@ -261,8 +262,7 @@ class AllToAllPath:
         self.sent: Sent = Counter()
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        with torch.no_grad():
-            plan = self.plan(routing, self.sent if experts.training else None)
+        plan = once("plan", lambda: self.plan(routing, self.sent if experts.training else None))
         x_ND, weights_S = _Dispatch.apply(x_TD, routing.weights_S, plan.weights_S, plan.legs, self.codec)
         y_ND = experts(x_ND, weights_S.index_select(0, plan.rows.slot_R), plan.rows)
         return _Combine.apply(y_ND, plan.legs)
