@@ -10,7 +10,7 @@ from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Block, Fill, Transformer, initialize
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.fsdp import divide_experts, shard_block, shard_root
+from moesaic.parallel.fsdp import RESHARD, divide_experts, shard_block, shard_root
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.remat import recompute
 from moesaic.parallel.two_hop import communicating_path
@@ -72,12 +72,12 @@ def parallelize(
                 divide_experts(block.ffn.experts, meshes)
             if new_path:
                 block.ffn.path = new_path()
-        shard_block(block, meshes, policy)
+        shard_block(block, meshes, policy, RESHARD[parallel.reshard])
     for name in ("embedding", "norm", "head"):
         initialize(getattr(model, name), f"{name}.", config, seed, device, fill)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
-    shard_root(model, meshes, policy)
+    shard_root(model, meshes, policy, RESHARD[parallel.reshard])
     recompute(model, parallel.remat)
     return model
 

@@ -16,6 +16,8 @@ class ParallelConfig:
                   two_hop: the same, but between nodes once for each node; auto: local where expert comes to 1, else all_to_all
     node_size     neighbouring ranks in one node, with fast links; must divide the expert degree, or be a multiple of it.
                   auto: what torchrun started on this machine
+    reshard       whether weights gathered for forward are let go before backward, which then gathers them again. auto: those of
+                  blocks and experts are, those of embedding, norm and head are kept; always: all are; never: all are kept
     remat         activations computed again in backward: none, selective (all but the routed experts') or full; see
                   moesaic.parallel.remat
     """
@@ -24,11 +26,14 @@ class ParallelConfig:
     replicate: int = 1
     expert_path: str = "auto"
     node_size: str = "auto"
+    reshard: str = "auto"
     remat: str = "none"
 
     def __post_init__(self) -> None:
         expert, path = self.expert, self.expert_path
         require(self.replicate >= 1, f"parallel.replicate={self.replicate}: must be at least 1")
+        require(self.reshard in ("auto", "always", "never"),
+                f"parallel.reshard={self.reshard}: must be one of auto, always, never")  # fmt: skip
         require(self.remat in ("none", "selective", "full"),
                 f"parallel.remat={self.remat}: must be one of none, selective, full")  # fmt: skip
         require(path in ("auto", "local", "all_to_all", "two_hop"),

@@ -33,8 +33,14 @@ class FSDPEngine:
         return norm
 
     def rest(self) -> None:
-        # FSDP2 leaves the root's weights whole after a forward pass without a backward one.
-        self.model.reshard()  # type: ignore[operator]
+        # FSDP2 leaves weights whole after a forward pass without a backward one: the root's, with parallel.reshard=never all.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+# What fully_shard calls reshard_after_forward, by `parallel.reshard`.
+RESHARD = {"auto": None, "always": True, "never": False}
 
 
 def divide_experts(experts: Experts, meshes: Meshes) -> None:
@@ -45,7 +51,7 @@ def divide_experts(experts: Experts, meshes: Meshes) -> None:
         setattr(experts, name, nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)))
 
 
-def shard_experts(experts: Experts, meshes: Meshes, policy: MixedPrecisionPolicy) -> None:
+def shard_experts(experts: Experts, meshes: Meshes, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
     """Shard over `expert_shard` what `divide_experts` left: by the first dimension that divides, so by expert, or within each."""
     mesh, shards = meshes.expert_copies, meshes.experts["expert_shard"].size()
 
@@ -53,22 +59,26 @@ def shard_experts(experts: Experts, meshes: Meshes, policy: MixedPrecisionPolicy
         shape = weight.to_local().shape if isinstance(weight, DTensor) else weight.shape
         return Shard(next((d for d, size in enumerate(shape) if size % shards == 0), 0))
 
-    _sum_gradients(fully_shard(experts, mesh=mesh, shard_placement_fn=placement, mp_policy=policy))
+    _sum_gradients(
+        fully_shard(experts, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=placement, mp_policy=policy)
+    )
 
 
-def shard_block(block: Block, meshes: Meshes, policy: MixedPrecisionPolicy) -> None:
+def shard_block(block: Block, meshes: Meshes, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
     """Two or three groups a block: experts; the router by itself where the rest computes in low precision; all else."""
     if isinstance(block.ffn, MoE):
-        shard_experts(block.ffn.experts, meshes, policy)
+        shard_experts(block.ffn.experts, meshes, policy, reshard)
         if policy.param_dtype is not torch.float32:
             full = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
-            _sum_gradients(fully_shard(block.ffn.router, mesh=meshes.dense, mp_policy=full))
-    _sum_gradients(fully_shard(block, mesh=meshes.dense, mp_policy=policy))
+            _sum_gradients(
+                fully_shard(block.ffn.router, mesh=meshes.dense, reshard_after_forward=reshard, mp_policy=full)
+            )
+    _sum_gradients(fully_shard(block, mesh=meshes.dense, reshard_after_forward=reshard, mp_policy=policy))
 
 
-def shard_root(model: nn.Module, meshes: Meshes, policy: MixedPrecisionPolicy) -> None:
+def shard_root(model: nn.Module, meshes: Meshes, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
     """Embedding, last norm and head."""
-    _sum_gradients(fully_shard(model, mesh=meshes.dense, mp_policy=policy))
+    _sum_gradients(fully_shard(model, mesh=meshes.dense, reshard_after_forward=reshard, mp_policy=policy))
 
 
 def _sum_gradients(module: FSDPModule) -> None:

@@ -133,6 +133,7 @@ class Case(NamedTuple):
     accumulation: int = 1
     unequal: bool = False
     replicate: int = 1
+    reshard: str = "auto"
 
 
 def spread(cases: list[Case]) -> list[dict[str, Any]]:
@@ -145,7 +146,7 @@ def spread(cases: list[Case]) -> list[dict[str, Any]]:
         path = "local" if case.expert == 1 and case.shape == "plain" else "all_to_all"
         model = parallelize(
             config_of(case.shape),
-            ParallelConfig(expert_path=path),
+            ParallelConfig(expert_path=path, reshard=case.reshard),
             make_meshes("cpu", case.expert, case.replicate),
             seed=2,
             device=CPU,
@@ -155,7 +156,12 @@ def spread(cases: list[Case]) -> list[dict[str, Any]]:
         def clip(model: Any) -> Tensor:
             return clip_gradients(model.parameters(), 0.5)
 
-        send = FSDPEngine(model, None).backward  # type: ignore[arg-type]
+        engine = FSDPEngine(model, None)  # type: ignore[arg-type]
+        with torch.no_grad():  # as an evaluation would: it leaves no weights behind that a step does not change
+            model(batches[rank][0][:, :-1])
+        engine.rest()
+        assert all(hasattr(p, "full_tensor") for p in model.parameters())
+        send = engine.backward
         results.append(train(model, {rank: batches[rank]}, tokens, clip, total, send=send))
     return results
 
@@ -190,6 +196,7 @@ CASES = {
         Case("top1_renormalized", 2, 2, True), Case("all_experts", 2, 1, True), Case("sigmoid_bias", 2, 2, True),
         Case("sigmoid_bias", 1, 1, True), Case("expert_choice", 2, 2, True), Case("capacity", 2, 2, True),
         Case("global_and_biases", 2, 2, True), Case("layers", 2, 1, True), Case("plain", 1, 2, True, replicate=2),
+        Case("shared_dense_tied", 1, 2, reshard="never"), Case("plain", 2, 2, reshard="always"),
         *(Case(rule, 2, 2, True) for rule in RULES)],
     4: [Case("plain"), Case("plain", 2, 1, True), Case("shared_dense_tied", 2, 2), Case("plain", 4), Case("odd", 2),
         Case("plain", 1, 2, True, replicate=2), Case("shared_dense_tied", 2, 2, True, replicate=2),
