@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moesaic.launch.schema import OptimConfig
+from moesaic.parallel.engine import Groups
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -55,7 +56,7 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.lr * (config.lr_min_ratio + (1 - config.lr_min_ratio) * fraction)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: Groups, lr: float) -> None:
     """Use `lr` for all parameters from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = lr

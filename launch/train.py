@@ -36,9 +36,9 @@ from moesaic.moe.hf import Checkpoint
 from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint
-from moesaic.parallel.apply import Engine, expert_path, parallelize, total
+from moesaic.parallel.apply import expert_path, parallelize, start_engine, total
+from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
-from moesaic.parallel.fsdp import FSDPEngine
 from moesaic.parallel.mesh import check_degrees, end_with_parent, expert_degree, leave_after, make_meshes, start
 from moesaic.parallel.two_hop import node_ranks
 
@@ -87,11 +87,11 @@ def train(config: Config, device: torch.device) -> None:
     model = parallelize(
         config.model, config.parallel, meshes, seed=config.train.seed, device=device, compute=compute, fill=fill
     )
-    engine: Engine = FSDPEngine(model, make_optimizer(model, config.optim))
+    engine = start_engine(config.parallel, model, make_optimizer(model, config.optim))
     torch.manual_seed(config.train.seed * 1_000_003 + rank)
     step, samples, tokens = saved["step"], saved["samples"], saved["tokens"]
     if source:
-        checkpoint.load(source, model, engine.optimizer)
+        checkpoint.load(source, engine)
         say(f"resumed from {source}: step {step}, {tokens:,} tokens")
     if weights:
         say("\n".join([f"weights: {config.init_from} ({weights.kind})", *weights.notes]))
@@ -173,11 +173,13 @@ def train(config: Config, device: torch.device) -> None:
         if step == steps or (every.checkpoint_every and step % every.checkpoint_every == 0):
             state = {"step": step, "samples": samples, "tokens": tokens, "data": fingerprint(data)}
             state |= {"world": world, "config": dataclasses.asdict(config)}
-            checkpoint.save(checkpoints, step, model, engine.optimizer, state, every.keep_checkpoints)
+            checkpoint.save(checkpoints, step, engine, state, every.keep_checkpoints)
         meter.start()
 
     if every.sample:
-        text = sample_text(model, data.tokenizer, "", every.sample, every.seq_len, seed=every.seed, device=device)
+        text = sample_text(
+            engine.model, data.tokenizer, "", every.sample, every.seq_len, seed=every.seed, device=device
+        )
         say(f"--- sample\n{text}\n---")
     if log and wandb:
         log.close()
@@ -274,9 +276,11 @@ def check_rounding(config: Config, device: torch.device) -> None:
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The type of matrix products that `precision.compute` names; auto: bf16 on CUDA, fp32 on a CPU, where bf16 is slow."""
+    """The type of matrix products that `precision.compute` names; auto: bf16 on CUDA, fp32 on a CPU, where bf16 is slow, and with
+    DeepSpeed."""
     if config.precision.compute == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        bf16 = device.type == "cuda" and config.parallel.engine == "fsdp"
+        return torch.bfloat16 if bf16 else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.compute]
 
 

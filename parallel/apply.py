@@ -1,7 +1,5 @@
 """The one place where a model is spread over ranks."""
 
-from typing import Protocol
-
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -10,35 +8,11 @@ from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Block, Fill, Transformer, initialize
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.fsdp import RESHARD, divide_experts, shard_block, shard_root
+from moesaic.parallel.engine import Engine
+from moesaic.parallel.fsdp import RESHARD, FSDPEngine, divide_experts, shard_block, shard_experts, shard_root
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.remat import recompute
 from moesaic.parallel.two_hop import communicating_path
-
-
-class Engine(Protocol):
-    """What turns losses into new weights. A training step:
-
-        for each micro-batch of this rank:   engine.backward(loss of engine.model(...), last=is it the step's last)
-        set the learning rate in engine.optimizer.param_groups
-        norm = engine.step(clip)
-
-    model      call it; its weights may be whole only inside its forward
-    optimizer  has param_groups
-    """
-
-    model: Transformer
-    optimizer: torch.optim.Optimizer
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradients of `loss`, which is divided by the tokens of the global batch: sums over ranks. Collective."""
-
-    def step(self, clip: float) -> torch.Tensor:
-        """Scale gradients so that their global norm is at most `clip` (0: leave them), update the weights, clear the gradients.
-        Returns the norm before, fp32 scalar, equal on every rank. Collective."""
-
-    def rest(self) -> None:
-        """After forward passes without a backward one: let go of what they gathered."""
 
 
 def parallelize(
@@ -51,6 +25,8 @@ def parallelize(
     2. Block by block: allocate, fill with the initial weights of (seed, name) or by `fill`, keep this rank's experts, shard
        with FSDP2 (the experts first, then the block). A rank never holds more than one whole block.
     3. The same for embedding, norm and head.
+       With parallel.engine=deepspeed only the experts are sharded; every rank builds all dense weights, and `start_engine` hands
+       them to DeepSpeed.
     4. Put the expert path that `parallel` names into every MoE layer, and the sum over ranks that statistics over the global
        batch go through; then what `parallel.remat` says into every block.
 
@@ -61,7 +37,7 @@ def parallelize(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     with torch.device("meta"):
         model = Transformer(config)
-    path = expert_path(parallel, meshes)
+    path, fsdp = expert_path(parallel, meshes), parallel.engine == "fsdp"
     new_path = None if path == "local" else communicating_path(path, parallel, meshes)
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -72,14 +48,28 @@ def parallelize(
                 divide_experts(block.ffn.experts, meshes)
             if new_path:
                 block.ffn.path = new_path()
-        shard_block(block, meshes, policy, RESHARD[parallel.reshard])
+        if fsdp:
+            shard_block(block, meshes, policy, RESHARD[parallel.reshard])
+        elif isinstance(block.ffn, MoE):
+            shard_experts(block.ffn.experts, meshes, policy, reshard=parallel.zero_stage == 3)
     for name in ("embedding", "norm", "head"):
         initialize(getattr(model, name), f"{name}.", config, seed, device, fill)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
-    shard_root(model, meshes, policy, RESHARD[parallel.reshard])
+    if fsdp:
+        shard_root(model, meshes, policy, RESHARD[parallel.reshard])
     recompute(model, parallel.remat)
     return model
+
+
+def start_engine(parallel: ParallelConfig, model: Transformer, optimizer: torch.optim.Optimizer) -> Engine:
+    """The engine that `parallel.engine` names, for a model that `parallelize` made and the AdamW of all its parameters. Both are
+    the engine's from then on. Collective."""
+    if parallel.engine == "deepspeed":
+        from moesaic.parallel.zero import ZeroEngine  # not before it is asked for: DeepSpeed takes a while to import
+
+        return ZeroEngine(parallel, model, optimizer)
+    return FSDPEngine(model, optimizer)
 
 
 def expert_path(parallel: ParallelConfig, meshes: Meshes) -> str:

@@ -5,8 +5,8 @@
                                  state.json                      everything else: step, samples, tokens, configuration
 
 A folder is written as `step_00000100.tmp` and renamed when every rank is done; only a complete one has the final name.
-Tensors are saved by name as whole tensors that happen to lie in pieces, so another number of ranks, or another division of
-experts, loads them too.
+Tensors are saved by name as whole tensors that happen to lie in pieces, so another number of ranks, another division of
+experts or another engine loads them too.
 """
 
 import json
@@ -22,9 +22,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from moesaic.parallel.engine import Engine
+
 STATE_FILE = "state.json"
 _COMPLETE = re.compile(r"step_(\d{8,})")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -47,16 +48,14 @@ def remove_leftovers(root: Path) -> None:
         shutil.rmtree(path)
 
 
-def save(
-    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
-) -> Path:
+def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` and delete all but the newest `keep`. Collective.
 
     `state`: JSON-able, read back by `read_state`. Raises what the file system raises; older checkpoints are then untouched.
     """
     final = step_folder(root, step)
     writing = final.with_name(final.name + ".tmp")
-    tensors = _tensors(model, optimizer)
+    tensors = _tensors(engine)
     tensors[_rng_key()] = torch.get_rng_state()
     dcp.save(tensors, checkpoint_id=writing)
     if dist.get_rank() == 0:
@@ -73,24 +72,18 @@ def save(
     return final
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill `model`, `optimizer` and the CPU random generator from a checkpoint, in place. Collective.
+def load(path: Path, engine: Engine) -> None:
+    """Fill weights, buffers, moments and the CPU random generator from a checkpoint, in place. Collective.
 
     A rank that did not exist when it was saved keeps its random state.
     """
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            # AdamW's fused kernel wants the step count beside the parameter, on its device.
-            step = torch.zeros((), device=p.device)
-            optimizer.state[p] = {"step": step} | {m: torch.zeros_like(p) for m in _MOMENTS}
-    tensors = _tensors(model, optimizer)
+    engine.make_moments()
+    tensors = _tensors(engine)
     if _rng_key() in saved:
         tensors[_rng_key()] = torch.get_rng_state()
     dcp.load(tensors, checkpoint_id=path)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p]["step"] = tensors["optim.step"].clone()
+    engine.loaded(tensors["optim.step"])
     if _rng_key() in saved:
         torch.set_rng_state(tensors[_rng_key()])
 
@@ -113,18 +106,10 @@ def read_state(path: Path) -> dict[str, Any]:
         return json.load(file)
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {"optim.step": torch.tensor(0.0)}
-    for name, p in model.named_parameters():
-        tensors[f"model.{name}"] = p.detach()
-        moments = optimizer.state[p]
-        if "step" in moments:
-            tensors["optim.step"] = moments["step"]
-        for moment in _MOMENTS:
-            tensors[f"optim.{moment}.{name}"] = moments[moment]
-    for name, buffer in model.named_buffers():
-        tensors[f"model.{name}"] = buffer
-    return tensors
+def _tensors(engine: Engine) -> dict[str, Tensor]:
+    tensors = {"optim.step": engine.steps()}
+    tensors |= {f"model.{name}": t for name, t in engine.weights().items()}
+    return tensors | {f"optim.{name}": moment for name, moment in engine.moments().items()}
 
 
 def _rng_key() -> str:

@@ -9,6 +9,8 @@ from moesaic.moe.config import require
 class ParallelConfig:
     """How the model is spread.
 
+    engine        fsdp: PyTorch's FSDP2 for all parameters; deepspeed: ZeRO for the dense ones, FSDP2 for the experts
+    zero_stage    of deepspeed: 0 to 3, what the ranks divide: nothing, moments, gradients too, weights too (null: 2)
     expert        ranks over which the experts are divided; auto: the largest divisor of both the world size and n_experts
     replicate     copies of the dense parameters, each sharded over world / replicate neighbouring ranks; experts are copied as
                   far as `expert` allows, see moesaic.parallel.mesh
@@ -22,6 +24,8 @@ class ParallelConfig:
                   moesaic.parallel.remat
     """
 
+    engine: str = "fsdp"
+    zero_stage: int | None = None
     expert: str = "auto"
     replicate: int = 1
     expert_path: str = "auto"
@@ -30,8 +34,19 @@ class ParallelConfig:
     remat: str = "none"
 
     def __post_init__(self) -> None:
+        require(self.engine in ("fsdp", "deepspeed"),
+                f"parallel.engine={self.engine}: must be one of fsdp, deepspeed")  # fmt: skip
+        stage = self.zero_stage
+        require(stage is None or self.engine == "deepspeed",
+                f"parallel.zero_stage={stage}: must be null with parallel.engine={self.engine}")  # fmt: skip
+        require(stage is None or 0 <= stage <= 3, f"parallel.zero_stage={stage}: must be one of 0, 1, 2, 3")
+        if self.engine == "deepspeed" and stage is None:
+            self.zero_stage = 2
         expert, path = self.expert, self.expert_path
         require(self.replicate >= 1, f"parallel.replicate={self.replicate}: must be at least 1")
+        for name, only in (("replicate", 1), ("reshard", "auto")):
+            require(getattr(self, name) == only or self.engine == "fsdp",
+                    f"parallel.{name}={getattr(self, name)}: must be {only} with parallel.engine=deepspeed")  # fmt: skip
         require(self.reshard in ("auto", "always", "never"),
                 f"parallel.reshard={self.reshard}: must be one of auto, always, never")  # fmt: skip
         require(self.remat in ("none", "selective", "full"),

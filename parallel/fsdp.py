@@ -10,11 +10,16 @@ from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Block, Transformer
 from moesaic.parallel.clip import clip_gradients
+from moesaic.parallel.engine import MOMENTS, count_steps, make_moments, set_steps
 from moesaic.parallel.mesh import Meshes
 
 
+# What fully_shard calls reshard_after_forward, by `parallel.reshard`.
+RESHARD = {"auto": None, "always": True, "never": False}
+
+
 class FSDPEngine:
-    """The engine of FSDP2: see moesaic.parallel.apply.Engine. `optimizer` holds the parameters of the sharded model."""
+    """See moesaic.parallel.apply.Engine. `optimizer` holds the parameters of the sharded model."""
 
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
@@ -38,9 +43,24 @@ class FSDPEngine:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def weights(self) -> dict[str, Tensor]:
+        return {name: t.detach() for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]}
 
-# What fully_shard calls reshard_after_forward, by `parallel.reshard`.
-RESHARD = {"auto": None, "always": True, "never": False}
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def moments(self) -> dict[str, Tensor]:
+        state = self.optimizer.state
+        return {f"{m}.{name}": state[p][m] for name, p in self.model.named_parameters() for m in MOMENTS}
+
+    def steps(self) -> Tensor:
+        return count_steps(self.optimizer)
+
+    def make_moments(self) -> None:
+        make_moments(self.optimizer, self.model.parameters())
+
+    def loaded(self, steps: Tensor) -> None:
+        set_steps(self.optimizer, steps)
 
 
 def divide_experts(experts: Experts, meshes: Meshes) -> None:

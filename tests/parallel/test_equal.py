@@ -120,6 +120,8 @@ def train(
         if model.config.router.kind == "sigmoid_bias":
             update_bias(model, counts_LE)
     result["weights"] = {n: whole(p.detach()) for n, p in [*model.named_parameters(), *model.named_buffers()]}
+    named = list(model.named_parameters())
+    result["moments"] = {f"{m}.{n}": whole(optimizer.state[p][m]) for n, p in named for m in ("exp_avg", "exp_avg_sq")}
     return result | {key: torch.stack(result[key]) for key in ("losses", "norms", "counts", "figures")}
 
 
@@ -216,7 +218,7 @@ def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
                 torch.testing.assert_close(
                     got[kind], want[kind], rtol=1e-5, atol=0, msg=lambda m, k=kind: f"{case}: {k}: {m}"
                 )
-            for kind in ("gradients", "weights"):
+            for kind in ("gradients", "weights", "moments"):
                 assert got[kind].keys() == want[kind].keys()
                 for name, value in want[kind].items():
                     error = (got[kind][name] - value).abs().max() / value.abs().max()
