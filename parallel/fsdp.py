@@ -13,13 +13,12 @@ from moesaic.parallel.clip import clip_gradients
 from moesaic.parallel.engine import MOMENTS, count_steps, make_moments, set_steps
 from moesaic.parallel.mesh import Meshes
 
-
 # What fully_shard calls reshard_after_forward, by `parallel.reshard`.
 RESHARD = {"auto": None, "always": True, "never": False}
 
 
 class FSDPEngine:
-    """See moesaic.parallel.apply.Engine. `optimizer` holds the parameters of the sharded model."""
+    """See moesaic.parallel.engine.Engine. `optimizer` holds the parameters of the sharded model."""
 
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer

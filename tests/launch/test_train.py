@@ -247,6 +247,7 @@ MISTAKES = [
     (["run_dir=/proc/run"], ["run_dir=/proc/run", "cannot be made"]),
     (["train.seed=99999999999999999"], ["train.seed=99999999999999999", "must be below"]),
     (["model.init_std=-1"], ["model.init_std=-1", "must not be negative"]),
+    (["parallel.engine=deepspeed", "precision.compute=bf16"], ["precision.compute=bf16", "must be fp32 or auto"]),
     (["model.vocab_size=100"], ["model.vocab_size=100", "must be at least 257"]),
 ]
 
@@ -491,6 +492,27 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Place, reference: tuple[Path, s
     assert_same_end(run_dir, uninterrupted)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000020", "step_00000040"]
     assert [path for path in run_dir.glob("wandb/**/offline-run-*/*.wandb") if path.stat().st_size > 0]
+
+
+def test_deepspeed_trains_the_same(place: Place, reference: tuple[Path, str], tmp_path: Path) -> None:
+    """ZeRO-3 goes on from a checkpoint of FSDP2, writes one, evaluates and samples; every line it prints is ours."""
+    run_dir, printed = reference
+    start_from = checkpoint.step_folder(run_dir / "checkpoints", STEPS - 10)
+    engine = "parallel.engine=deepspeed parallel.zero_stage=3 train.eval_every=30 train.sample=25".split()
+    text = finished(tmp_path, place.knobs(tmp_path / "run", *engine, f"resume={start_from}"))
+    want, got = losses(run_dir)[STEPS - 10 :], losses(tmp_path / "run")
+    assert [step for step, *_ in got] == [step for step, *_ in want]
+    for one, other in zip(got, want, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert evaluations(tmp_path / "run")[-1][1] == pytest.approx(evaluations(run_dir)[-1][1], rel=1e-4)
+    assert (tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}" / checkpoint.STATE_FILE).is_file()
+
+    def first_words(lines: str) -> set[str]:
+        return {line.split()[0].partition("/")[0].rstrip(":") for line in lines.splitlines() if line.strip()}
+
+    before_sample = text.partition("--- sample")[0]
+    known = first_words(printed) | {"resumed"} | {str(step) for step in range(STEPS + 1)}
+    assert first_words(before_sample) <= known
 
 
 @needs_proc

@@ -21,12 +21,13 @@ from moesaic.parallel.mesh import make_meshes
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_equal import CPU, SEQUENCE, alone, config_of, micro_batches, whole
 
-Case = tuple[int | None, str, int, int, bool]  # ZeRO stage (None: FSDP2), shape, expert, accumulation, unequal
+Case = tuple[int, str, int, int, bool, str]  # ZeRO stage, shape, expert, accumulation, unequal, remat
 
 
-def start(stage: int | None, shape: str, expert: int) -> Engine:
+def start(stage: int | None, shape: str, expert: int, remat: str = "none") -> Engine:
+    """Of FSDP2 where there is no stage."""
     layout = ParallelConfig(
-        engine="fsdp" if stage is None else "deepspeed", zero_stage=stage, expert_path="all_to_all" if expert > 1 else "auto"
+        engine="fsdp" if stage is None else "deepspeed", zero_stage=stage, remat=remat, expert_path="all_to_all" if expert > 1 else "auto"
     )  # fmt: skip
     meshes = make_meshes("cpu", expert)
     model = parallelize(config_of(shape), layout, meshes, seed=2, device=CPU, compute=torch.float32)
@@ -55,11 +56,11 @@ def steps(engine: Engine, mine: list[Tensor], all_tokens: int, n: int, first: in
 
 def spread(cases: list[Case]) -> list[dict[str, Any]]:
     results = []
-    for stage, shape, expert, accumulation, unequal in cases:
+    for stage, shape, expert, accumulation, unequal, remat in cases:
         rank, world = dist.get_rank(), dist.get_world_size()
         batches = micro_batches(world, accumulation, unequal)
         tokens = sum(b.shape[0] for row in batches for b in row) * SEQUENCE
-        engine = start(stage, shape, expert)
+        engine = start(stage, shape, expert, remat)
         if isinstance(engine, zero.ZeroEngine):  # each rank holds other experts, or another part of them
             assert len(set(zero.checksums(engine.experts.values()).tolist())) == world
             assert not any("experts" in name for name, _ in engine.model.named_modules())
@@ -69,14 +70,21 @@ def spread(cases: list[Case]) -> list[dict[str, Any]]:
 
 # Every stage meets every degree of expert parallelism, accumulation and an empty micro-batch.
 CASES: dict[int, list[Case]] = {
-    1: [(2, "plain", 1, 1, False)],
+    1: [(2, "plain", 1, 1, False, "none")],
     2: [
         case
         for stage in range(4)
         for case in [
-            (stage, "shared_dense_tied", 1, 2, True),
-            (stage, "shared_dense_tied", 2, 1 + stage % 2, False),
-            (stage, ("plain", "top1_renormalized", "global_and_biases", "layers")[stage], 2, 2 - stage % 2, True),
+            (stage, "shared_dense_tied", 1, 2, True, "none"),
+            (stage, "shared_dense_tied", 2, 1 + stage % 2, False, ("none", "selective", "full", "full")[stage]),
+            (
+                stage,
+                ("plain", "top1_renormalized", "global_and_biases", "layers")[stage],
+                2,
+                2 - stage % 2,
+                True,
+                "none",
+            ),
         ]
     ],
     4: [
@@ -89,7 +97,7 @@ CASES: dict[int, list[Case]] = {
 def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
     ranks = run_ranks(spread, world, tmp_path, CASES[world])
     for i, case in enumerate(CASES[world]):
-        _, shape, _, accumulation, unequal = case
+        _, shape, _, accumulation, unequal, _ = case
         want = alone(shape, world, accumulation, unequal)
         for results in ranks:
             got = results[i]
@@ -200,6 +208,11 @@ def test_a_fragment_does_nothing_by_itself() -> None:
     [
         (dict(engine="zero"), "parallel.engine=zero: must be one of fsdp, deepspeed"),
         (dict(engine="deepspeed", zero_stage=4), "parallel.zero_stage=4: must be one of 0, 1, 2, 3"),
+        (dict(engine="deepspeed", replicate=2), "parallel.replicate=2: must be 1 with parallel.engine=deepspeed"),
+        (
+            dict(engine="deepspeed", reshard="never"),
+            "parallel.reshard=never: must be auto with parallel.engine=deepspeed",
+        ),
         (dict(zero_stage=2), "parallel.zero_stage=2: must be null with parallel.engine=fsdp"),
     ],
 )
