@@ -233,13 +233,16 @@ def split(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]) -> to
 
 @torch.no_grad()
 def checksums(experts: Iterable[Experts]) -> Tensor:
-    """A number for the experts that each rank holds, fp64 (ranks,). Collective."""
-    weights = [local(p.detach()) for e in experts for p in e.parameters()]
-    # Positions count, so that rows that were exchanged are seen.
-    sums = [
-        w.flatten().double() @ torch.linspace(1, 2, w.numel(), dtype=torch.float64, device=w.device) for w in weights
-    ]
-    mine = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+    """A number for the experts that each rank holds, int64 (ranks,). Collective.
+
+    The bits as integers, times their positions, added modulo 2^64: exact, where the order of a floating sum may vary.
+    """
+    sums = []
+    for part in (row for e in experts for p in e.parameters() for row in local(p.detach())):
+        bits = part.flatten().view(torch.int32).long()
+        sums.append((bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum())
+    mine = torch.stack(sums) if sums else torch.zeros(1, dtype=torch.int64)
+    mine = (mine * torch.arange(1, mine.numel() + 1, device=mine.device)).sum()
     result = mine.new_empty(dist.get_world_size())
     dist.all_gather_single(result, mine[None])
     return result
@@ -251,6 +254,6 @@ def check_experts(before: Tensor, after: Tensor) -> None:
         if old != new:
             same = [other for other, value in enumerate(after.tolist()) if value == new and other != rank]
             raise RuntimeError(
-                f"DeepSpeed changed the experts of rank {rank} at ZeRO stage"
+                f"DeepSpeed changed the experts of rank {rank} when it started"
                 + (f"; they are those of ranks {same} now" if same else "")
             )
