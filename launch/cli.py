@@ -47,6 +47,7 @@ TYPES: dict[Any, str] = {
     bool: "true or false",
     str: "text",
     int | None: "a whole number, or null",
+    float | None: "a number, or null",
     str | None: "text, or null",
     list[str]: "a list of texts: [a,b]",
 }

@@ -40,6 +40,7 @@ from moesaic.parallel.apply import expert_path, parallelize, start_engine, total
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
 from moesaic.parallel.mesh import check_degrees, end_with_parent, expert_degree, leave_after, make_meshes, start
+from moesaic.parallel.overload import OverloadError
 from moesaic.parallel.two_hop import node_ranks
 
 T = TypeVar("T")
@@ -52,6 +53,8 @@ def main(config: Config) -> None:
     device = start()
     try:
         train(config, device)
+    except OverloadError as error:
+        raise cli.UserError(str(error)) from error
     finally:
         dist.destroy_process_group()
 

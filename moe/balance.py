@@ -87,7 +87,8 @@ def load_figures(counts_LE: Tensor, figures_LF: Tensor) -> dict[str, float]:
     moe/dead_fraction        share of experts without a row
     moe/load_entropy         entropy of the load, over log E
     moe/router_entropy       mean entropy of a token's scores, over log E
-    moe/dropped, moe/added   choices that capacity and rounding took away and made, per token
+    moe/dropped, moe/added   choices that capacity, rounding and a limit on a rank's load took away, and that rounding made, per
+                             token
     moe/padding              rows that tiles add to the routed ones, as a share of these, each micro-batch of a rank by itself;
                              left out where the tile is not known
 

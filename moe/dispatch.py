@@ -16,14 +16,20 @@ class ExpertPath(Protocol):
     """The way of tokens through the experts: dispatch, compute, combine. One call, so that one kernel can replace all of it.
 
     x_TD and a routing of its T tokens -> y_TD, the sum over a token's used slots of weight * expert(x), in an order that is the
-    same every time; `LocalPath` adds in slot order.
+    same every time; `LocalPath` adds in slot order. In training, `admit` comes first: the routing without what the ranks can't
+    take.
     """
+
+    def admit(self, routing: Routing) -> Routing: ...
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
 
 
 class LocalPath:
     """All experts on this device: nothing travels."""
+
+    def admit(self, routing: Routing) -> Routing:
+        return routing
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         rows = sort_slots(routing.token_S, routing.expert_S, routing.counts_E, routing.tokens, routing.per_token)

@@ -3,6 +3,7 @@
 Letters: T tokens, D model width, E experts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from moesaic.moe.balance import balance_loss, z_loss
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import ExpertPath, LocalPath
 from moesaic.moe.experts import Experts
+from moesaic.moe.replay import on_tape
 from moesaic.moe.router import Router, count_rows
 
 Aux = dict[str, Tensor]
@@ -28,6 +30,38 @@ def alone(counts: Tensor) -> Tensor:
 def plainly(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments): what runs a block or a path until moesaic.parallel.remat puts something else in its place."""
     return function(*arguments)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream for what may run beside the current one; none on a CPU, and for fake tensors of a device that isn't there."""
+    return torch.cuda.Stream(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+def meanwhile(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """Start module(x) on a stream of its own. What is returned gives the result, and lets the current stream wait for it.
+
+    Autograd runs each operation's backward on the stream of its forward and waits where gradients cross streams, so backward
+    overlaps the same way. On a CPU it is computed at once. So it is where activations are computed again in backward: that
+    happens on the stream that first asks for one, and others would read them without waiting.
+    """
+    side = None if on_tape() else side_stream(x.device)
+    if side is None:
+        y = module(x)
+        return lambda: y
+    current = torch.cuda.current_stream(x.device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        y = module(x)
+    # Freed memory goes back to the stream that allocated it, which must not write there before the other one has read.
+    x.record_stream(side)
+
+    def result() -> Tensor:
+        current.wait_stream(side)
+        y.record_stream(current)
+        return y
+
+    return result
 
 
 class FeedForward(nn.Module):
@@ -51,7 +85,8 @@ class MoE(nn.Module):
        is made; moesaic.parallel puts another one in its place when experts live on several ranks.
        `run` calls it.
     3. The shared expert, if any, sees every token; the two are added. It and the losses are computed before `path` is called, so
-       that backward begins with the experts, and recomputation (moesaic.parallel.remat) can end with them.
+       that backward begins with the experts, and recomputation (moesaic.parallel.remat) can end with them. On CUDA the shared
+       expert computes while rows travel, on a stream of its own, and so does its backward.
 
     x_TD of `sequences` sequences -> (y_TD, aux). aux: `balance` and `z`, scalars, the unweighted losses over this call's
     tokens; `shares`, fp32 (E,), the sums of the tokens' scores; `counts`, int64 (E,), tokens that chose each expert; `figures`,
@@ -70,6 +105,8 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor, sequences: int = 1) -> tuple[Tensor, Aux]:
         routing, scores = self.router(x_TD)
+        if self.training:
+            routing = self.path.admit(routing)
         reduce = self.reduce if self.training else alone  # an evaluation has no use for the loss
         balance = balance_loss(routing, scores.shares_TE, self.balance_over, sequences, reduce)
         aux = {"balance": balance, "z": z_loss(scores.logits_TE), "shares": scores.shares_TE.sum(dim=0)}
@@ -80,6 +117,6 @@ class MoE(nn.Module):
             padding = (-routing.counts_E % tile).sum().float() if tile else torch.full_like(entropy, torch.nan)
             figures = torch.stack([tokens, entropy, routing.dropped.float(), routing.added.float(), padding])
             aux |= {"counts": count_rows(routing.chosen_S, routing.counts_E.numel()), "figures": figures}
-        shared_TD = None if self.shared is None else self.shared(x_TD)
+        shared = None if self.shared is None else meanwhile(self.shared, x_TD)
         y_TD = self.run(self.path, x_TD, routing, self.experts)
-        return y_TD if shared_TD is None else y_TD + shared_TD, aux
+        return y_TD if shared is None else y_TD + shared(), aux

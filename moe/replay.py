@@ -61,3 +61,8 @@ def replaying() -> bool:
     """Whether a forward pass is being repeated."""
     tape: Tape | None = getattr(_running, "tape", None)
     return tape is not None and tape.replaying
+
+
+def on_tape() -> bool:
+    """Whether a forward pass is being recorded, so as to be repeated in backward, or is being repeated."""
+    return getattr(_running, "tape", None) is not None

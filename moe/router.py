@@ -32,7 +32,7 @@ class Routing:
     chosen_S    int64, the experts before capacity and rounding, of the first slots of token_S: what balance is about
     tokens      T
     per_token   K, where the slots are those of token 0, then token 1, … with K each, all used; else 0
-    dropped     int64 scalar, top-K choices that capacity or rounding took away
+    dropped     int64 scalar, choices that capacity, rounding or a limit on a rank's load took away
     added       int64 scalar, choices beyond the top K that rounding made
     """
 

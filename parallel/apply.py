@@ -47,7 +47,7 @@ def parallelize(
             if meshes.expert_parallel > 1:
                 divide_experts(block.ffn.experts, meshes)
             if new_path:
-                block.ffn.path = new_path()
+                block.ffn.path = new_path(f"blocks.{i}.ffn")
         if fsdp:
             shard_block(block, meshes, policy, RESHARD[parallel.reshard])
         elif isinstance(block.ffn, MoE):

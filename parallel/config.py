@@ -22,6 +22,9 @@ class ParallelConfig:
                   blocks and experts are, those of embedding, norm and head are kept; always: all are; never: all are kept
     remat         activations computed again in backward: none, selective (all but the routed experts') or full; see
                   moesaic.parallel.remat
+    max_recv_tokens_factor   most rows that a rank's experts may get in a call of a layer, in training, as a multiple of an even
+                  load, see moesaic.parallel.overload (null: any number; of no effect with expert_path=local)
+    overload      what is above it. error: the run ends with a line; drop: rows of the lowest router weights are left out
     """
 
     engine: str = "fsdp"
@@ -32,6 +35,8 @@ class ParallelConfig:
     node_size: str = "auto"
     reshard: str = "auto"
     remat: str = "none"
+    max_recv_tokens_factor: float | None = None
+    overload: str = "error"
 
     def __post_init__(self) -> None:
         require(self.engine in ("fsdp", "deepspeed"),
@@ -56,6 +61,12 @@ class ParallelConfig:
         node = self.node_size
         require(node == "auto" or (node.isdecimal() and int(node) >= 1),
                 f"parallel.node_size={node}: must be auto or a positive number")  # fmt: skip
+        factor, overload = self.max_recv_tokens_factor, self.overload
+        require(factor is None or factor >= 1,
+                f"parallel.max_recv_tokens_factor={factor}: must be at least 1, which an even load takes, or null")  # fmt: skip
+        require(overload in ("error", "drop"), f"parallel.overload={overload}: must be one of error, drop")
+        require(overload == "error" or factor is not None,
+                f"parallel.overload={overload}: needs a limit, parallel.max_recv_tokens_factor")  # fmt: skip
         if expert != "auto":
             require(
                 expert.isdecimal() and int(expert) >= 1, f"parallel.expert={expert}: must be auto or a positive number"

@@ -20,6 +20,8 @@ rank w to this one, e experts a rank, b bytes a row (D times those of a number),
     counts    8 (e + 1)       slots     8 s_w     dispatch        n_w b     combine         m_w b       forward
     combine_grad    n_w b     dispatch_grad     m_w b     slots_grad      4 r_w                         backward
 
+What a limit on the load gathers, 8 bytes of each rank or 8 W, is left out: how it travels is the backend's choice.
+
 Letters: T tokens of this rank, D model width, E experts in all, e on this rank, W ranks of the group, S slots, G targets of a
 leg, I inputs of a leg, R rows sent, N rows received.
 """
@@ -39,6 +41,7 @@ from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoE
 from moesaic.moe.replay import once
 from moesaic.moe.router import Routing
+from moesaic.parallel.overload import Limit, slots_to_keep, without
 
 Sent = Counter[tuple[str, str]]
 
@@ -254,21 +257,53 @@ class AllToAllPath:
     `sent` counts bytes by (hop, phase) since it was last cleared, of calls whose experts are in training mode.
     """
 
-    def __init__(self, group: dist.ProcessGroup, node_size: int | None = None, codec: Codec | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        node_size: int | None = None,
+        codec: Codec | None = None,
+        limit: Limit | None = None,
+    ) -> None:
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.node_size, self.codec = node_size or self.ranks, codec
+        self.node_size, self.codec, self.limit = node_size or self.ranks, codec, limit
         assert self.ranks % self.node_size == 0, (self.ranks, self.node_size)
         self.link = Link(group, hops(range(self.ranks), self.rank, self.node_size))
         self.sent: Sent = Counter()
 
+    def admit(self, routing: Routing) -> Routing:
+        limit = self.limit
+        if limit is None or limit.overload != "drop":
+            return routing
+
+        def keep_S() -> Tensor:
+            slots_W = routing.counts_E.view(self.ranks, -1).sum(dim=1)
+            slots_WW = slots_W.new_empty(self.ranks * self.ranks)
+            dist.all_gather_single(slots_WW, slots_W, group=self.link.group)
+            return slots_to_keep(routing, slots_WW.view(self.ranks, -1), self.rank, limit.factor)
+
+        return without(routing, once("admitted", keep_S))
+
+    def all_loads(self, load: Tensor, training: bool) -> Tensor:
+        """The slots that come to each rank of the run, from those that come to this one; none where no limit asks for them."""
+        if self.limit is None or self.limit.overload != "error" or not training:
+            return load.new_empty(0)
+        loads = load.new_empty(dist.get_world_size())
+        dist.all_gather_single(loads, load.view(1))
+        return loads
+
+    def check(self, loads: list[int]) -> None:
+        if loads and self.limit:
+            self.limit.check(loads, self.ranks)
+
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        plan = once("plan", lambda: self.plan(routing, self.sent if experts.training else None))
+        plan = once("plan", lambda: self.plan(routing, experts.training))
         x_ND, weights_S = _Dispatch.apply(x_TD, routing.weights_S, plan.weights_S, plan.legs, self.codec)
         y_ND = experts(x_ND, weights_S.index_select(0, plan.rows.slot_R), plan.rows)
         return _Combine.apply(y_ND, plan.legs)
 
-    def plan(self, routing: Routing, sent: Sent | None) -> Plan:
-        ranks, tokens = self.ranks, routing.tokens
+    def plan(self, routing: Routing, training: bool) -> Plan:
+        """Tells the others what will come, and sends the slots. Raises OverloadError where `limit` asks for it."""
+        ranks, tokens, sent = self.ranks, routing.tokens, self.sent if training else None
         counts_We = routing.counts_E.view(ranks, -1)
         experts = counts_We.shape[1]
         rank_S = routing.expert_S // experts  # W where unused
@@ -276,9 +311,11 @@ class AllToAllPath:
         told_W = self.link.tell(torch.cat([has_WT.sum(dim=1, keepdim=True), counts_We], dim=1), sent)
         rows_in_W, slots_in_W = told_W[:, 0], told_W[:, 1:].sum(dim=1)
         node_NT = has_WT.view(ranks // self.node_size, self.node_size, tokens).any(dim=1)
-        out, slots_out, rows_in, slots_in, (node_rows,) = read(
-            has_WT.sum(dim=1), counts_We.sum(dim=1), rows_in_W, slots_in_W, node_NT.sum()
+        loads = self.all_loads(slots_in_W.sum(), training)
+        out, slots_out, rows_in, slots_in, (node_rows,), loads_here = read(
+            has_WT.sum(dim=1), counts_We.sum(dim=1), rows_in_W, slots_in_W, node_NT.sum(), loads
         )
+        self.check(loads_here)
 
         source_R, place_WT, bag, starts = fan_out(has_WT, sum(out))
         sums = [(bag, starts)]

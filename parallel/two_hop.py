@@ -32,7 +32,6 @@ from moesaic.parallel.expert import (
     Leg,
     Link,
     Plan,
-    Sent,
     absolute,
     arrived,
     fan_out,
@@ -41,6 +40,7 @@ from moesaic.parallel.expert import (
     read,
 )
 from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.overload import Limit
 
 
 class TwoHopPath(AllToAllPath):
@@ -50,8 +50,10 @@ class TwoHopPath(AllToAllPath):
     `mesh` is 2-D, (node, place), the ranks of `group` in order.
     """
 
-    def __init__(self, group: dist.ProcessGroup, mesh: DeviceMesh, codec: Codec | None = None) -> None:
-        super().__init__(group, mesh.size(1), codec)
+    def __init__(
+        self, group: dist.ProcessGroup, mesh: DeviceMesh, codec: Codec | None = None, limit: Limit | None = None
+    ) -> None:
+        super().__init__(group, mesh.size(1), codec, limit)
         self.nodes, self.places = mesh.shape
         assert dist.get_process_group_ranks(group) == mesh.mesh.flatten().tolist(), (group, mesh)
         node, place = divmod(self.rank, self.places)
@@ -60,8 +62,9 @@ class TwoHopPath(AllToAllPath):
         self.across = Link(mesh.get_group(0), hops(across, self.rank, self.places))
         self.inside = Link(mesh.get_group(1), hops(inside, self.rank, self.places))
 
-    def plan(self, routing: Routing, sent: Sent | None) -> Plan:
+    def plan(self, routing: Routing, training: bool) -> Plan:
         nodes, places, ranks, tokens = self.nodes, self.places, self.ranks, routing.tokens
+        sent = self.sent if training else None
         counts_NLe = routing.counts_E.view(nodes, places, -1)
         experts = counts_NLe.shape[2]
         has_WT = reached(routing.expert_S // experts, routing.token_S, ranks, tokens)
@@ -76,10 +79,12 @@ class TwoHopPath(AllToAllPath):
         pass_on = torch.cat([passed_NL[:, :, None], told_NLe], dim=2).transpose(0, 1)
         came_LNe = self.inside.tell(pass_on, sent)
         rows_in_L, came_LNe = came_LNe[:, :, 0].sum(dim=1), came_LNe[:, :, 1:]
-        out, slots_out, rows_in, slots_in, out2, slots_out2, rows_in2, slots_in2 = read(
+        loads = self.all_loads(came_LNe.sum(), training)
+        out, slots_out, rows_in, slots_in, out2, slots_out2, rows_in2, slots_in2, loads_here = read(
             has_NT.sum(dim=1), slots_N, rows_in_N, told_NLe.flatten(1).sum(dim=1),
-            passed_NL.sum(dim=0), told_NLe.sum(dim=(0, 2)), rows_in_L, came_LNe.sum(dim=(1, 2)),
+            passed_NL.sum(dim=0), told_NLe.sum(dim=(0, 2)), rows_in_L, came_LNe.sum(dim=(1, 2)), loads,
         )  # fmt: skip
+        self.check(loads_here)
 
         source, place_NT, bag, starts = fan_out(has_NT, sum(out))
         slot_S = routing.expert_S.argsort(stable=True)[: sum(slots_out)]
@@ -121,15 +126,20 @@ def node_ranks(node_size: str, degree: int) -> int:
     return min(size, degree)
 
 
-def communicating_path(name: str, parallel: ParallelConfig, meshes: Meshes) -> Callable[[], AllToAllPath]:
-    """What makes the path `name`, all_to_all or two_hop, of each layer. Collective.
+def communicating_path(name: str, parallel: ParallelConfig, meshes: Meshes) -> Callable[[str], AllToAllPath]:
+    """What makes the path `name`, all_to_all or two_hop, of each layer, given the layer's name. Collective.
 
     Where the ranks of an expert group are in one node, or each in another, two hops would be one and a copy: then it is one.
     """
     group, degree = meshes.experts.get_group("expert"), meshes.expert_parallel
     node = node_ranks(parallel.node_size, degree)
+
+    def limit(layer: str) -> Limit | None:
+        factor = parallel.max_recv_tokens_factor
+        return None if factor is None else Limit(factor, parallel.overload, layer)
+
     if name == "all_to_all" or node in (1, degree):
-        return lambda: AllToAllPath(group, node)
+        return lambda layer: AllToAllPath(group, node, limit=limit(layer))
     names, world = ("group", "node", "place"), dist.get_world_size()  # a group's ranks are neighbours
     mesh = init_device_mesh(meshes.experts.device_type, (world // degree, degree // node, node), mesh_dim_names=names)
-    return lambda: TwoHopPath(group, mesh["node", "place"])
+    return lambda layer: TwoHopPath(group, mesh["node", "place"], limit=limit(layer))

@@ -306,6 +306,7 @@ def test_resuming_what_does_not_fit_is_one_line(
         (["train.stesp=3"], ["train.stesp: unknown; nearest: train.steps"]),
         (["parallel.expert=4"], ["parallel.expert=4: must divide the number of ranks, 2"]),
         (["parallel.node_size=3"], ["parallel.node_size=3: must divide the expert degree, 2, or be a multiple of it"]),
+        (["parallel.max_recv_tokens_factor=1"], ["parallel.max_recv_tokens_factor=1: rank ", "in blocks.0.ffn"]),
     ],
     ids=lambda value: value[0].partition("=")[0],
 )

@@ -310,3 +310,64 @@ def test_knobs_choose_the_path_and_bytes_are_logged(tmp_path: Path) -> None:
             for hop in ("inter", "intra"):
                 layers = [figures[f"moe/layer{i}/wire_{hop}_bytes"] for i in range(2)]
                 assert figures[f"moe/wire_{hop}_bytes"] == sum(layers)
+
+
+class Halves:
+    """A codec: rows in bf16."""
+
+    def encode(self, x_TD: Tensor) -> list[Tensor]:
+        return [x_TD.bfloat16()]
+
+    def decode(self, payload: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return payload[0].to(dtype)
+
+
+class Bytes:
+    """A codec of two tensors: fp8 values as bytes, and a scale for each row."""
+
+    def encode(self, x_TD: Tensor) -> list[Tensor]:
+        scale_T1 = x_TD.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 448
+        return [(x_TD / scale_T1).to(torch.float8_e4m3fn).view(torch.uint8), scale_T1]
+
+    def decode(self, payload: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return payload[0].view(torch.float8_e4m3fn).to(dtype) * payload[1]
+
+
+class Encoded:
+    """What a codec should come to: the local path on rows that went through it, with the gradient straight through."""
+
+    def __init__(self, codec: Any) -> None:
+        self.codec = codec
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        through = self.codec.decode(self.codec.encode(x.detach()), x.dtype)
+        return LocalPath()(x + (through - x).detach(), routing, experts)
+
+
+def with_codecs() -> list[tuple[dict[str, float], Counter, Counter]]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh, results = init_device_mesh("cpu", (2, 2)), []
+    for codec in (Halves(), Bytes()):
+        for plain, path in [
+            (AllToAllPath(dist.group.WORLD, 2), AllToAllPath(dist.group.WORLD, 2, codec)),
+            (TwoHopPath(dist.group.WORLD, mesh), TwoHopPath(dist.group.WORLD, mesh, codec)),
+        ]:
+            whole, part = experts_of(False), experts_of(False, world, rank)
+            want = run(Encoded(codec), whole, "zipf", rank)
+            for n, parameter in whole.named_parameters():
+                dist.all_reduce(parameter.grad)
+                want[n] = parameter.grad.chunk(world)[rank]
+            run(plain, part, "zipf", rank)
+            got = run(path, part, "zipf", rank)
+            results.append(({k: difference(got[k], want[k]) for k in want}, plain.sent, path.sent))
+    return results
+
+
+def test_a_codec_is_around_dispatch_alone(tmp_path: Path) -> None:
+    for results in run_ranks(with_codecs, 4, tmp_path):
+        for (errors, plain, coded), row in zip(results, [2 * D, 2 * D, D + 4, D + 4], strict=True):
+            assert max(errors.values()) < 2e-6, errors
+            for hop in ("inter", "intra"):
+                assert coded[hop, "dispatch"] * 4 * D == plain[hop, "dispatch"] * row > 0
+            for key in plain.keys() | coded.keys():
+                assert key[1] == "dispatch" or coded[key] == plain[key]
