@@ -75,4 +75,6 @@ def sum_bags(y_RD: Tensor, bag: Tensor, starts: Tensor | None) -> Tensor:
         return y_RD.new_zeros(bag.shape[0] if starts is None else starts.numel() - 1, y_RD.shape[1])
     if starts is None:
         return F.embedding_bag(bag, y_RD, mode="sum")
-    return F.embedding_bag(bag, y_RD, starts, mode="sum")[:-1]
+    y_ND = F.embedding_bag(bag, y_RD, starts, mode="sum")[:-1]
+    # The same memory, but no view in autograd's eyes: FSDP2 warns of modules that return one.
+    return torch.ops.aten._unsafe_view(y_ND, y_ND.shape)

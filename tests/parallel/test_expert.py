@@ -145,6 +145,7 @@ def run(path: Any, experts: Experts, name: str, rank: int, dtype: torch.dtype = 
     y = path(x, routing_of(name, rank, x, weights), experts)
     y.backward(gradient)
     assert y.dtype == x.grad.dtype == dtype
+    assert not y._is_view()  # FSDP2 would warn
     return {"y": y.detach(), "dx": x.grad, "dweights": weights.grad} | {
         n: p.grad.clone() for n, p in experts.named_parameters()
     }
