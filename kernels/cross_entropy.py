@@ -18,7 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 32 * 2**20  # of fp32 logits; a few times the last cache of a CPU, and enough rows for a GPU
+CHUNK_BYTES_CPU = (
+    16 * 2**20
+)  # of logits: they stay in the last cache, and their memory is used again instead of mapped again
+CHUNK_BYTES = 512 * 2**20  # elsewhere: products of over a thousand rows, also with a large vocabulary
+LEAST_ROWS = 128
 
 
 def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
@@ -27,13 +31,17 @@ def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, targets_N: T
 
 
 def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, chunk_bytes: int = CHUNK_BYTES
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, chunk_bytes: int | None = None
 ) -> Tensor:
     """Sum of the cross entropies of all targets that are not `ignored`, fp32 scalar. Products in x's type, all else in fp32.
 
-    targets_N: int64 below V, or `ignored`, which is negative. Peak memory beyond inputs and gradients: about `chunk_bytes`.
+    targets_N: int64 below V, or `ignored`, which is negative. Peak memory beyond inputs and gradients: about `chunk_bytes` (by default
+    16 MiB on a CPU and 512 MiB elsewhere), or the logits of 128 tokens where they take more.
     """
-    rows = max(1, chunk_bytes // (4 * weight_VD.shape[0]))
+    least = 1
+    if chunk_bytes is None:
+        chunk_bytes, least = (CHUNK_BYTES_CPU if x_ND.device.type == "cpu" else CHUNK_BYTES), LEAST_ROWS
+    rows = max(least, chunk_bytes // (4 * weight_VD.shape[0]))
     # Asked here, for inside a Function's forward gradients are always off, and needs_input_grad knows nothing of no_grad.
     return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, ignored, rows, torch.is_grad_enabled())
 

@@ -21,6 +21,8 @@ from moesaic.moe.config import ModelConfig, YarnConfig
 
 LATENT_EPS = 1e-6  # of the norms of MLA's latents, in every published model, whatever the other norms have
 BLOCK = 128  # positions of a block of `block_mask`
+QUERIES = 64  # of a block of causal attention on a CPU
+KEPT = 1024  # positions of a sequence up to which its probabilities are kept for backward
 
 # Who sees whom: tokens all that stand before them (None), or those of their document, which is given by the lengths of
 # all documents, one sequence after another (on a CPU), or by blocks (elsewhere).
@@ -71,8 +73,28 @@ def rotate(x_BSHC: Tensor, cos_SC: Tensor, sin_SC: Tensor, interleaved: bool = F
     `interleaved`, (2i, 2i + 1), as in DeepSeek's; the result has the former in both cases, which no score can tell."""
     if interleaved:
         x_BSHC = x_BSHC.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-    swapped_BSHC = x_BSHC.roll(x_BSHC.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x_BSHC * cos_SC[:, None], swapped_BSHC, sin_SC[:, None]).to(x_BSHC.dtype)
+    return _Rotate.apply(x_BSHC, cos_SC[:, None], sin_SC[:, None])
+
+
+class _Rotate(torch.autograd.Function):
+    """The pairs (i, i + C/2) turned, without a copy of x with its halves exchanged; backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSHC: Tensor, cos_S1C: Tensor, sin_S1C: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_S1C, sin_S1C)
+        return _turn(x_BSHC, cos_S1C, sin_S1C, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BSHC: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(dy_BSHC, *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    pairs = x.shape[-1] // 2
+    y = x * cos
+    y[..., :pairs].addcmul_(x[..., pairs:], sin[..., :pairs], value=direction)
+    y[..., pairs:].addcmul_(x[..., :pairs], sin[..., pairs:], value=direction)
+    return y.to(x.dtype)
 
 
 # ---------------------------------------------------------------- documents
@@ -157,14 +179,84 @@ def attend(q_BSHC: Tensor, k_BSJC: Tensor, v_BSJC: Tensor, mask: Mask, scale: fl
 
 
 def _causal(q_BSHC: Tensor, k_BSJC: Tensor, v_BSJC: Tensor, scale: float) -> Tensor:
+    if q_BSHC.device.type == "cpu" and q_BSHC.numel():
+        return _CausalOnCPU.apply(q_BSHC, k_BSJC, v_BSJC, scale)
     q_BHSC, k_BJSC, v_BJSC = (x.transpose(1, 2) for x in (q_BSHC, k_BSJC, v_BSJC))
-    width = v_BSJC.shape[3]
-    if q_BSHC.device.type == "cpu" and width < q_BSHC.shape[3]:
-        # torch's CPU kernel takes heads of one width only; for others it holds all S x S scores.
-        v_BJSC = F.pad(v_BJSC, (0, q_BSHC.shape[3] - width))
     gqa = q_BSHC.shape[2] != k_BSJC.shape[2]
     y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BJSC, v_BJSC, is_causal=True, scale=scale, enable_gqa=gqa)
-    return y_BHSC[..., :width].transpose(1, 2)
+    return y_BHSC.transpose(1, 2)
+
+
+class _CausalOnCPU(torch.autograd.Function):
+    """Causal attention in blocks of QUERIES queries: a block is multiplied with the keys up to its own end, and no others.
+
+    torch's kernel for CPUs leaves out what a query must not see in steps of 512 keys: nothing in a sequence of 512. Probabilities
+    are kept for backward in sequences of up to KEPT positions, and made again block by block in longer ones: then no S x S values
+    are held, as in FlashAttention (arXiv 2205.14135). Heads that share keys and values are rows of one product.
+
+    Letters: N = B * J, G query heads that share a key-value head, Q queries of a block, E keys up to its end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BSHC: Tensor, k_BSJC: Tensor, v_BSJC: Tensor, scale: float) -> Tensor:
+        q_NGSC, k_NSC, v_NSC = (
+            _by_head(q_BSHC, k_BSJC, scale),
+            _by_head(k_BSJC, k_BSJC)[:, 0],
+            _by_head(v_BSJC, k_BSJC)[:, 0],
+        )
+        y_NGSC = v_NSC.new_empty(*q_NGSC.shape[:3], v_NSC.shape[2])
+        kept = []
+        for start in range(0, q_NGSC.shape[2], QUERIES):
+            q_NGQC = q_NGSC[:, :, start : start + QUERIES]
+            p_NRE = _probabilities(q_NGQC, k_NSC, start)
+            y_NGSC[:, :, start : start + QUERIES] = torch.bmm(p_NRE, v_NSC[:, : p_NRE.shape[2]]).unflatten(
+                1, q_NGQC.shape[1:3]
+            )
+            if q_NGSC.shape[2] <= KEPT:
+                kept.append(p_NRE)
+        ctx.save_for_backward(q_NGSC, k_NSC, v_NSC, *kept)
+        ctx.batch, ctx.scale = q_BSHC.shape[0], scale
+        return _by_position(y_NGSC, ctx.batch)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BSHC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_NGSC, k_NSC, v_NSC, *kept = ctx.saved_tensors
+        dy_NGSC = _by_head(dy_BSHC, _by_position(k_NSC[:, None], ctx.batch))
+        dq_NGSC, dk_NSC, dv_NSC = torch.empty_like(q_NGSC), torch.zeros_like(k_NSC), torch.zeros_like(v_NSC)
+        for start in range(0, q_NGSC.shape[2], QUERIES):
+            q_NGQC, dy_NRC = q_NGSC[:, :, start : start + QUERIES], dy_NGSC[:, :, start : start + QUERIES].flatten(1, 2)
+            p_NRE = kept[start // QUERIES] if kept else _probabilities(q_NGQC, k_NSC, start)
+            end = p_NRE.shape[2]
+            dv_NSC[:, :end] += torch.bmm(p_NRE.mT, dy_NRC)
+            dp_NRE = torch.bmm(dy_NRC, v_NSC[:, :end].mT)
+            ds_NRE = torch.ops.aten._softmax_backward_data(dp_NRE, p_NRE, -1, p_NRE.dtype)
+            dk_NSC[:, :end] += torch.bmm(ds_NRE.mT, q_NGQC.flatten(1, 2))
+            dq_NGSC[:, :, start:end] = torch.bmm(ds_NRE, k_NSC[:, :end]).unflatten(1, q_NGQC.shape[1:3])
+        return (
+            _by_position(dq_NGSC.mul_(ctx.scale), ctx.batch),
+            *(_by_position(x[:, None], ctx.batch) for x in (dk_NSC, dv_NSC)),
+            None,
+        )
+
+
+def _by_head(x_BSHC: Tensor, k_BSJC: Tensor, scale: float = 1.0) -> Tensor:
+    """-> contiguous (N, G, S, C), times `scale`."""
+    shared = x_BSHC.unflatten(2, (k_BSJC.shape[2], -1)).permute(0, 2, 3, 1, 4)
+    return torch.mul(shared, scale, out=x_BSHC.new_empty(shared.shape)).flatten(0, 1)
+
+
+def _by_position(x_NGSC: Tensor, batch: int) -> Tensor:
+    """(N, G, S, C) -> (B, S, H, C), a view."""
+    return x_NGSC.unflatten(0, (batch, -1)).flatten(1, 2).transpose(1, 2)
+
+
+def _probabilities(q_NGQC: Tensor, k_NSC: Tensor, start: int) -> Tensor:
+    """(N, G * Q, E): of a block of queries, of which the first stands at `start`, over the keys up to its end."""
+    heads, queries = q_NGQC.shape[1:3]
+    scores = torch.bmm(q_NGQC.flatten(1, 2), k_NSC[:, : start + queries].mT)
+    own = scores.unflatten(1, (heads, queries))[..., start:]
+    own += torch.full((queries, queries), -math.inf, dtype=scores.dtype).triu_(1)
+    return torch.softmax(scores, dim=-1)
 
 
 @functools.cache

@@ -178,18 +178,20 @@ def _forward_loop(
     # Memory that every group uses again stays in cache, and costs no page faults.
     x_rD, g_rF, a_rF = _scratch(x_ND, _largest(groups), x_ND.shape[1], w_down.shape[2], w_down.shape[2])
     a_RF = x_ND.new_empty(n_rows, w_down.shape[2]) if len(columns) > 1 else None
-    w_first = w_down[:, columns[0]]
+    # Views of all experts at once: indexing each weight in turn takes Python as long as some of the products.
+    ups, downs = w_up.mT.unbind(), w_down[:, columns[0]].mT.unbind()
     for experts, part, own in groups:
         x, h, y = x_rD[: part.stop - part.start], h_RG[part], y_Rd[part]
         torch.index_select(x_ND, 0, rows.source_R[part], out=x)
-        for j, x_j, h_j in zip(experts, x.split(own), h.split(own), strict=True):
-            torch.mm(x_j, w_up[j].T, out=h_j)
-            if b_up is not None:
-                h_j += b_up[j]
+        for up, x_j, h_j in zip(ups[experts], x.split(own), h.split(own), strict=True):
+            torch.mm(x_j, up, out=h_j)
+        if b_up is not None:
+            for b, h_j in zip(b_up[experts], h.split(own), strict=True):
+                h_j += b
         a = a_rF[: x.shape[0]] if a_RF is None else a_RF[part]
         activate(activation, h, g_rF[: x.shape[0]], a).mul_(weights_R[part, None])
-        for j, a_j, y_j in zip(experts, a.split(own), y.split(own), strict=True):
-            torch.mm(a_j, w_first[j].T, out=y_j)
+        for down, a_j, y_j in zip(downs[experts], a.split(own), y.split(own), strict=True):
+            torch.mm(a_j, down, out=y_j)
     del x_rD, g_rF, a_rF, x, a, x_j, a_j  # before the sums over chunks need memory of their own
 
     def fill(buffer: Tensor, chunk: slice) -> None:
@@ -201,7 +203,7 @@ def _forward_loop(
     return h_RG, y_ND if b_down is None else y_ND + _biases(b_down, weights_R, rows)
 
 
-Group = tuple[range, slice, list[int]]
+Group = tuple[slice, slice, list[int]]
 
 
 def _groups(counts: list[int]) -> list[Group]:
@@ -215,7 +217,7 @@ def _groups(counts: list[int]) -> list[Group]:
     for j, count in enumerate(counts):
         stop += count
         if stop - start >= GROUP_ROWS or j == len(counts) - 1:
-            groups.append((range(first, j + 1), slice(start, stop), counts[first : j + 1]))
+            groups.append((slice(first, j + 1), slice(start, stop), counts[first : j + 1]))
             first, start = j + 1, stop
     return groups
 
@@ -250,30 +252,34 @@ def _backward_loop(
     db_down = torch.zeros_like(b_down) if b_down is not None else None
     groups = _groups(counts)
     x_rD, g_rF, a_rF, da_rF, dh_rG = _scratch(x_ND, _largest(groups), d, f, f, f, g)
-    w_first = w_up[:, :, columns[0]]
+    ups, downs, dups, ddowns = w_up[:, :, columns[0]].unbind(), w_down.unbind(), dw_up.unbind(), dw_down.unbind()
     for experts, part, own in groups:
         n, w, h = part.stop - part.start, weights_R[part, None], h_RG[part]
         dy = torch.index_select(dy_ND, 0, rows.source_R[part], out=x_rD[:n])
         a, da = activate(activation, h, g_rF[:n], a_rF[:n]), da_rF[:n]
-        for j, dy_j, da_j in zip(experts, dy.split(own), da.split(own), strict=True):
-            torch.mm(dy_j, w_down[j], out=da_j)
+        for down, dy_j, da_j in zip(downs[experts], dy.split(own), da.split(own), strict=True):
+            torch.mm(dy_j, down, out=da_j)
         torch.linalg.vecdot(da, a, out=dweights_R[part])
         a.mul_(w)
-        for j, dy_j, a_j, w_j in zip(experts, *(t.split(own) for t in (dy, a, w)), strict=True):
+        for ddown, dy_j, a_j in zip(ddowns[experts], dy.T.split(own, dim=1), a.split(own), strict=True):
             # An expert without rows gets zeros, as the product over no rows gives: never None, never what was in memory.
-            torch.mm(dy_j.T, a_j, out=dw_down[j])
-            if db_down is not None:
-                torch.mv(dy_j.T, w_j[:, 0], out=db_down[j])
-        if b_down is not None:
-            for j, dy_j, dw_j in zip(experts, dy.split(own), dweights_R[part].split(own), strict=True):
-                dw_j += dy_j @ b_down[j]
+            torch.mm(dy_j, a_j, out=ddown)
+        if b_down is not None and db_down is not None:
+            biases, own_weights = zip(b_down[experts], db_down[experts], strict=True), weights_R[part].split(own)
+            for (b, db), dy_j, w_j, dw_j in zip(
+                biases, dy.split(own), own_weights, dweights_R[part].split(own), strict=True
+            ):
+                torch.mv(dy_j.T, w_j, out=db)
+                dw_j += dy_j @ b
         dh = activate_backward(activation, da.mul_(w), h, g_rF[:n], dh_rG[:n] if dh_RG is None else dh_RG[part])
         x = torch.index_select(x_ND, 0, rows.source_R[part], out=x_rD[:n])
-        for j, dh_j, x_j, dx_j in zip(experts, *(t.split(own) for t in (dh, x, dx_Rd[part])), strict=True):
-            torch.mm(dh_j, w_first[j], out=dx_j)
-            torch.mm(dh_j.T, x_j, out=dw_up[j])
-            if db_up is not None:
-                torch.sum(dh_j, dim=0, out=db_up[j])
+        for up, dh_j, dx_j in zip(ups[experts], dh.split(own), dx_Rd[part].split(own), strict=True):
+            torch.mm(dh_j, up, out=dx_j)
+        for dup, dh_j, x_j in zip(dups[experts], dh.T.split(own, dim=1), x.split(own), strict=True):
+            torch.mm(dh_j, x_j, out=dup)
+        if db_up is not None:
+            for db, dh_j in zip(db_up[experts], dh.split(own), strict=True):
+                torch.sum(dh_j, dim=0, out=db)
     del x_rD, g_rF, a_rF, da_rF, dh_rG, a, da, dh, dy, x, dy_j, da_j, a_j, dh_j, x_j
 
     def fill(buffer: Tensor, chunk: slice) -> None:
