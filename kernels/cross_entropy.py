@@ -35,8 +35,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of the cross entropies of all targets that are not `ignored`, fp32 scalar. Products in x's type, all else in fp32.
 
-    targets_N: int64 below V, or `ignored`, which is negative. Peak memory beyond inputs and gradients: about `chunk_bytes` (by default
-    16 MiB on a CPU and 512 MiB elsewhere), or the logits of 128 tokens where they take more.
+    targets_N: int64 below V, or `ignored`, which is negative. Peak memory beyond inputs and gradients: about `chunk_bytes`, by
+    default 16 MiB on a CPU and 512 MiB elsewhere, or the logits of 128 tokens where they take more.
     """
     least = 1
     if chunk_bytes is None:

@@ -232,11 +232,8 @@ class _CausalOnCPU(torch.autograd.Function):
             ds_NRE = torch.ops.aten._softmax_backward_data(dp_NRE, p_NRE, -1, p_NRE.dtype)
             dk_NSC[:, :end] += torch.bmm(ds_NRE.mT, q_NGQC.flatten(1, 2))
             dq_NGSC[:, :, start:end] = torch.bmm(ds_NRE, k_NSC[:, :end]).unflatten(1, q_NGQC.shape[1:3])
-        return (
-            _by_position(dq_NGSC.mul_(ctx.scale), ctx.batch),
-            *(_by_position(x[:, None], ctx.batch) for x in (dk_NSC, dv_NSC)),
-            None,
-        )
+        dq, dk, dv = (_by_position(x, ctx.batch) for x in (dq_NGSC.mul_(ctx.scale), dk_NSC[:, None], dv_NSC[:, None]))
+        return dq, dk, dv, None
 
 
 def _by_head(x_BSHC: Tensor, k_BSJC: Tensor, scale: float = 1.0) -> Tensor:
