@@ -86,7 +86,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_BSHC: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(dy_BSHC, *ctx.saved_tensors, -1), None, None
+        cos_S1C, sin_S1C = ctx.saved_tensors
+        return _turn(dy_BSHC, cos_S1C, sin_S1C, -1), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
