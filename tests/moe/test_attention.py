@@ -9,8 +9,10 @@ from torch.nn.attention import flex_attention as flex
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
+from moesaic.moe import attention as attention_module
 from moesaic.moe.attention import (
     BLOCK,
+    QUERIES,
     LatentAttention,
     attend,
     block_mask,
@@ -140,6 +142,55 @@ def test_a_score_depends_on_distance_alone() -> None:
         scores = rows[0] @ rows[1].T
         torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=1e-4, atol=1e-5)
         assert scores[:, 0].std() > 0.01
+
+
+# ---------------------------------------------------------------- causal attention on a CPU
+
+
+@pytest.mark.parametrize("kept", [0, 10_000], ids=["made again", "kept"])
+@pytest.mark.parametrize(("length", "heads", "kv_heads", "width", "v_width"), [
+    (1, 2, 2, 8, 8), (QUERIES - 1, 4, 2, 8, 6), (QUERIES, 3, 3, 6, 10), (QUERIES + 1, 6, 2, 5, 5), (3 * QUERIES + 17, 4, 1, 8, 8),
+])  # fmt: skip
+def test_causal_attention_in_blocks_equals_all_scores(
+    length: int, heads: int, kv_heads: int, width: int, v_width: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "KEPT", kept)
+    q, k, v, dy = (
+        torch.randn(2, length, h, w)
+        for h, w in [(heads, width), (kv_heads, width), (kv_heads, v_width), (heads, v_width)]
+    )
+    ours = [x.clone().requires_grad_() for x in (q, k, v)]
+    got = attend(*ours, None, 0.3)
+    got.backward(dy)
+
+    theirs = [x.double().requires_grad_() for x in (q, k, v)]
+    k64, v64 = (x.repeat_interleave(heads // kv_heads, dim=2) for x in theirs[1:])
+    scores = 0.3 * torch.einsum("bshc,bthc->bhst", theirs[0], k64)
+    scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+    want = torch.einsum("bhst,bthc->bshc", scores.softmax(dim=-1), v64)
+    want.backward(dy.double())
+    assert near(got, want, 1e-5)
+    for x, y in zip(ours, theirs, strict=True):
+        # The first token sees itself alone: its query has no gradient, and no relative error.
+        assert x.grad is not None and y.grad is not None
+        assert (x.grad - y.grad).abs().max() <= 1e-5 * y.grad.abs().max() + 1e-7 * (length == 1)
+
+
+def test_long_sequences_keep_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to KEPT positions the probabilities of the lower triangle's blocks are kept, beyond it nothing of S x S."""
+    length = 4 * QUERIES
+    for kept, blocks in ((length, 1 + 2 + 3 + 4), (length - 1, 0)):
+        monkeypatch.setattr(attention_module, "KEPT", kept)
+        sizes: list[int] = []
+
+        def pack(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.numel())
+            return x
+
+        q, k, v = (torch.randn(1, length, 2, 4, requires_grad=True) for _ in range(3))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            attend(q, k, v, None, 1.0)
+        assert sum(sizes) == 3 * q.numel() + 2 * blocks * QUERIES**2
 
 
 # ---------------------------------------------------------------- documents
