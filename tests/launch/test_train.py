@@ -4,29 +4,15 @@ What needs no second rank and no kill runs in this process, through the same `cl
 launch costs seconds.
 """
 
-import contextlib
-import json
-import os
-import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
-import uuid
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed import HashStore
 
 from moesaic.launch import cli, train
 from moesaic.launch.data import open_data, train_batch
@@ -34,186 +20,21 @@ from moesaic.launch.optim import make_optimizer
 from moesaic.moe.model import build
 from moesaic.parallel import checkpoint
 from moesaic.parallel.fsdp import FSDPEngine
-from moesaic.parallel.mesh import meet
-
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "launch" / "train.py"
-STEPS = 40
-KEPT = 20  # the step of the checkpoint that a killed run goes on from
-needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A corpus of its own, and the knobs of a model that trains on it at a hundred steps a second."""
-
-    folder: Path
-
-    def knobs(self, run_dir: Path | str, *more: str) -> list[str]:
-        return [
-            f"run_dir={run_dir}",
-            f"data.files={self.folder}/corpus/*.txt",
-            f"data.val_files={self.folder}/held_out.txt",
-            f"data.cache={self.folder}/cache",
-            *"model.d_model=32 model.n_layers=2 model.n_heads=2 model.n_experts=4 model.d_expert=32".split(),
-            *"train.seq_len=64 train.global_batch=4 train.eval_batches=2 train.log_every=1 train.sample=0".split(),
-            *f"train.steps={STEPS} optim.warmup=10 wandb.mode=disabled".split(),
-            *more,
-        ]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("place")
-    words = "router expert dispatch combine token shard batch the a of and".split()
-    corpus = random.Random(0)
-    (folder / "corpus").mkdir()
-    for path in [*(folder / "corpus" / f"{i}.txt" for i in range(10)), folder / "held_out.txt"]:
-        path.write_text(" ".join(corpus.choice(words) for _ in range(400)))
-    return Place(folder)
-
-
-# ---------------------------------------------------------------- launches
-
-
-@dataclass
-class Launch:
-    """A running torchrun: `agent`, and what its ranks and itself print, in `output`. `tag` is in the environment of all."""
-
-    agent: subprocess.Popen[bytes]
-    output: Path
-    tag: str
-
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks that live: children of the agent."""
-        return [pid for pid in processes(self.tag) if parent(pid) == self.agent.pid]
-
-    def text(self) -> str:
-        return self.output.read_text(errors="replace")
-
-    def wait(self, seconds: float = 150) -> int:
-        return self.agent.wait(seconds)
-
-
-@contextlib.contextmanager
-def launch(folder: Path, knobs: list[str], *options: str, program: Path = PROGRAM) -> Iterator[Launch]:
-    """`torchrun OPTIONS launch/train.py KNOBS` in `folder`. All processes it starts are gone when the block ends."""
-    tag = f"MOESAIC_TEST_LAUNCH={uuid.uuid4().hex}"
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "MOESAIC_TEST_LAUNCH": tag.partition("=")[2]}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    output = folder / f"{tag[-8:]}.log"
-    with output.open("wb") as file:
-        agent = subprocess.Popen(
-            [*torchrun, str(program), *knobs], cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
-        )  # fmt: skip
-    running = Launch(agent, output, tag)
-    try:
-        yield running
-    except BaseException:
-        print(running.text()[-6000:])
-        raise
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(agent.pid, signal.SIGKILL)
-        agent.wait()
-        for pid in processes(tag):  # the agent's death does not end ranks of broken code
-            kill(pid)
-
-
-def finished(folder: Path, knobs: list[str], *options: str, program: Path = PROGRAM) -> str:
-    """What a launch that succeeds prints."""
-    with launch(folder, knobs, *options, program=program) as running:
-        assert running.wait() == 0
-        return running.text()
-
-
-def processes(tag: str) -> list[int]:
-    """Process ids, zombies not counted, of all whose environment holds `tag`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if tag.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return found
-
-
-def parent(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
-
-
-def kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def until(condition: Callable[[], bool], seconds: float = 100) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.01)
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; none before there is one."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def losses(run_dir: Path) -> list[tuple[int, float, float]]:
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in records(run_dir) if "loss" in r]
-
-
-def evaluations(run_dir: Path) -> list[tuple[int, float]]:
-    return [(r["step"], r["val_loss"]) for r in records(run_dir) if "val_loss" in r]
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds, whole, in one process."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    whole = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in saved.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
-        dcp.load(whole, checkpoint_id=path, no_dist=True)
-    return whole
-
-
-def assert_same_end(run_dir: Path, other: Path) -> None:
-    """The last checkpoints of two runs: parameters, moments, random states and position are equal bit for bit."""
-    paths = [checkpoint.step_folder(run / "checkpoints", STEPS) for run in (run_dir, other)]
-    left, right = map(tensors, paths)
-    assert left.keys() == right.keys()
-    for kind in ("model.", "optim.exp_avg.", "optim.exp_avg_sq.", "rng."):
-        assert any(name.startswith(kind) for name in left)
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
-    states = [checkpoint.read_state(path) for path in paths]
-    for knob in ("step", "samples", "tokens", "data", "world"):
-        assert states[0][knob] == states[1][knob]
-    assert states[0]["samples"] == STEPS * 4
-
-
-@pytest.fixture(scope="module")
-def reference(place: Place) -> tuple[Path, str]:
-    """The run directory of a run of 40 steps that nothing interrupts, and what it printed. Tests leave it as it is."""
-    run_dir = place.folder / "reference"
-    elsewhere = place.folder / "elsewhere"
-    elsewhere.mkdir()
-    knobs = place.knobs(run_dir, *"train.checkpoint_every=10 train.keep_checkpoints=2 train.eval_every=30".split())
-    text = finished(elsewhere, [*knobs, "train.sample=25"])
-    assert [path.suffix for path in elsewhere.iterdir()] == [".log"], "writes nothing where it is started"
-    return run_dir, text
-
-
-def here(*knobs: str) -> None:
-    """A whole run in this process, the only rank of it."""
-    train.main(cli.compose(knobs))
-
+from tests.launch.launches import (
+    KEPT,
+    PROGRAM,
+    ROOT,
+    STEPS,
+    Place,
+    assert_same_end,
+    evaluations,
+    finished,
+    here,
+    launch,
+    losses,
+    records,
+    tensors,
+)
 
 # ---------------------------------------------------------------- mistakes
 
@@ -248,6 +69,13 @@ MISTAKES = [
     (["train.seed=99999999999999999"], ["train.seed=99999999999999999", "must be below"]),
     (["model.init_std=-1"], ["model.init_std=-1", "must not be negative"]),
     (["parallel.engine=deepspeed", "precision.compute=bf16"], ["precision.compute=bf16", "must be fp32 or auto"]),
+    (["parallel.engine=zero"], ["parallel.engine=zero", "must be one of fsdp, deepspeed"]),
+    (["parallel.zero_stage=2"], ["parallel.zero_stage=2", "must be null with parallel.engine=fsdp"]),
+    (["parallel.engine=deepspeed", "parallel.reshard=never"], ["parallel.reshard=never", "must be auto"]),
+    (["parallel.reshard=yes"], ["parallel.reshard=yes", "must be one of auto, always, never"]),
+    (["parallel.remat=all"], ["parallel.remat=all", "must be one of none, selective, full"]),
+    (["parallel.replicate=2"], ["parallel.replicate=2", "must divide the number of ranks, 1"]),
+    (["parallel.overload=drop"], ["parallel.overload=drop", "parallel.max_recv_tokens_factor"]),
     (["model.vocab_size=100"], ["model.vocab_size=100", "must be at least 257"]),
 ]
 
@@ -456,45 +284,6 @@ def test_a_gpu_of_unknown_tile_trains_but_does_not_round(place: Place) -> None:
     train.check_rounding(cli.compose(rounds), unknown)
 
 
-# ---------------------------------------------------------------- kills
-
-
-@needs_proc
-def test_a_killed_run_goes_on_bit_for_bit(place: Place, reference: tuple[Path, str], tmp_path: Path) -> None:
-    """Steps 1.., SIGKILL to all processes between the checkpoint of step 20 and the end, and the same command again."""
-    uninterrupted, _ = reference
-    run_dir = tmp_path / "run"
-    knobs = place.knobs(run_dir, "train.checkpoint_every=20", "train.eval_every=30", "wandb.mode=offline")
-    checkpoints = run_dir / "checkpoints"
-    for _ in range(3):
-        shutil.rmtree(run_dir, ignore_errors=True)
-        with launch(tmp_path, knobs) as running:
-            until(lambda: any(step > KEPT + 1 for step, *_ in losses(run_dir)) or running.agent.poll() is not None)
-            victims = [running.agent.pid, *running.ranks()]
-            for pid in victims:
-                kill(pid)
-            until(lambda: not set(victims[1:]) & set(processes(running.tag)), 10)
-            assert len(victims) == 3 and running.wait() == -signal.SIGKILL
-        if not checkpoint.step_folder(checkpoints, STEPS).exists():
-            break
-    else:
-        pytest.fail("three runs ended before the kill")
-    assert checkpoint.complete_checkpoints(checkpoints) == [checkpoint.step_folder(checkpoints, KEPT)]
-    # What a kill during a save leaves; and a line that a kill cut short.
-    (checkpoints / "step_00000033.tmp").mkdir()
-    (checkpoints / "step_00000033.tmp" / "state.json").write_text("{}")
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3')
-
-    text = finished(tmp_path, knobs)
-    assert f"resumed from {checkpoint.step_folder(checkpoints, KEPT)}: step {KEPT}, {KEPT * 4 * 64:,} tokens" in text
-    assert losses(run_dir) == losses(uninterrupted)
-    assert evaluations(run_dir) == evaluations(uninterrupted)
-    assert_same_end(run_dir, uninterrupted)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000020", "step_00000040"]
-    assert [path for path in run_dir.glob("wandb/**/offline-run-*/*.wandb") if path.stat().st_size > 0]
-
-
 def test_deepspeed_trains_the_same(place: Place, reference: tuple[Path, str], tmp_path: Path) -> None:
     """ZeRO-3 goes on from a checkpoint of FSDP2, writes one, evaluates and samples; every line it prints is ours."""
     run_dir, printed = reference
@@ -514,91 +303,6 @@ def test_deepspeed_trains_the_same(place: Place, reference: tuple[Path, str], tm
     before_sample = text.partition("--- sample")[0]
     known = first_words(printed) | {"resumed"} | {str(step) for step in range(STEPS + 1)}
     assert first_words(before_sample) <= known
-
-
-@needs_proc
-def test_torchrun_restarts_a_run_whose_rank_was_killed(
-    place: Place, reference: tuple[Path, str], tmp_path: Path
-) -> None:
-    uninterrupted, _ = reference
-    run_dir = tmp_path / "run"
-    knobs = place.knobs(run_dir, *"train.checkpoint_every=20 train.keep_checkpoints=1 train.eval_every=0".split())
-    with launch(tmp_path, [*knobs, "resume=never"], "--max-restarts=1") as running:
-        until(lambda: any(step > KEPT + 1 for step, *_ in losses(run_dir)))
-        victim = running.ranks()[-1]
-        kill(victim)
-        until(lambda: victim not in processes(running.tag), 10)
-        assert losses(run_dir)[-1][0] < STEPS, "killed too late"
-        assert running.wait() == 0
-        text = running.text()
-    assert f"resumed from {checkpoint.step_folder(run_dir / 'checkpoints', KEPT)}: step {KEPT}, " in text
-    assert losses(run_dir) == losses(uninterrupted)
-    assert_same_end(run_dir, uninterrupted)
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000040"]
-    assert evaluations(run_dir) == [] and "val_loss" not in text, "train.eval_every=0 means never"
-
-
-def test_a_restarted_rank_meets_none_of_the_dead() -> None:
-    """Ranks on one store, as torchrun keeps it: the second three find the words of the first, one of whom died early."""
-    store = HashStore()
-    store.set("word/2", "the word of one that never got its answer")
-    names = []
-    for _ in range(2):
-        with ThreadPoolExecutor(3) as ranks:
-            one, two, three = ranks.map(lambda rank: meet(store, rank, 3), range(3))
-        assert one == two == three
-        names.append(one)
-    assert names[0] != names[1]
-
-
-@needs_proc
-@pytest.mark.parametrize("moment", ["importing", "training"])
-def test_ranks_end_with_their_agent(place: Place, tmp_path: Path, moment: str) -> None:
-    run_dir = tmp_path / "run"
-    knobs = place.knobs(run_dir, "train.steps=1000000", "train.eval_every=0", "train.checkpoint_every=0")
-
-    def is_importing(pid: int) -> bool:
-        with contextlib.suppress(OSError):
-            return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-        return False
-
-    with launch(tmp_path, knobs) as running:
-        until(lambda: len(running.ranks()) == 2)
-        ranks = running.ranks()
-        if moment == "importing":
-            until(lambda: all(is_importing(pid) for pid in ranks))
-        else:
-            until(lambda: len(losses(run_dir)) > 2)
-        kill(running.agent.pid)
-        assert running.wait() == -signal.SIGKILL
-        until(lambda: not set(ranks) & set(processes(running.tag)), 120 if moment == "importing" else 20)
-
-
-SLOW_THREADS = """
-import glob, os, runpy, sys
-from moesaic.launch import metrics
-
-class Meter(metrics.Meter):
-    def __init__(self):  # the loop begins: the threads exist
-        super().__init__()
-        for comm in glob.glob("/proc/self/task/*/comm"):
-            if "gloo" in open(comm).read():
-                os.sched_setscheduler(int(comm.split("/")[4]), os.SCHED_IDLE, os.sched_param(0))
-
-metrics.Meter = Meter
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-program, *sys.argv[1:] = sys.argv[1:]
-runpy.run_path(program, run_name="__main__")
-"""
-
-
-@needs_proc
-def test_a_busy_machine_does_not_abort_a_run_at_its_end(place: Place, tmp_path: Path) -> None:
-    """Threads of the process group run only when the main thread waits, and so still hold the last tensors when it ends."""
-    program = tmp_path / "slow_threads.py"
-    program.write_text(SLOW_THREADS)
-    knobs = place.knobs(tmp_path / "run", "train.steps=2", "train.eval_every=2", "train.sample=5")
-    assert "files: " in finished(tmp_path, [str(PROGRAM), *knobs], program=program)
 
 
 # ---------------------------------------------------------------- any batch on any number of ranks
@@ -624,3 +328,16 @@ def test_the_division_of_a_batch_does_not_matter(place: Place, tmp_path: Path) -
             for ours, theirs in zip(losses(divided), losses(whole), strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-5)
             assert evaluations(divided)[0] == pytest.approx(evaluations(whole)[0], rel=1e-5)
+
+
+def test_other_layouts_train_the_same(place: Place, tmp_path: Path) -> None:
+    """Copies, weights that stay gathered, and recomputation, against plain FSDP2. One launch, as a sweep."""
+    sweep = ["parallel.replicate=1,2", "parallel.reshard=always,never", "parallel.remat=selective,full"]
+    ends = ["train.steps=3", "optim.schedule=wsd", "train.eval_every=0"]
+    finished(tmp_path, ["--multirun", *place.knobs(tmp_path / "swept", *ends, *sweep)])
+    finished(tmp_path, place.knobs(tmp_path / "plain", *ends))
+    for number in range(8):
+        swept = losses(tmp_path / "swept" / str(number))
+        assert len(swept) == 3
+        for ours, theirs in zip(swept, losses(tmp_path / "plain"), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
