@@ -22,7 +22,7 @@ CHUNK_BYTES_CPU = (
     16 * 2**20
 )  # of logits: they stay in the last cache, and their memory is used again instead of mapped again
 CHUNK_BYTES = 512 * 2**20  # elsewhere: products of over a thousand rows, also with a large vocabulary
-LEAST_ROWS = 128
+LEAST_ROWS = 256  # fewer reread a large weight too often: at V 32768, 128 take 9% longer
 
 
 def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
@@ -36,7 +36,7 @@ def linear_cross_entropy(
     """Sum of the cross entropies of all targets that are not `ignored`, fp32 scalar. Products in x's type, all else in fp32.
 
     targets_N: int64 below V, or `ignored`, which is negative. Peak memory beyond inputs and gradients: about `chunk_bytes`, by
-    default 16 MiB on a CPU and 512 MiB elsewhere, or the logits of 128 tokens where they take more.
+    default 16 MiB on a CPU and 512 MiB elsewhere, or the logits of 256 tokens where they take more.
     """
     least = 1
     if chunk_bytes is None:
