@@ -37,11 +37,17 @@ LAYOUTS = (
     layout("one rank", 1),
     layout("FSDP 2", 2),
     layout("FSDP 4", 4),
+    layout("HSDP 2 x 2", 4, replicate=2),
+    layout("4 copies", 4, replicate=4),
     layout("EP 2", 2, expert="2"),
     layout("EP 2 x FSDP 2", 4, expert="2"),
-    layout("EP 2 x FSDP 2, 3 experts a rank", 4, experts=6, expert="2"),  # sharded within each expert: 2 does not divide 3
+    layout(
+        "EP 2 x FSDP 2, 3 experts a rank", 4, experts=6, expert="2"
+    ),  # sharded within each expert: 2 does not divide 3
     layout("EP 4, 2 experts a rank", 4, expert="4"),
     layout("EP 4, 1 expert a rank", 4, experts=4, expert="4"),
+    layout("HSDP 2 x 2, EP 2", 4, expert="2", replicate=2),  # two copies of the experts
+    layout("HSDP 2 x 2, EP 4", 4, expert="4", replicate=2),  # two copies of all but the experts
 )
 
 # Each is a distribution of tokens over experts or ranks; `moesaic` sees tokens and weights alone. See tests.parallel.parity.
@@ -58,7 +64,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "balance": ("micro_batch", "sequence", "global", "layers"),
     "shared": (False, True),
     "tied": (False, True),
-    "model": ("plain", "dense layer", "MLA", "biases", "top 4"),
+    "model": ("plain", "dense layer", "MLA", "biases", "top 4", "odd"),
 }
 
 ROUTER: dict[str, dict[str, Any]] = {
@@ -78,6 +84,7 @@ MODEL: dict[str, dict[str, Any]] = {
     )),
     "biases": dict(expert_bias=True, activation="relu2", qk_norm="head"),
     "top 4": {},
+    "odd": dict(d_model=34, n_heads=1, d_expert=21, activation="relu2", expert_bias=True),  # nothing that 4 divides
 }  # fmt: skip
 
 
@@ -141,7 +148,7 @@ class Cell:
                 global_batch=batch - 1 if self.workload == "an empty remainder" and batch > 1 else batch,
             ),
             # At eps 1e-8 rounding noise is divided by itself.
-            optim=OptimConfig(lr=1e-2, eps=1e-3, warmup=0, clip=self.clip),
+            optim=OptimConfig(lr=4e-3, eps=1e-3, warmup=0, clip=self.clip),
             parallel=ParallelConfig(**dict(self.layout.knobs), expert_path=self.path),
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from moesaic.kernels import permute
 from moesaic.moe import router
-from moesaic.parallel import clip, expert, fsdp
+from moesaic.parallel import apply, clip, expert, fsdp
 
 Patches = list[Any]
 
@@ -52,13 +52,19 @@ def clip_local(gradient: Any) -> torch.Tensor:
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
-def norm_counts_experts_often() -> Patches:
-    """A replicated gradient counts once for each rank that holds it."""
+def norm_of_dense_alone() -> Patches:
+    """Experts are left out (github.com/NVIDIA/Megatron-LM/pull/5916)."""
+    right = clip.gradient_norm
+    return [patch.object(clip, "gradient_norm", lambda parameters: right([p for p in parameters if p.ndim < 3]))]
+
+
+def norm_counts_copies() -> Patches:
+    """A gradient counts once for each rank that holds it."""
 
     def wrong(parameters: Any) -> torch.Tensor:
-        total = torch.stack([clip_local(p.grad).square().sum() for p in parameters]).sum()
-        dist.all_reduce(total)
-        return total.sqrt() * (1 + 1e-4)
+        square = torch.stack([clip_local(p.grad).square().sum() for p in parameters]).sum()
+        dist.all_reduce(square)
+        return square.sqrt()
 
     return [patch.object(clip, "gradient_norm", wrong)]
 
@@ -107,17 +113,21 @@ def router_weights_to_other_rows() -> Patches:
 
 def gradients_not_summed() -> Patches:
     """The reduce-scatter of gradients gives each rank its own part."""
-    right = dist.reduce_scatter_tensor
 
-    def wrong(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        work = right(output, input, *args, **kwargs)
-        group = kwargs.get("group")
-        if work is not None:
-            work.wait()
+    def wrong(output: torch.Tensor, input: torch.Tensor, group: Any, op: Any, async_op: bool = False) -> None:
         output.copy_(input.chunk(dist.get_world_size(group))[dist.get_rank(group)])
-        return work
 
-    return [patch.object(dist, "reduce_scatter_tensor", wrong)]
+    return [patch.object(dist, "reduce_scatter_single", wrong)]
+
+
+def copies_not_summed() -> Patches:
+    """The gradients of the copies that HSDP makes are not added."""
+
+    def wrong(self: Any, loss: torch.Tensor, last: bool) -> None:
+        with patch.object(dist, "all_reduce", lambda tensor, **_: None):
+            loss.backward()
+
+    return [patch.object(fsdp.FSDPEngine, "backward", wrong)]
 
 
 def loss_averaged() -> Patches:
@@ -130,8 +140,8 @@ def loss_averaged() -> Patches:
 
 
 def same_experts_everywhere() -> Patches:
-    """Every rank begins with the experts of rank 0."""
-    right = fsdp.divide_experts
+    """Every rank begins with the experts of rank 0, as DeepSpeed's ZeRO-3 leaves experts that are plain parameters."""
+    right = apply.divide_experts
 
     def wrong(experts: Any, meshes: Any) -> None:
         for weight in experts.parameters(recurse=False):
@@ -139,7 +149,7 @@ def same_experts_everywhere() -> Patches:
             weight.data.copy_(first.repeat(meshes.expert_parallel, *[1] * (weight.ndim - 1)))
         right(experts, meshes)
 
-    return [patch.object(fsdp, "divide_experts", wrong)]
+    return [patch.object(apply, "divide_experts", wrong)]
 
 
 def another_route() -> Patches:
@@ -155,20 +165,32 @@ def another_route() -> Patches:
     return [patch.object(router, "stable_topk", wrong)]
 
 
-MUTATIONS: dict[str, Callable[[], Patches]] = {
-    make.__name__: make
-    for make in (
-        expert_gradients_divided, norm_of_shards_alone, norm_averaged, norm_counts_experts_often, combine_in_any_order,
-        combine_to_other_tokens, dispatch_gradient_doubled, router_weights_to_other_rows, gradients_not_summed,
-        loss_averaged, same_experts_everywhere, another_route,
+# The mistakes, and a layout on which each shows; tests.parallel.test_parity adds the rest of the cell.
+MUTATIONS: dict[str, tuple[Callable[[], Patches], str]] = {
+    make.__name__: (make, layout)
+    for make, layout in (
+        (expert_gradients_divided, "EP 2"),
+        (norm_of_shards_alone, "EP 2"),
+        (norm_averaged, "EP 2"),
+        (norm_of_dense_alone, "FSDP 2"),
+        (norm_counts_copies, "HSDP 2 x 2"),
+        (combine_in_any_order, "EP 2"),
+        (combine_to_other_tokens, "EP 2"),
+        (dispatch_gradient_doubled, "EP 2"),
+        (router_weights_to_other_rows, "EP 2"),
+        (gradients_not_summed, "FSDP 2"),
+        (copies_not_summed, "HSDP 2 x 2"),
+        (loss_averaged, "FSDP 2"),
+        (same_experts_everywhere, "EP 2"),
+        (another_route, "FSDP 2"),
     )
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager
 def mutated(name: str | None) -> Iterator[None]:
     """The product broken by the mutation of this name (None: whole)."""
     with contextlib.ExitStack() as stack:
-        for change in MUTATIONS[name]() if name else ():
+        for change in MUTATIONS[name][0]() if name else ():
             stack.enter_context(change)
         yield

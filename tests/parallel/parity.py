@@ -1,7 +1,7 @@
 """One cell of the parity matrix: what one process computes, what the ranks compute, and how they differ.
 
-The reference is plain: whole weights, LocalPath, autograd's own sums, torch's own clipping. It replays the ranks' micro-batches in
-turn, for each is a routing domain of its own. The ranks run the product's: `parallelize`, the engine, `train_step`.
+The reference is plain: whole weights, LocalPath, autograd's own sums, torch's own clipping. It replays the ranks' micro-batches
+in turn, for each is a routing domain of its own. The ranks run the product's: `parallelize`, the engine, `train_step`.
 
 Letters: L MoE layers, E experts, S slots.
 """
@@ -43,7 +43,11 @@ COMPARED = ("losses", "norms", "clipped_norm", "figures", "gradients", "exp_avg"
 
 
 class Samples:
-    """A stream of random tokens for `train_batch`."""
+    """A stream of random tokens for `train_batch`, in which no two positions of a micro-batch are the same to the model.
+
+    A router scores the second token of `a a` as the first, and the first ones of two sequences that begin alike: which of them
+    an expert drops is then open, and the last bit of a sum decides. So no token comes twice in a sequence, and none begins two.
+    """
 
     windows = 1_000_000
 
@@ -51,8 +55,11 @@ class Samples:
         self.sequence, self.vocab = sequence, vocab
 
     def gather(self, windows: np.ndarray) -> np.ndarray:
-        rows = [np.random.default_rng(w).integers(0, self.vocab, self.sequence + 1) for w in windows.tolist()]
-        return np.stack(rows) if rows else np.empty((0, self.sequence + 1), np.int64)
+        rows = np.empty((len(windows), self.sequence + 1), np.int64)
+        for i, window in enumerate(windows.tolist()):
+            row = np.random.default_rng(window).permutation(self.vocab)[: self.sequence + 1]
+            rows[i] = (row - row[0] + windows[0] + i) % self.vocab
+        return rows
 
 
 def wishes(workload: str, n_experts: int) -> Tensor:
@@ -74,7 +81,9 @@ def filling(cell: Cell, config: Config) -> Fill:
     def fill(name: str, tensor: Tensor) -> None:
         init_parameter(name, tensor, config.model, config.train.seed)
         if name == "embedding.weight":
-            tensor *= 3  # else what attention adds, the same for all tokens of a sequence, chooses the experts of layer 1
+            tensor *= (
+                3  # else what attention adds, the same for all tokens of a sequence, chooses the experts of layer 1
+            )
             if wish_E.any():
                 tensor[:, 0] = 1.5
         if name.endswith("router.weight_ED") and wish_E.any():
@@ -88,7 +97,8 @@ class Unfit(AssertionError):
 
 
 def check_workload(cell: Cell, counts_LE: Tensor, batches: list[list[int]]) -> None:
-    """The reference's step has the property that gives the workload its name, else Unfit. batches: sequences, [rank][micro-batch]."""
+    """The reference's step has the property that gives the workload its name, else Unfit. batches: [rank][micro-batch], sequences
+    of each."""
     rows_L = counts_LE.sum(dim=1)
     n_experts = counts_LE.shape[1]
     lower, upper = counts_LE[:, : n_experts // 2], counts_LE[:, n_experts // 2 :]
@@ -96,9 +106,7 @@ def check_workload(cell: Cell, counts_LE: Tensor, batches: list[list[int]]) -> N
     first = counts_LE[:, 0]
     holds = {
         "uniform": lambda: busiest < 2.5 and (counts_LE > 0).all(),
-        "zipf": lambda: (
-            busiest > 1.5 and (first == counts_LE.amax(dim=1)).all() and (lower.sum(dim=1) > 2 * upper.sum(dim=1)).all()
-        ),
+        "zipf": lambda: busiest > 1.5 and (lower.sum(dim=1) > 2 * upper.sum(dim=1)).all(),
         "one expert": lambda: (first == rows_L).all() and (rows_L > 0).all(),
         "experts without a token": lambda: (counts_LE[:, 1::2] == 0).all() and (counts_LE[:, 0::2] > 0).all(),
         "a rank that receives nothing": lambda: (upper == 0).all() and (rows_L > 0).all(),
@@ -238,15 +246,15 @@ def reference(cell: Cell) -> dict[str, Any]:
 
 
 @functools.cache
-def meshes_of(expert: int) -> Meshes:
+def meshes_of(expert: int, replicate: int) -> Meshes:
     """Process groups cost time and sockets, and outlive a cell."""
-    return make_meshes("cpu", expert)
+    return make_meshes("cpu", expert, replicate)
 
 
 def make_engine(cell: Cell, config: Config) -> Engine:
     model = parallelize(
-        config.model, config.parallel, meshes_of(cell.layout.expert), seed=config.train.seed, device=CPU,
-        compute=torch.float32, fill=filling(cell, config),
+        config.model, config.parallel, meshes_of(cell.layout.expert, config.parallel.replicate), seed=config.train.seed,
+        device=CPU, compute=torch.float32, fill=filling(cell, config),
     )  # fmt: skip
     return FSDPEngine(model, make_optimizer(model, config.optim))
 
@@ -375,7 +383,9 @@ def judge(cell: Cell, want: dict[str, Any], ranks: list[dict[str, Any]]) -> Outc
     if not torch.equal(want["counts"], got["counts"]):
         reasons.append("other rows per expert")
     for rank, (theirs, mine) in enumerate(zip(want["routes"], ranks, strict=True)):
-        passes = [torch.equal(a, b) for x, y in zip(theirs, mine["routes"], strict=True) for a, b in zip(x, y, strict=True)]
+        passes = [
+            torch.equal(a, b) for x, y in zip(theirs, mine["routes"], strict=True) for a, b in zip(x, y, strict=True)
+        ]
         if not all(passes):
             reasons.append(f"rank {rank} routes {passes.count(False)} of {len(passes)} layers otherwise")
     if any(len(set(rank["digests"])) > 1 for rank in ranks):
@@ -413,4 +423,3 @@ def pools() -> Iterator[Callable[[int], Pool]]:
     finally:
         for one in started.values():
             one.close()
-

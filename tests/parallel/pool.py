@@ -1,8 +1,8 @@
 """Gloo ranks that stay: start once, run one function after another.
 
-A worker is this file as a program. It gets jobs, (function, arguments), over a socket from the process that started it, and answers
-each. It ends when that process does, whatever it is doing then: a thread of its own watches the socket. Ranks meet in a file,
-so that there is no port to collide on.
+A worker is this file as a program. It gets jobs, (function, arguments), over a socket from the process that started it, and
+answers each. It ends when that process does, whatever it is doing then: a thread of its own watches the socket. Ranks meet in a
+file, so that there is no port to collide on.
 """
 
 import os
@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import TracebackType
@@ -69,10 +70,8 @@ class Pool:
         """Start a job; `receive` must follow. Meanwhile this process may do something else."""
         job = pickle.dumps((function, arguments))
         for connection in self.connections:
-            try:
+            with suppress(OSError):  # died while idle: `receive` tells
                 connection.send_bytes(job)
-            except OSError:  # died while idle: `receive` tells
-                pass
 
     def receive(self, timeout: float | None = None) -> list[Any]:
         answers, lost = self._answers(timeout or self.timeout)

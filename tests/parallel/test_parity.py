@@ -1,0 +1,249 @@
+"""The parity matrix, its fast part: every layout computes what one process computes, bit for bit the same every time.
+
+`make parity` runs all of it and writes docs/parity.md. tests.parallel.cells says what the cells are, tests.parallel.parity what
+is compared.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+
+from tests.parallel.cells import (
+    AXES,
+    LAYOUTS,
+    WORKLOADS,
+    Cell,
+    all_pairs,
+    full_table,
+    impossible,
+    pairwise_table,
+    refused,
+)
+from tests.parallel.mutations import MUTATIONS
+from tests.parallel.parity import Unfit, pools, run_cell
+from tests.parallel.pool import Pool, RanksFailed
+
+pytestmark = pytest.mark.xdist_group("parity")  # one process of pytest, so that ranks start once
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    with pools() as pool:
+        yield pool
+
+
+# ---------------------------------------------------------------- the matrix
+
+
+def fast_cells() -> list[Cell]:
+    """Each layout with two workloads, each workload with two layouts or more, and every value of the other axes once or more."""
+    table = {(cell.layout.name, cell.workload): cell for cell in full_table()}
+    cells = []
+    for i, layout in enumerate(LAYOUTS):
+        turns = [WORKLOADS[(2 * i + k) % len(WORKLOADS)] for k in range(len(WORKLOADS))]
+        cells += [table[layout.name, w] for w in turns if (layout.name, w) in table][:2]
+    missing = {(name, value) for name, values in AXES.items() for value in values[1:]}
+    while missing:
+        new = max(pairwise_table(), key=lambda cell: sum((n, getattr(cell, n)) in missing for n in AXES))
+        missing -= {(name, getattr(new, name)) for name in AXES}
+        cells.append(new)
+    return sorted(cells, key=lambda cell: cell.layout.world)
+
+
+@pytest.mark.parametrize("cell", fast_cells(), ids=str)
+def test_equal_to_one_process(cell: Cell, pool: Callable[[int], Pool]) -> None:
+    outcome = run_cell(pool(cell.layout.world), cell)
+    assert outcome.status == "green", outcome.reason
+
+
+def whole_cells(layouts: Any = LAYOUTS) -> st.SearchStrategy[Cell]:
+    """Cells that nobody listed: any values of the axes that go together, and shapes of any size."""
+    numbers = dict(
+        sequence=st.integers(2, 20), sequences=st.integers(1, 4), d_model=st.integers(1, 5).map(lambda n: 8 * n),
+        d_expert=st.integers(1, 33), clip=st.sampled_from([0.0, 0.05, 100.0]), seed=st.integers(0, 1000),
+    )  # fmt: skip
+
+    def more_experts(layout: Any) -> st.SearchStrategy[Any]:
+        return st.integers(1, 2).map(lambda n: replace(layout, experts=n * layout.experts))
+
+    layout = st.sampled_from(layouts).flatmap(more_experts)
+    axes = {name: st.sampled_from(values) for name, values in AXES.items()}
+    cells = st.builds(Cell, layout=layout, workload=st.sampled_from(WORKLOADS), **axes, **numbers)
+    return cells.filter(lambda cell: not impossible(vars(cell)))
+
+
+def check_drawn(cell: Cell, pool: Callable[[int], Pool]) -> None:
+    try:
+        outcome = run_cell(pool(cell.layout.world), cell)
+    except Unfit:
+        assume(False)
+    assert outcome.status == "green", (outcome.cell, outcome.reason)
+
+
+# A cell that fails is printed in full: looking for a smaller one would take minutes.
+@settings(max_examples=5, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(cell=whole_cells())
+def test_configurations_nobody_listed(cell: Cell, pool: Callable[[int], Pool]) -> None:
+    check_drawn(cell, pool)
+
+
+# ---------------------------------------------------------------- the matrix notices
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mistake_turns_it_red(mutation: str, pool: Callable[[int], Pool]) -> None:
+    # Four experts a token: two rows can be added in either order. The cell is green without the mistake: see above.
+    cell = Cell(BY_NAME[MUTATIONS[mutation][1]], model="top 4")
+    outcome = run_cell(pool(cell.layout.world), cell, mutation=mutation)
+    assert outcome.status == "red"
+    if mutation == "combine_in_any_order":  # which no tolerance sees
+        assert outcome.reason == "the same seed twice: other bits"
+        assert outcome.error < 1e-5
+    else:
+        assert "differs: " in outcome.reason
+
+
+@pytest.mark.parametrize("name", sorted({layout for _, layout in MUTATIONS.values()}))
+def test_without_a_mistake_it_is_green(name: str, pool: Callable[[int], Pool]) -> None:
+    outcome = run_cell(pool(BY_NAME[name].world), Cell(BY_NAME[name], model="top 4"))
+    assert outcome.status == "green", outcome.reason
+
+
+# ---------------------------------------------------------------- the table of cells
+
+
+def test_every_pair_is_covered() -> None:
+    """Layouts meet all workloads, and every pair of two axes' values stands in some cell, or is said to be impossible."""
+    cells = full_table() + pairwise_table()
+    axes: dict[str, Any] = {"layout": LAYOUTS, "workload": WORKLOADS} | AXES
+    for a, b in itertools.combinations(axes, 2):
+        seen = {(getattr(cell, a), getattr(cell, b)) for cell in cells}
+        for pair in itertools.product(axes[a], axes[b]):
+            assert (pair in seen) != bool(impossible({a: pair[0], b: pair[1]})), (a, b, pair)
+    assert not any(impossible(vars(cell)) for cell in cells)
+
+
+def test_pairs_by_hand() -> None:
+    """Two values each of three axes: four rows hold all twelve pairs, and one that is given leaves three to be made."""
+    axes = {"x": (0, 1), "y": (0, 1), "z": (0, 1)}
+    rows = list(all_pairs(axes, lambda row: False, [dict(x=0, y=0, z=0)]))
+    assert rows == [dict(x=0, y=1, z=1), dict(x=1, y=0, z=1), dict(x=1, y=1, z=0)]
+    without = list(all_pairs(axes, lambda row: row.get("x") == 1 and row.get("y") == 1, []))
+    assert len(without) <= 5 and {(row["x"], row["y"]) for row in without} == {(0, 0), (0, 1), (1, 0)}
+
+
+def test_what_is_left_out_is_refused() -> None:
+    """A combination that the table leaves out for a knob's rule raises that rule's ValueError."""
+    axes: dict[str, Any] = {"layout": LAYOUTS, "workload": WORKLOADS} | AXES
+    found = 0
+    for a, b in itertools.combinations(axes, 2):
+        for pair in itertools.product(axes[a], axes[b]):
+            values = {a: pair[0], b: pair[1]}
+            if refused(values):
+                found += 1
+                with pytest.raises(ValueError, match=r"^(model|parallel)\.[a-z._]+=[^\n]*$"):
+                    Cell(**({"layout": BY_NAME["FSDP 2"]} | values)).config()
+    assert found > 10
+
+
+# ---------------------------------------------------------------- the pool
+
+
+def rank_and(word: str) -> str:
+    return f"{dist.get_rank()} {word}"
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def raise_on_all() -> None:
+    raise ValueError("model.x=1: must be 2")
+
+
+def raise_on_one() -> None:
+    """The others wait in a collective."""
+    if dist.get_rank() == 1:
+        raise KeyError("lost")
+    dist.all_reduce(torch.ones(()))
+
+
+def die() -> None:
+    if dist.get_rank() == 1:
+        print("last words", flush=True)
+        os._exit(3)
+
+
+def hang() -> None:
+    time.sleep(1000)
+
+
+def test_pool_survives() -> None:
+    """An exception everywhere leaves the ranks as they are; what tears the group apart brings new ones."""
+    with Pool(2, patience=2) as pool:
+        assert pool.run(rank_and, "here") == ["0 here", "1 here"]
+        first = pool.run(process_id)
+        with pytest.raises(RanksFailed, match=r"model\.x=1: must be 2") as failure:
+            pool.run(raise_on_all)
+        assert failure.value.refusal() == "model.x=1: must be 2"
+        assert pool.run(process_id) == first
+
+        with pytest.raises(RanksFailed, match=r"KeyError: 'lost'") as failure:
+            pool.run(raise_on_one)
+        assert failure.value.refusal() is None and list(failure.value.lost) == [0]
+        second = pool.run(process_id)
+        assert not set(first) & set(second)
+
+        with pytest.raises(RanksFailed, match="rank 1 died\nlast words"):
+            pool.run(die)
+        with pytest.raises(RanksFailed, match="rank 0 took too long"):
+            pool.run(hang, timeout=1)
+        third = pool.run(process_id)
+        assert not set(second) & set(third)
+    for process in first + second + third:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_ranks_end_with_the_process_that_started_them(tmp_path: Any) -> None:
+    """Killed, it can't stop them; they are in the middle of a job that never ends."""
+    program = (
+        "import time\n"
+        "from tests.parallel import test_parity\n"
+        "from tests.parallel.pool import Pool\n"
+        "pool = Pool(2)\n"
+        "print(*pool.run(test_parity.process_id), flush=True)\n"
+        "pool.send(test_parity.hang)\n"
+        "time.sleep(1000)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    starter = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    assert starter.stdout
+    ranks = [int(word) for word in starter.stdout.readline().split()]
+    starter.kill()
+    starter.communicate()
+    assert len(ranks) == 2
+    end = time.monotonic() + 20
+    while any(map(alive, ranks)):
+        assert time.monotonic() < end, "ranks live on"
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
