@@ -37,8 +37,9 @@ train: install
 	  $(BIN)/torchrun --standalone --nproc-per-node 2 launch/train.py recipe=tiny_moe run_dir=$(RUN_DIR) $(ARGS)
 
 # Two test processes of one thread each: more threads than cores make everything slower.
+# loadgroup: tests that share ranks run in one of them.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .

@@ -46,7 +46,10 @@ LAYOUTS = (
     ),  # sharded within each expert: 2 does not divide 3
     layout("EP 4, 2 experts a rank", 4, expert="4"),
     layout("EP 4, 1 expert a rank", 4, experts=4, expert="4"),
+    layout("EP 4 in two hops, 2 experts a rank", 4, expert="4", expert_path="two_hop", node_size="2"),
+    layout("EP 4 in two hops, 1 expert a rank", 4, experts=4, expert="4", expert_path="two_hop", node_size="2"),
     layout("HSDP 2 x 2, EP 2", 4, expert="2", replicate=2),  # two copies of the experts
+    layout("4 copies, EP 2", 4, expert="2", replicate=4),
     layout("HSDP 2 x 2, EP 4", 4, expert="4", replicate=2),  # two copies of all but the experts
 )
 
@@ -148,8 +151,8 @@ class Cell:
                 global_batch=batch - 1 if self.workload == "an empty remainder" and batch > 1 else batch,
             ),
             # At eps 1e-8 rounding noise is divided by itself.
-            optim=OptimConfig(lr=4e-3, eps=1e-3, warmup=0, clip=self.clip),
-            parallel=ParallelConfig(**dict(self.layout.knobs), expert_path=self.path),
+            optim=OptimConfig(lr=2e-3, eps=1e-3, warmup=0, clip=self.clip),
+            parallel=ParallelConfig(**({"expert_path": self.path} | dict(self.layout.knobs))),
         )  # fmt: skip
 
 
@@ -171,6 +174,8 @@ def impossible(values: Mapping[str, Any]) -> str | None:
         return "four of half the experts are all of them, or more"
     if get("router") == "sigmoid_bias in groups" and get("workload") == "experts without a token" and experts < 6:
         return "of a group of two, both are chosen"
+    if get("path", "auto") != "auto" and get("layout") is not None and "expert_path" in dict(get("layout").knobs):
+        return "the layout has its own path"
     return refused(values)
 
 
@@ -184,7 +189,7 @@ def refused(values: Mapping[str, Any]) -> str | None:
     layout = get("layout")
     if layout is None:
         return None
-    if get("path") == "local" and layout.expert > 1:
+    if get("path") == "local" and layout.expert > 1 and "expert_path" not in dict(layout.knobs):
         return "parallel.expert_path=local needs parallel.expert=1"
     if get("router") == "sigmoid_bias in groups" and get("model") == "top 4" and layout.experts < 8:
         return "model.router.groups_kept leaves fewer experts than model.router.top_k"

@@ -73,42 +73,42 @@ def combine_in_any_order() -> Patches:
     """A token's rows are added as they come, as atomics do: right to 1e-5, other bits in every run."""
     anything = torch.Generator().manual_seed(torch.seed() % 2**31)
 
-    def wrong(y_RD: torch.Tensor, bag: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
-        if starts is None and bag.numel():
-            bag = bag[:, torch.randperm(bag.shape[1], generator=anything)]
-        return permute.sum_bags(y_RD, bag, starts)
+    def wrong(y_RD: torch.Tensor, bag: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        mixed = torch.randperm(bag.numel(), generator=anything)
+        owner = torch.arange(starts.numel() - 1).repeat_interleave(starts.diff())
+        return permute.sum_bags(y_RD, bag[mixed[owner[mixed].argsort(stable=True)]], starts)
 
     return [patch.object(expert, "sum_bags", wrong)]
 
 
 def combine_to_other_tokens() -> Patches:
-    """What comes home is one row off."""
+    """What comes home is one token off."""
     right = expert._Combine.forward
 
-    def wrong(ctx: Any, y_RD: torch.Tensor, rows: Any) -> torch.Tensor:
-        return right(ctx, y_RD.roll(1, 0), rows)
+    def wrong(ctx: Any, y_ND: torch.Tensor, legs: Any) -> torch.Tensor:
+        return right(ctx, y_ND, legs).roll(1, 0)
 
     return [patch.object(expert._Combine, "forward", staticmethod(wrong))]
 
 
 def dispatch_gradient_doubled() -> Patches:
     """The loss is right, and every gradient through dispatch twice itself (github.com/pytorch/pytorch/issues/160285)."""
-    right = expert._AllToAll.backward
+    right = expert._Dispatch.backward
 
-    def wrong(ctx: Any, grad: torch.Tensor) -> Any:
-        return right(ctx, 2 * grad)
+    def wrong(ctx: Any, dx_ND: torch.Tensor, dweights_S: torch.Tensor) -> Any:
+        return right(ctx, 2 * dx_ND, dweights_S)
 
-    return [patch.object(expert._AllToAll, "backward", staticmethod(wrong))]
+    return [patch.object(expert._Dispatch, "backward", staticmethod(wrong))]
 
 
 def router_weights_to_other_rows() -> Patches:
     """Rows are paired with the weights of their neighbours (github.com/huggingface/transformers/issues/45473)."""
-    right = expert.exchange
+    right = expert.Leg.send_slots
 
-    def wrong(rows: torch.Tensor, send: list[int], receive: list[int], group: Any) -> torch.Tensor:
-        return right(rows.roll(1, 0) if rows.shape[1] == 1 else rows, send, receive, group)
+    def wrong(leg: Any, row_S: torch.Tensor, weights_S: torch.Tensor) -> Any:
+        return right(leg, row_S, weights_S.roll(1, 0))
 
-    return [patch.object(expert, "exchange", wrong)]
+    return [patch.object(expert.Leg, "send_slots", wrong)]
 
 
 def gradients_not_summed() -> Patches:
@@ -174,10 +174,10 @@ MUTATIONS: dict[str, tuple[Callable[[], Patches], str]] = {
         (norm_averaged, "EP 2"),
         (norm_of_dense_alone, "FSDP 2"),
         (norm_counts_copies, "HSDP 2 x 2"),
-        (combine_in_any_order, "EP 2"),
+        (combine_in_any_order, "EP 4, 2 experts a rank"),
         (combine_to_other_tokens, "EP 2"),
         (dispatch_gradient_doubled, "EP 2"),
-        (router_weights_to_other_rows, "EP 2"),
+        (router_weights_to_other_rows, "EP 4 in two hops, 2 experts a rank"),
         (gradients_not_summed, "FSDP 2"),
         (copies_not_summed, "HSDP 2 x 2"),
         (loss_averaged, "FSDP 2"),

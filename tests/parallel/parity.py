@@ -251,10 +251,10 @@ def meshes_of(expert: int, replicate: int) -> Meshes:
     return make_meshes("cpu", expert, replicate)
 
 
-def make_engine(cell: Cell, config: Config) -> Engine:
+def make_engine(cell: Cell, config: Config, compute: torch.dtype = torch.float32) -> Engine:
     model = parallelize(
         config.model, config.parallel, meshes_of(cell.layout.expert, config.parallel.replicate), seed=config.train.seed,
-        device=CPU, compute=torch.float32, fill=filling(cell, config),
+        device=CPU, compute=compute, fill=filling(cell, config),
     )  # fmt: skip
     return FSDPEngine(model, make_optimizer(model, config.optim))
 

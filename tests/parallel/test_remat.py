@@ -21,7 +21,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.fsdp import FSDPEngine
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_equal import CPU, SEQUENCE, SHAPES, config_of, micro_batches, whole
+from tests.parallel.shapes import CPU, SEQUENCE, SHAPES, config_of, micro_batches, whole
 
 REPEATING = ("selective", "full")
 

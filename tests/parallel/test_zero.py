@@ -1,5 +1,6 @@
-"""DeepSpeed's ZeRO, with our experts, computes what one process computes. The cases are those of test_equal.py."""
+"""DeepSpeed's ZeRO and the experts beside it. That they compute what one process computes is in test_parity.py."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -19,104 +20,34 @@ from moesaic.parallel.engine import Engine
 from moesaic.parallel.fragment import Fragment, boxes
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_equal import CPU, SEQUENCE, alone, config_of, micro_batches, whole
+from tests.parallel.shapes import CPU, SEQUENCE, config_of
 
-Case = tuple[int, str, int, int, bool, str]  # ZeRO stage, shape, expert, accumulation, unequal, remat
-
-
-def start(stage: int | None, shape: str, expert: int, remat: str = "none") -> Engine:
+def start(stage: int | None, shape: str, expert: int) -> Engine:
     """Of FSDP2 where there is no stage."""
     engine, path = "fsdp" if stage is None else "deepspeed", "all_to_all" if expert > 1 else "auto"
-    layout = ParallelConfig(engine=engine, zero_stage=stage, expert_path=path, remat=remat)
+    layout = ParallelConfig(engine=engine, zero_stage=stage, expert_path=path)
     meshes = make_meshes("cpu", expert)
     model = parallelize(config_of(shape), layout, meshes, seed=2, device=CPU, compute=torch.float32)
     return start_engine(layout, model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3))
 
 
-def steps(engine: Engine, mine: list[Tensor], all_tokens: int, n: int, first: int = 0) -> dict[str, Any]:
-    """`n` steps on the same batch; gradients of the first."""
-    result: dict[str, Any] = {"losses": [], "norms": []}
-    for step in range(first, first + n):
-        torch.manual_seed(100 * dist.get_rank() + step)
-        loss_of_step = torch.zeros(())
-        for i, batch in enumerate(mine, 1):
-            out = engine.model(batch[:, :-1], batch[:, 1:])
-            loss = out.loss / all_tokens + out.aux * (batch.shape[0] * SEQUENCE / all_tokens)
-            engine.backward(loss, last=i == len(mine))
-            loss_of_step += loss.detach()
-        result["losses"].append(total(loss_of_step))
-        if step == 0:
-            result["gradients"] = {name: whole(g) for name, g in engine.gradients().items()}
-        result["norms"].append(engine.step(0.5))
-    result["weights"] = {name: whole(w) for name, w in engine.weights().items()}
-    result["moments"] = {name: whole(m) for name, m in engine.moments().items()}
-    return result | {key: torch.stack(result[key]) for key in ("losses", "norms")}
-
-
-def spread(cases: list[Case]) -> list[dict[str, Any]]:
-    results = []
-    for stage, shape, expert, accumulation, unequal, remat in cases:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        batches = micro_batches(world, accumulation, unequal)
-        tokens = sum(b.shape[0] for row in batches for b in row) * SEQUENCE
-        engine = start(stage, shape, expert, remat)
-        if isinstance(engine, zero.ZeroEngine):  # each rank holds other experts, or another part of them
-            assert len(set(zero.checksums(engine.experts.values()).tolist())) == world
-            assert not any("experts" in name for name, _ in engine.model.named_modules())
-        results.append(steps(engine, batches[rank], tokens, 3))
-    return results
-
-
-# Every stage meets every degree of expert parallelism, accumulation and an empty micro-batch.
-CASES: dict[int, list[Case]] = {
-    1: [(2, "plain", 1, 1, False, "none")],
-    2: [
-        case
-        for stage in range(4)
-        for case in [
-            (stage, "shared_dense_tied", 1, 2, True, "none"),
-            (stage, "shared_dense_tied", 2, 1 + stage % 2, False, ("none", "selective", "full", "full")[stage]),
-            (
-                stage,
-                ("plain", "top1_renormalized", "global_and_biases", "layers")[stage],
-                2,
-                2 - stage % 2,
-                True,
-                "none",
-            ),
-        ]
-    ],
-    4: [
-        (stage, "shared_dense_tied", expert, 1 + (stage + expert // 2) % 2, True, "none")
-        for stage in range(4)
-        for expert in (2, 4)
-    ],
-}
-
-
-@pytest.mark.parametrize("world", CASES)
-def test_equal_to_one_process(world: int, tmp_path: Path) -> None:
-    ranks = run_ranks(spread, world, tmp_path, CASES[world])
-    for i, case in enumerate(CASES[world]):
-        _, shape, _, accumulation, unequal, _ = case
-        want = alone(shape, world, accumulation, unequal)
-        for results in ranks:
-            got = results[i]
-            torch.testing.assert_close(
-                got["losses"], want["losses"], rtol=1e-5, atol=0, msg=lambda m, c=case: f"{c}: {m}"
-            )
-            torch.testing.assert_close(
-                got["norms"], want["norms"], rtol=1e-5, atol=0, msg=lambda m, c=case: f"{c}: {m}"
-            )
-            for kind in ("gradients", "weights", "moments"):
-                assert got[kind].keys() == want[kind].keys()
-                for name, value in want[kind].items():
-                    error = (got[kind][name] - value).abs().max() / value.abs().max()
-                    assert error < 1e-5, (case, kind, name, error)
-            assert all(torch.equal(got["weights"][n], ranks[0][i]["weights"][n]) for n in got["weights"])
-
-
 # ---------------------------------------------------------------- experts
+
+
+def experts_of_ranks() -> list[int]:
+    """How many ranks hold experts, or a part of them, that no other holds, by stage and degree."""
+    counts = []
+    for stage, expert in itertools.product(range(4), (2, dist.get_world_size())):
+        engine = start(stage, "shared_dense_tied", expert)
+        assert isinstance(engine, zero.ZeroEngine)
+        assert not any("experts" in name for name, _ in engine.model.named_modules())
+        counts.append(len(set(zero.checksums(engine.experts.values()).tolist())))
+    return counts
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_experts_differ_across_ranks_at_every_stage(world: int, tmp_path: Path) -> None:
+    assert run_ranks(experts_of_ranks, world, tmp_path) == [[world] * 8] * world
 
 
 def overwritten(stage: int) -> str:
@@ -145,7 +76,8 @@ def test_overwritten_experts_are_noticed_on_every_rank(stage: int, tmp_path: Pat
 
 def fsdp_alone() -> list[str]:
     engine = start(None, "plain", 2)
-    steps(engine, [torch.zeros(1, SEQUENCE + 1, dtype=torch.int64)], SEQUENCE, 1)
+    engine.backward(engine.model(*torch.zeros(2, 1, SEQUENCE, dtype=torch.int64)).loss, last=True)
+    engine.step(1.0)
     return [name for name in sys.modules if name.split(".")[0] == "deepspeed"]
 
 
