@@ -4,10 +4,13 @@ A layout, or a value of an axis, is one line here. `Cell.config` turns a cell in
 user would turn.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
 from typing import Any
+
+from hypothesis import strategies as st
 
 from moesaic.kernels.rounding import RULES
 from moesaic.launch.schema import Config, OptimConfig, TrainConfig
@@ -51,7 +54,25 @@ LAYOUTS = (
     layout("HSDP 2 x 2, EP 2", 4, expert="2", replicate=2),  # two copies of the experts
     layout("4 copies, EP 2", 4, expert="2", replicate=4),
     layout("HSDP 2 x 2, EP 4", 4, expert="4", replicate=2),  # two copies of all but the experts
+    *(layout(f"ZeRO-{stage}", 2, engine="deepspeed", zero_stage=stage) for stage in range(4)),
+    *(layout(f"ZeRO-{stage}, EP 2", 2, expert="2", engine="deepspeed", zero_stage=stage) for stage in range(4)),
+    *(
+        layout(f"ZeRO-{stage}, EP 2 x FSDP 2", 4, expert="2", engine="deepspeed", zero_stage=stage)
+        for stage in range(4)
+    ),
+    layout(
+        "ZeRO-2, EP 4 in two hops",
+        4,
+        expert="4",
+        expert_path="two_hop",
+        node_size="2",
+        engine="deepspeed",
+        zero_stage=2,
+    ),
 )
+
+# What the knobs refuse as a whole, whatever the rest of the cell.
+REFUSED = (layout("ZeRO-2, HSDP 2 x 2", 4, replicate=2, engine="deepspeed", zero_stage=2),)
 
 # Each is a distribution of tokens over experts or ranks; `moesaic` sees tokens and weights alone. See tests.parallel.parity.
 WORKLOADS = ("uniform", "zipf", "one expert", "experts without a token", "a rank that receives nothing",
@@ -61,6 +82,8 @@ UNEVEN = WORKLOADS[1:5]
 # The other axes. Every value but the first of an axis is the exception; the first ones together are the default cell.
 AXES: dict[str, tuple[Any, ...]] = {
     "path": ("auto", "local", "all_to_all"),
+    "remat": ("none", "selective", "full"),
+    "reshard": ("auto", "always", "never"),
     "accumulation": (1, 2),
     "router": ("softmax_topk", "renormalized", "sigmoid_bias", "sigmoid_bias in groups", "expert_choice"),
     "rows": ("none", *RULES, "capacity"),
@@ -99,6 +122,8 @@ class Cell:
     layout: Layout
     workload: str = "uniform"
     path: str = "auto"
+    remat: str = "none"
+    reshard: str = "auto"
     accumulation: int = 1
     router: str = "softmax_topk"
     rows: str = "none"
@@ -120,7 +145,8 @@ class Cell:
 
     def reference(self) -> "Cell":
         """The same for all layouts of as many ranks: what one process computes."""
-        return replace(self, layout=Layout("", self.layout.world, (), self.layout.experts), path="auto")
+        return replace(self, layout=Layout("", self.layout.world, (), self.layout.experts), path="auto",
+                       remat="none", reshard="auto")  # fmt: skip
 
     @property
     def top_k(self) -> int:
@@ -152,7 +178,9 @@ class Cell:
             ),
             # At eps 1e-8 rounding noise is divided by itself.
             optim=OptimConfig(lr=2e-3, eps=1e-3, warmup=0, clip=self.clip),
-            parallel=ParallelConfig(**({"expert_path": self.path} | dict(self.layout.knobs))),
+            parallel=ParallelConfig(
+                **({"expert_path": self.path, "remat": self.remat, "reshard": self.reshard} | dict(self.layout.knobs))
+            ),
         )  # fmt: skip
 
 
@@ -191,6 +219,8 @@ def refused(values: Mapping[str, Any]) -> str | None:
         return None
     if get("path") == "local" and layout.expert > 1 and "expert_path" not in dict(layout.knobs):
         return "parallel.expert_path=local needs parallel.expert=1"
+    if get("reshard", "auto") != "auto" and dict(layout.knobs).get("engine") == "deepspeed":
+        return "parallel.reshard is a knob of parallel.engine=fsdp"
     if get("router") == "sigmoid_bias in groups" and get("model") == "top 4" and layout.experts < 8:
         return "model.router.groups_kept leaves fewer experts than model.router.top_k"
     return None
@@ -202,8 +232,8 @@ def all_pairs(
     """Rows, one value of each axis, that together with the rows `done` hold every possible pair of values of two axes.
 
     Greedy: a row begins with the first pair that is missing, and each of the other axes, the longest first, takes the value
-    that adds most of the missing pairs, the first of equals. Where the greedy choice leaves an axis without a value, the row
-    begins anew with another order.
+    that adds most of the missing pairs; of equals the one that was taken least, so that rows differ in more than they must.
+    Where that leaves a later axis without a value, the next best is tried.
     """
     names = sorted(axes, key=lambda name: -len(axes[name]))
     missing = {
@@ -225,11 +255,13 @@ def all_pairs(
         name = order[0]
         options = [{**row, name: i} for i in range(len(axes[name]))]
         options = [option for option in options if not impossible(values(option))]
-        for option in sorted(options, key=lambda option: -sum(pair in missing for pair in pairs(option))):
+        options.sort(key=lambda option: (-sum(pair in missing for pair in pairs(option)), taken[name, option[name]]))
+        for option in options:
             if found := complete(option, order[1:]):
                 return found
         return None
 
+    taken: Counter[tuple[str, int]] = Counter()
     for row in done:
         for pair in pairs({name: list(axes[name]).index(row[name]) for name in names}):
             missing.pop(pair, None)
@@ -241,6 +273,7 @@ def all_pairs(
             continue
         for pair in pairs(row):
             missing.pop(pair, None)
+        taken.update(row.items())
         yield values(row)
 
 
@@ -255,3 +288,19 @@ def pairwise_table(layouts: Sequence[Layout] = LAYOUTS) -> list[Cell]:
     axes = {"layout": layouts, "workload": WORKLOADS} | AXES
     done = [{name: getattr(cell, name) for name in axes} for cell in full_table(layouts)]
     return [Cell(**row) for row in all_pairs(axes, impossible, done)]
+
+
+def drawn_cells() -> st.SearchStrategy[Cell]:
+    """Any values of the axes that go together, and shapes of any size."""
+    numbers = dict(
+        sequence=st.integers(2, 20), sequences=st.integers(1, 4), d_model=st.integers(1, 5).map(lambda n: 8 * n),
+        d_expert=st.integers(1, 33), clip=st.sampled_from([0.0, 0.05, 100.0]), seed=st.integers(0, 1000),
+    )  # fmt: skip
+
+    def more_experts(layout: Any) -> st.SearchStrategy[Any]:
+        return st.integers(1, 2).map(lambda n: replace(layout, experts=n * layout.experts))
+
+    layout = st.sampled_from(LAYOUTS).flatmap(more_experts)
+    axes = {name: st.sampled_from(values) for name, values in AXES.items()}
+    cells = st.builds(Cell, layout=layout, workload=st.sampled_from(WORKLOADS), **axes, **numbers)
+    return cells.filter(lambda cell: not impossible(vars(cell)))

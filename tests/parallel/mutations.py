@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moesaic.kernels import permute
-from moesaic.moe import router
+from moesaic.moe import replay, router
 from moesaic.parallel import apply, clip, expert, fsdp
 
 Patches = list[Any]
@@ -23,8 +23,8 @@ def expert_gradients_divided() -> Patches:
     """FSDP2's default, the mean over the ranks that hold the same experts, which is not the sum over all."""
     right = fsdp.shard_experts
 
-    def wrong(experts: Any, meshes: Any, policy: Any) -> None:
-        right(experts, meshes, policy)
+    def wrong(experts: Any, *arguments: Any) -> None:
+        right(experts, *arguments)
         experts.set_gradient_divide_factor(float(dist.get_world_size()))
 
     return [patch.object(fsdp, "shard_experts", wrong)]
@@ -39,34 +39,23 @@ def norm_of_shards_alone() -> Patches:
 def norm_averaged() -> Patches:
     """The mean of the ranks' norms (github.com/deepspeedai/DeepSpeed/issues/8475)."""
 
-    def wrong(parameters: Any) -> torch.Tensor:
-        squares = [clip_local(p.grad).square().sum() for p in parameters]
-        norm = torch.stack(squares).sum().sqrt()
+    def wrong(tensors: Any) -> torch.Tensor:
+        norm = torch.stack([clip.local(t).square().sum() for t in tensors]).sum().sqrt()
         dist.all_reduce(norm)
         return norm / dist.get_world_size()
 
-    return [patch.object(clip, "gradient_norm", wrong)]
-
-
-def clip_local(gradient: Any) -> torch.Tensor:
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return [patch.object(clip, "norm", wrong)]
 
 
 def norm_of_dense_alone() -> Patches:
     """Experts are left out (github.com/NVIDIA/Megatron-LM/pull/5916)."""
-    right = clip.gradient_norm
-    return [patch.object(clip, "gradient_norm", lambda parameters: right([p for p in parameters if p.ndim < 3]))]
+    right = clip.norm
+    return [patch.object(clip, "norm", lambda tensors: right([t for t in tensors if t.ndim < 3]))]
 
 
 def norm_counts_copies() -> Patches:
     """A gradient counts once for each rank that holds it."""
-
-    def wrong(parameters: Any) -> torch.Tensor:
-        square = torch.stack([clip_local(p.grad).square().sum() for p in parameters]).sum()
-        dist.all_reduce(square)
-        return square.sqrt()
-
-    return [patch.object(clip, "gradient_norm", wrong)]
+    return [patch.object(clip, "holders", lambda tensor: 1)]
 
 
 def combine_in_any_order() -> Patches:
@@ -152,6 +141,42 @@ def same_experts_everywhere() -> Patches:
     return [patch.object(apply, "divide_experts", wrong)]
 
 
+def zero_gradients_averaged() -> Patches:
+    """DeepSpeed's default for what it reduces: the mean over ranks."""
+    from moesaic.parallel import zero
+
+    right = zero.settings
+    return [patch.object(zero, "settings", lambda stage: right(stage) | {"gradient_allreduce_op": "mean"})]
+
+
+def zero_overwrites_experts() -> Patches:
+    """Rank 0's take the place of the others', as at DeepSpeed's stage 3, and nobody looks."""
+    from moesaic.parallel import zero
+
+    right = zero.hide_experts
+
+    def wrong(model: Any) -> Any:
+        hidden = right(model)
+        for experts in hidden.values():
+            for weight in experts.parameters():
+                dist.broadcast(clip.local(weight.detach()), src=0)
+        return hidden
+
+    return [patch.object(zero, "hide_experts", wrong)]
+
+
+def routed_again() -> Patches:
+    """Recomputation sends each token where its neighbour went (github.com/NVIDIA-NeMo/Automodel/issues/2635)."""
+    right = replay.once
+
+    def wrong(name: str, decide: Callable[[], Any]) -> Any:
+        decision = right(name, decide)
+        again = replay.replaying() and isinstance(decision, torch.Tensor) and decision.ndim == 2
+        return decision.roll(1, 0) if again else decision
+
+    return [patch.object(router, "once", wrong)]
+
+
 def another_route() -> Patches:
     """The last rank sends its first token to the second-best experts."""
     right = router.stable_topk
@@ -165,24 +190,28 @@ def another_route() -> Patches:
     return [patch.object(router, "stable_topk", wrong)]
 
 
-# The mistakes, and a layout on which each shows; tests.parallel.test_parity adds the rest of the cell.
-MUTATIONS: dict[str, tuple[Callable[[], Patches], str]] = {
-    make.__name__: (make, layout)
-    for make, layout in (
-        (expert_gradients_divided, "EP 2"),
-        (norm_of_shards_alone, "EP 2"),
-        (norm_averaged, "EP 2"),
-        (norm_of_dense_alone, "FSDP 2"),
-        (norm_counts_copies, "HSDP 2 x 2"),
-        (combine_in_any_order, "EP 4, 2 experts a rank"),
-        (combine_to_other_tokens, "EP 2"),
-        (dispatch_gradient_doubled, "EP 2"),
-        (router_weights_to_other_rows, "EP 4 in two hops, 2 experts a rank"),
-        (gradients_not_summed, "FSDP 2"),
-        (copies_not_summed, "HSDP 2 x 2"),
-        (loss_averaged, "FSDP 2"),
-        (same_experts_everywhere, "EP 2"),
-        (another_route, "FSDP 2"),
+# The mistakes, and a cell in which each shows: its layout, and axes that are not as by default.
+MUTATIONS: dict[str, tuple[Callable[[], Patches], str, dict[str, str]]] = {
+    f"{make.__name__}, {layout}": (make, layout, axes)
+    for make, layout, axes in (
+        (expert_gradients_divided, "EP 2", {}),
+        (norm_of_shards_alone, "EP 2", {}),
+        (norm_averaged, "EP 2", {}),
+        (norm_averaged, "ZeRO-2, EP 2", {}),
+        (norm_of_dense_alone, "FSDP 2", {}),
+        (norm_counts_copies, "HSDP 2 x 2", {}),
+        (combine_in_any_order, "EP 4, 2 experts a rank", {"model": "top 4"}),  # two rows can be added in either order
+        (combine_to_other_tokens, "EP 2", {}),
+        (dispatch_gradient_doubled, "EP 2", {}),
+        (router_weights_to_other_rows, "EP 4 in two hops, 2 experts a rank", {}),
+        (gradients_not_summed, "FSDP 2", {}),
+        (copies_not_summed, "HSDP 2 x 2", {}),
+        (loss_averaged, "FSDP 2", {}),
+        (same_experts_everywhere, "EP 2", {}),
+        (zero_gradients_averaged, "ZeRO-2, EP 2", {}),
+        (zero_overwrites_experts, "ZeRO-3, EP 2", {}),
+        (routed_again, "FSDP 2", {"remat": "full"}),
+        (another_route, "FSDP 2", {}),
     )
 }
 

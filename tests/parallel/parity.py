@@ -24,8 +24,8 @@ from moesaic.launch.schema import Config
 from moesaic.launch.train import micro_batches, train_step
 from moesaic.moe.balance import update_bias
 from moesaic.moe.model import Fill, Transformer, build, init_parameter
-from moesaic.parallel.apply import Engine, parallelize, total
-from moesaic.parallel.fsdp import FSDPEngine
+from moesaic.parallel.apply import parallelize, start_engine, total
+from moesaic.parallel.engine import MOMENTS, Engine
 from moesaic.parallel.mesh import Meshes, make_meshes
 from tests.parallel.cells import Cell
 from tests.parallel.mutations import mutated
@@ -36,7 +36,7 @@ TOLERANCE = 1e-5
 STEPS = 3
 Named = dict[str, Tensor]
 # What of a run is the same on every rank, and compared with the reference within the tolerance.
-COMPARED = ("losses", "norms", "clipped_norm", "figures", "gradients", "exp_avg", "exp_avg_sq", "weights")
+COMPARED = ("losses", "norms", "clipped_norm", "figures", "gradients", "moments", "weights")
 
 
 # ---------------------------------------------------------------- workloads
@@ -159,8 +159,8 @@ def norm_of(tensors: Named) -> Tensor:
 
 def record(config: Config, run: dict[str, Any]) -> dict[str, Any]:
     """Ends a record: lists become tensors. The gradients as clipped are what the first step left in the first moments."""
-    beta1 = config.optim.beta1
-    run["clipped_norm"] = norm_of(run.pop("first_exp_avg")) / (1 - beta1)
+    first = {name: moment for name, moment in run.pop("first_moments").items() if name.startswith("exp_avg.")}
+    run["clipped_norm"] = norm_of(first) / (1 - config.optim.beta1)
     return run | {key: torch.stack(run[key]) for key in ("losses", "norms", "counts", "figures")}
 
 
@@ -235,9 +235,10 @@ def reference(cell: Cell) -> dict[str, Any]:
         optimizer.zero_grad()
         if config.model.router.kind == "sigmoid_bias":
             update_bias(model, counts_LE)
-        if step == 0:
-            run["first_exp_avg"] = moments(model, optimizer, "exp_avg")
-    run |= {key: moments(model, optimizer, key) for key in ("exp_avg", "exp_avg_sq")}
+        run["moments"] = {
+            f"{m}.{n}": optimizer.state[p][m].clone() for n, p in model.named_parameters() for m in MOMENTS
+        }
+        run.setdefault("first_moments", run["moments"])
     run["weights"] = {n: p.detach().clone() for n, p in [*model.named_parameters(), *model.named_buffers()]}
     return record(config, run)
 
@@ -251,40 +252,30 @@ def meshes_of(expert: int, replicate: int) -> Meshes:
     return make_meshes("cpu", expert, replicate)
 
 
-def make_engine(cell: Cell, config: Config, compute: torch.dtype = torch.float32) -> Engine:
+def make_engine(cell: Cell, config: Config, compute: torch.dtype = torch.float32) -> tuple[Transformer, Engine]:
+    meshes = meshes_of(cell.layout.expert, config.parallel.replicate)
     model = parallelize(
-        config.model, config.parallel, meshes_of(cell.layout.expert, config.parallel.replicate), seed=config.train.seed,
-        device=CPU, compute=compute, fill=filling(cell, config),
+        config.model, config.parallel, meshes, seed=config.train.seed, device=CPU, compute=compute,
+        fill=filling(cell, config),
     )  # fmt: skip
-    return FSDPEngine(model, make_optimizer(model, config.optim))
+    return model, start_engine(config.parallel, model, make_optimizer(model, config.optim))
 
 
-def whole(tensor: Any) -> Tensor:
-    """All of a DTensor, a copy of another. Collective."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
-def gradients(engine: Engine) -> Named:
-    """Whole gradients after the last backward. Collective."""
-    return {n: whole(p.grad) for n, p in engine.model.named_parameters() if p.grad is not None}
-
-
-def weights(engine: Engine) -> Named:
-    return {n: whole(p) for n, p in [*engine.model.named_parameters(), *engine.model.named_buffers()]}
-
-
-def moments(model: Transformer, optimizer: torch.optim.Optimizer, key: str) -> Named:
-    """Whole moments of the optimizer, by parameter. Collective."""
-    return {n: whole(optimizer.state[p][key]) for n, p in model.named_parameters() if p in optimizer.state}
+def whole(tensors: Named) -> Named:
+    """Copies of tensors that may lie in pieces. Collective."""
+    return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in tensors.items()}
 
 
 def train(cell: Cell) -> dict[str, Any]:
     """The cell on this rank, and `routes`, its own."""
     config = cell.config()
     torch.manual_seed(123)  # nothing of what precedes a run may matter
-    engine = make_engine(cell, config)
-    routes = Routes(engine.model)
+    model, engine = make_engine(cell, config)
     stream: Any = Samples(config.train.seq_len, config.model.vocab_size)
+    with torch.no_grad():  # nor an evaluation before it: weights that it gathered would be those of every step
+        engine.model(torch.zeros(1, config.train.seq_len, dtype=torch.int64))
+    engine.rest()
+    routes = Routes(model)
     run: dict[str, Any] = {key: [] for key in ("losses", "norms", "counts", "figures")}
     torch.manual_seed(dist.get_rank())
     for step in range(STEPS):
@@ -294,14 +285,14 @@ def train(cell: Cell) -> dict[str, Any]:
         for key, value in zip(("losses", "counts", "figures"), sums, strict=True):
             run[key].append(total(value))
         if step == 0:
-            run["gradients"] = gradients(engine)
+            run["gradients"] = whole(engine.gradients())
         run["norms"].append(engine.step(config.optim.clip))
         if config.model.router.kind == "sigmoid_bias":
-            update_bias(engine.model, run["counts"][-1])
-        if step == 0:
-            run["first_exp_avg"] = moments(engine.model, engine.optimizer, "exp_avg")
-    run |= {key: moments(engine.model, engine.optimizer, key) for key in ("exp_avg", "exp_avg_sq")}
-    run["weights"] = weights(engine)
+            update_bias(model, run["counts"][-1])
+        if step in (0, STEPS - 1):
+            run["moments"] = whole(engine.moments())
+            run.setdefault("first_moments", run["moments"])
+    run["weights"] = whole(engine.weights())
     return record(config, run) | {"routes": routes.passes}
 
 

@@ -6,6 +6,7 @@ is compared.
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,23 +19,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, assume, given, settings
-from hypothesis import strategies as st
 
 from moesaic.launch.train import train_step
 from moesaic.parallel.apply import total
 from tests.parallel.cells import (
     AXES,
     LAYOUTS,
+    REFUSED,
     WORKLOADS,
     Cell,
+    Layout,
     all_pairs,
+    drawn_cells,
     full_table,
     impossible,
     pairwise_table,
     refused,
 )
 from tests.parallel.mutations import MUTATIONS
-from tests.parallel.parity import CPU, Samples, Unfit, gradients, make_engine, pools, reference, run_cell
+from tests.parallel.parity import CPU, Samples, Unfit, make_engine, pools, reference, run_cell, whole
 from tests.parallel.pool import Pool, RanksFailed
 
 pytestmark = pytest.mark.xdist_group("parity")  # one process of pytest, so that ranks start once
@@ -57,9 +60,9 @@ def fast_cells() -> list[Cell]:
     for i, layout in enumerate(LAYOUTS):
         turns = [WORKLOADS[(i + k) % len(WORKLOADS)] for k in range(len(WORKLOADS))]
         cells.append(next(table[layout.name, w] for w in turns if (layout.name, w) in table))
-    missing = {(name, value) for name, values in AXES.items() for value in values[1:]}
+    missing, pairs = {(name, value) for name, values in AXES.items() for value in values[1:]}, pairwise_table()
     while missing:
-        new = max(pairwise_table(), key=lambda cell: sum((n, getattr(cell, n)) in missing for n in AXES))
+        new = max(pairs, key=lambda cell: sum((n, getattr(cell, n)) in missing for n in AXES))
         missing -= {(name, getattr(new, name)) for name in AXES}
         cells.append(new)
     return sorted(cells, key=lambda cell: cell.layout.world)
@@ -69,22 +72,6 @@ def fast_cells() -> list[Cell]:
 def test_equal_to_one_process(cell: Cell, pool: Callable[[int], Pool]) -> None:
     outcome = run_cell(pool(cell.layout.world), cell)
     assert outcome.status == "green", outcome.reason
-
-
-def whole_cells(layouts: Any = LAYOUTS) -> st.SearchStrategy[Cell]:
-    """Cells that nobody listed: any values of the axes that go together, and shapes of any size."""
-    numbers = dict(
-        sequence=st.integers(2, 20), sequences=st.integers(1, 4), d_model=st.integers(1, 5).map(lambda n: 8 * n),
-        d_expert=st.integers(1, 33), clip=st.sampled_from([0.0, 0.05, 100.0]), seed=st.integers(0, 1000),
-    )  # fmt: skip
-
-    def more_experts(layout: Any) -> st.SearchStrategy[Any]:
-        return st.integers(1, 2).map(lambda n: replace(layout, experts=n * layout.experts))
-
-    layout = st.sampled_from(layouts).flatmap(more_experts)
-    axes = {name: st.sampled_from(values) for name, values in AXES.items()}
-    cells = st.builds(Cell, layout=layout, workload=st.sampled_from(WORKLOADS), **axes, **numbers)
-    return cells.filter(lambda cell: not impossible(vars(cell)))
 
 
 def check_drawn(cell: Cell, pool: Callable[[int], Pool]) -> None:
@@ -97,9 +84,16 @@ def check_drawn(cell: Cell, pool: Callable[[int], Pool]) -> None:
 
 # A cell that fails is printed in full: looking for a smaller one would take minutes.
 @settings(max_examples=5, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(cell=whole_cells())
+@given(cell=drawn_cells())
 def test_configurations_nobody_listed(cell: Cell, pool: Callable[[int], Pool]) -> None:
     check_drawn(cell, pool)
+
+
+@pytest.mark.parametrize("layout", REFUSED, ids=lambda layout: layout.name)
+def test_a_refusal_is_not_green(layout: Layout, pool: Callable[[int], Pool]) -> None:
+    outcome = run_cell(pool(layout.world), Cell(layout))
+    assert outcome.status == "refused"
+    assert re.fullmatch(r"parallel\.[a-z_]+=\S+: .+", outcome.reason)
 
 
 # ---------------------------------------------------------------- another precision
@@ -107,16 +101,14 @@ def test_configurations_nobody_listed(cell: Cell, pool: Callable[[int], Pool]) -
 
 def in_bf16(cell: Cell) -> tuple[torch.Tensor, dict[str, torch.Tensor], set[torch.dtype], set[torch.dtype]]:
     config = cell.config()
-    engine = make_engine(cell, config, torch.bfloat16)
+    model, engine = make_engine(cell, config, torch.bfloat16)
     tables: set[torch.dtype] = set()
-    attention: Any = engine.model.blocks[0].attention  # type: ignore[union-attr]
+    attention: Any = model.blocks[0].attention  # type: ignore[union-attr]
     attention.register_forward_pre_hook(lambda _, inputs: tables.update(t.dtype for t in inputs[1:3]))
     stream: Any = Samples(config.train.seq_len, config.model.vocab_size)
     loss = total(train_step(engine, stream, config.train, 0, CPU, None)[0])
-    kept = {p.dtype for p in engine.model.parameters()} | {
-        p.grad.dtype for p in engine.model.parameters() if p.grad is not None
-    }
-    return loss, gradients(engine), kept, tables
+    kept = {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters() if p.grad is not None}
+    return loss, whole(engine.gradients()), kept, tables
 
 
 def test_bf16_products_with_fp32_weights(pool: Callable[[int], Pool]) -> None:
@@ -136,22 +128,26 @@ def test_bf16_products_with_fp32_weights(pool: Callable[[int], Pool]) -> None:
 # ---------------------------------------------------------------- the matrix notices
 
 
+def mutated_cell(mutation: str) -> Cell:
+    _, layout, axes = MUTATIONS[mutation]
+    return Cell(BY_NAME[layout], **axes)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mistake_turns_it_red(mutation: str, pool: Callable[[int], Pool]) -> None:
-    # Four experts a token: two rows can be added in either order.
-    cell = Cell(BY_NAME[MUTATIONS[mutation][1]], model="top 4")
+    cell = mutated_cell(mutation)
     outcome = run_cell(pool(cell.layout.world), cell, mutation=mutation)
     assert outcome.status == "red"
-    if mutation == "combine_in_any_order":  # which no tolerance sees
+    if mutation.startswith("combine_in_any_order"):  # which no tolerance sees
         assert outcome.reason == "the same seed twice: other bits"
         assert outcome.error < 1e-5
     else:
         assert "differs: " in outcome.reason
 
 
-@pytest.mark.parametrize("name", sorted({layout for _, layout in MUTATIONS.values()}))
-def test_without_a_mistake_it_is_green(name: str, pool: Callable[[int], Pool]) -> None:
-    outcome = run_cell(pool(BY_NAME[name].world), Cell(BY_NAME[name], model="top 4"))
+@pytest.mark.parametrize("cell", dict.fromkeys(map(mutated_cell, MUTATIONS)), ids=str)
+def test_without_a_mistake_it_is_green(cell: Cell, pool: Callable[[int], Pool]) -> None:
+    outcome = run_cell(pool(cell.layout.world), cell)
     assert outcome.status == "green", outcome.reason
 
 

@@ -11,16 +11,16 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from moesaic.parallel import zero
-from moesaic.parallel.apply import parallelize, start_engine, total
+from moesaic.parallel.apply import parallelize, start_engine
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.fragment import Fragment, boxes
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.ranks import run_ranks
 from tests.parallel.shapes import CPU, SEQUENCE, config_of
+
 
 def start(stage: int | None, shape: str, expert: int) -> Engine:
     """Of FSDP2 where there is no stage."""
