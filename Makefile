@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Computed once, so that every rank and every restart of one `make train` writes to the same folder.
 RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install train test check bench study-rounding clean
+.PHONY: help install train test check bench parity study-rounding clean
 
 help:
 	@echo "make install   make .venv and install Moesaic with its development tools (once; PYTHON=python3.12 chooses the Python)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test      run the tests that need no GPU; ARGS='-k name' passes options to pytest"
 	@echo "make check     formatting, lint, types, structure"
 	@echo "make bench     run every file in benchmarks/"
+	@echo "make parity    every way to spread a model against one process, and the tables of docs/parity.md; up to half an hour on two cores"
 	@echo "make study-rounding   what token rounding costs in quality, over seeds; about half an hour on two cores"
 	@echo "make clean     remove .venv, caches and build products; runs/ stays"
 
@@ -51,6 +52,9 @@ check: install
 bench: .venv/installed-bench
 	@set -e; for file in $(filter-out benchmarks/compare.py benchmarks/study_%.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$file; done
+
+parity: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.report $(ARGS)
 
 study-rounding: install
 	$(BIN)/python benchmarks/study_rounding.py $(ARGS)

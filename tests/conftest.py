@@ -3,7 +3,8 @@
 import functools
 import random
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -27,6 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files() -> Iterator[None]:
+    """One folder, removed at the end, for what torchrun and W&B leave in the temporary folder. Not below tmp_path: the names of
+    W&B's sockets, which lie in it, can't be long."""
+    tempfile.gettempdir()  # remembered: pytest's own folders stay where they are
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="moesaic-", ignore_cleanup_errors=True) as folder,
+    ):
+        patch.setenv("TMPDIR", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)
