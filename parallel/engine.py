@@ -44,7 +44,9 @@ class Engine(Protocol):
 
     def step(self, clip: float) -> Tensor:
         """Scale gradients so that their global norm is at most `clip` (0: leave them), update the weights, clear the gradients.
-        Returns the norm before, fp32 scalar, equal on every rank. Collective."""
+        Where the norm is not finite, on any rank, for whichever parameter, nothing is updated anywhere: weights, moments and
+        `steps` stay as they were, of dense parameters and experts alike, and the gradients are cleared.
+        Returns the norm before, fp32 scalar, equal on every rank. Collective, and waits for the device."""
 
     def rest(self) -> None:
         """After forward passes without a backward one: let go of what they gathered."""

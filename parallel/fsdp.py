@@ -32,7 +32,8 @@ class FSDPEngine:
 
     def step(self, clip: float) -> Tensor:
         norm = clip_gradients(self.model.parameters(), clip)
-        self.optimizer.step()
+        if norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

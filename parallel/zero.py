@@ -87,6 +87,13 @@ class ZeroEngine:
         self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(self.stage))
         check_experts(before, checksums(self.experts.values()))
         self.zero = self.model.optimizer  # at stage 0 the optimizer itself
+        self.skip = False
+        # ZeRO can leave out a step where gradients overflow, and clears what it keeps of them. Let it ask us, who see the experts.
+        if self.stage == 3:
+            self.zero._get_norm_groups = lambda: [float("inf") if self.skip else 0.0]
+        elif self.stage > 0:
+            self.zero.check_grad_overflow = True
+            self.zero.has_overflow = lambda _: self.skip
 
     # ---------------------------------------------------------------- a step
 
@@ -98,9 +105,14 @@ class ZeroEngine:
 
     def step(self, clip: float) -> Tensor:
         norm = clip_tensors(self.gradients().values(), clip)
-        self.model.step()
+        self.skip = not norm.isfinite()
+        if self.stage == 0 and self.skip:
+            self.model.zero_grad()
+        else:
+            self.model.step()
         if self.expert_optimizer:
-            self.expert_optimizer.step()
+            if not self.skip:
+                self.expert_optimizer.step()
             self.expert_optimizer.zero_grad(set_to_none=True)
         return norm
 
