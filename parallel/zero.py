@@ -88,7 +88,7 @@ class ZeroEngine:
         check_experts(before, checksums(self.experts.values()))
         self.zero = self.model.optimizer  # at stage 0 the optimizer itself
         self.skip = False
-        # ZeRO can leave out a step where gradients overflow, and clears what it keeps of them. Let it ask us, who see the experts.
+        # ZeRO can leave out a step where gradients overflow, and clears what it keeps of them. It asks us, who see the experts.
         if self.stage == 3:
             self.zero._get_norm_groups = lambda: [float("inf") if self.skip else 0.0]
         elif self.stage > 0:
