@@ -88,8 +88,8 @@ class DataConfig:
 
 @dataclass
 class PrecisionConfig:
-    """compute: the type of matrix products; weights, gradients' sums and optimizer are fp32. auto: bf16 on CUDA, fp32 on a CPU
-    and with parallel.engine=deepspeed."""
+    """compute: the type of matrix products; weights, gradients' sums and optimizer are fp32. auto: bf16 on CUDA, fp32 on
+    a CPU."""
 
     compute: str = "auto"
 
@@ -169,7 +169,5 @@ def check(c: Config) -> None:
             f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
     require(c.precision.compute in ("auto", "fp32", "bf16"),
             f"precision.compute={c.precision.compute}: must be one of auto, fp32, bf16")  # fmt: skip
-    require(c.precision.compute != "bf16" or c.parallel.engine == "fsdp",
-            f"precision.compute={c.precision.compute}: must be fp32 or auto with parallel.engine=deepspeed")  # fmt: skip
     require(c.wandb.mode in ("offline", "online", "disabled"),
             f"wandb.mode={c.wandb.mode}: must be one of offline, online, disabled")  # fmt: skip

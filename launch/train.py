@@ -279,11 +279,9 @@ def check_rounding(config: Config, device: torch.device) -> None:
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The type of matrix products that `precision.compute` names; auto: bf16 on CUDA, fp32 on a CPU, where bf16 is slow, and with
-    DeepSpeed."""
+    """The type of matrix products that `precision.compute` names; auto: bf16 on CUDA, fp32 on a CPU, where bf16 is slow."""
     if config.precision.compute == "auto":
-        bf16 = device.type == "cuda" and config.parallel.engine == "fsdp"
-        return torch.bfloat16 if bf16 else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.compute]
 
 

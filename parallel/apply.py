@@ -7,6 +7,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Block, Fill, Transformer, initialize
+from moesaic.parallel.cast import compute_in
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.fsdp import RESHARD, FSDPEngine, divide_experts, shard_block, shard_experts, shard_root
@@ -25,8 +26,8 @@ def parallelize(
     2. Block by block: allocate, fill with the initial weights of (seed, name) or by `fill`, keep this rank's experts, shard
        with FSDP2 (the experts first, then the block). A rank never holds more than one whole block.
     3. The same for embedding, norm and head.
-       With parallel.engine=deepspeed only the experts are sharded; every rank builds all dense weights, and `start_engine` hands
-       them to DeepSpeed.
+       With parallel.engine=deepspeed only the experts are sharded; every rank builds all dense weights, which are cast where
+       they are used, and `start_engine` hands them to DeepSpeed.
     4. Put the expert path that `parallel` names into every MoE layer, and the sum over ranks that statistics over the global
        batch go through; then what `parallel.remat` says into every block.
 
@@ -58,6 +59,8 @@ def parallelize(
         model.head.weight = model.embedding.weight
     if fsdp:
         shard_root(model, meshes, policy, RESHARD[parallel.reshard])
+    elif compute is not torch.float32:
+        compute_in(model, compute)
     recompute(model, parallel.remat)
     return model
 

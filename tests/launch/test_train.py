@@ -68,7 +68,6 @@ MISTAKES = [
     (["run_dir=/proc/run"], ["run_dir=/proc/run", "cannot be made"]),
     (["train.seed=99999999999999999"], ["train.seed=99999999999999999", "must be below"]),
     (["model.init_std=-1"], ["model.init_std=-1", "must not be negative"]),
-    (["parallel.engine=deepspeed", "precision.compute=bf16"], ["precision.compute=bf16", "must be fp32 or auto"]),
     (["parallel.engine=zero"], ["parallel.engine=zero", "must be one of fsdp, deepspeed"]),
     (["parallel.zero_stage=2"], ["parallel.zero_stage=2", "must be null with parallel.engine=fsdp"]),
     (["parallel.engine=deepspeed", "parallel.reshard=never"], ["parallel.reshard=never", "must be auto"]),

@@ -395,8 +395,13 @@ def differences(want: dict[str, Any], got: dict[str, Any]) -> Iterator[tuple[str
         if a is None or b is None or a.shape != b.shape:
             yield name, float("inf")
         elif name != "counts":
-            difference = ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
-            yield name, difference if difference == difference else float("inf")
+            yield name, relative(a, b)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """The largest difference of a from b, relative to b's largest entry; infinite where it is no number."""
+    difference = ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+    return difference if difference == difference else float("inf")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 
 from moesaic.launch.train import train_step
 from moesaic.parallel.apply import total
+from moesaic.parallel.cast import CastLinear
 from tests.parallel.cells import (
     AXES,
     LAYOUTS,
@@ -37,7 +38,7 @@ from tests.parallel.cells import (
     refused,
 )
 from tests.parallel.mutations import MUTATIONS
-from tests.parallel.parity import CPU, Samples, Unfit, make_engine, pools, reference, run_cell, whole
+from tests.parallel.parity import CPU, Routes, Samples, Unfit, make_engine, pools, reference, run_cell, whole
 from tests.parallel.pool import Pool, RanksFailed
 
 pytestmark = pytest.mark.xdist_group("parity")  # one process of pytest, so that ranks start once
@@ -99,30 +100,84 @@ def test_a_refusal_is_not_green(layout: Layout, pool: Callable[[int], Pool]) -> 
 # ---------------------------------------------------------------- another precision
 
 
-def in_bf16(cell: Cell) -> tuple[torch.Tensor, dict[str, torch.Tensor], set[torch.dtype], set[torch.dtype]]:
+def in_bf16(cell: Cell) -> dict[str, Any]:
+    """A step with products in bf16, and the types of what is kept, of what computes and of the rotary tables."""
     config = cell.config()
     model, engine = make_engine(cell, config, torch.bfloat16)
-    tables: set[torch.dtype] = set()
-    attention: Any = model.blocks[0].attention  # type: ignore[union-attr]
-    attention.register_forward_pre_hook(lambda _, inputs: tables.update(t.dtype for t in inputs[1:3]))
+    routes, seen = (
+        Routes(model),
+        {"products": set[torch.dtype](), "tables": set[torch.dtype](), "scores": set[torch.dtype]()},
+    )
+    block: Any = model.blocks[0]
+    block.attention.register_forward_pre_hook(lambda _, inputs: seen["tables"].update(t.dtype for t in inputs[1:3]))
+    block.attention.wqkv.register_forward_hook(lambda _, inputs, output: seen["products"].add(output.dtype))
+    block.ffn.router.register_forward_hook(lambda m, *_: seen["scores"].update(p.dtype for p in m.parameters()))
     stream: Any = Samples(config.train.seq_len, config.model.vocab_size)
-    loss = total(train_step(engine, stream, config.train, 0, CPU, None)[0])
-    kept = {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters() if p.grad is not None}
-    return loss, whole(engine.gradients()), kept, tables
+    run: dict[str, Any] = {"loss": total(train_step(engine, stream, config.train, 0, CPU, None)[0])}
+    kept = [*engine.gradients().values(), *engine.weights().values()]
+    run["gradients"] = whole(engine.gradients())
+    run["norm"] = engine.step(config.optim.clip)
+    kept += engine.moments().values()
+    run |= {"moments": whole(engine.moments()), "weights": whole(engine.weights()), "routes": routes.passes}
+    return run | {"seen": seen | {"kept": {t.dtype for t in kept}}}
+
+
+BF16 = ("EP 2", *(f"ZeRO-{stage}, EP 2" for stage in range(4)))
 
 
 def test_bf16_products_with_fp32_weights(pool: Callable[[int], Pool]) -> None:
-    """What CUDA runs by default: products in bf16, everything that is kept or summed in fp32."""
-    cell = Cell(BY_NAME["EP 2"])
-    want = reference(cell.reference())
-    for loss, found, kept, tables in pool(2).run(in_bf16, cell):
-        assert kept == {torch.float32}
-        assert tables == {torch.float32}  # angles of far positions need it
-        assert abs(loss / want["losses"][0] - 1) < 0.01
+    """What CUDA runs by default: products in bf16, all that is kept or summed in fp32; with DeepSpeed as with FSDP2."""
+    cells = [
+        Cell(BY_NAME[name], accumulation=2, remat=remat)
+        for name, remat in zip(BF16, ("none", *4 * ["selective"]), strict=True)
+    ]
+    want = reference(cells[0].reference())
+    fsdp, *others = [pool(2).run(in_bf16, cell) for cell in cells]
+    for run in fsdp:
+        assert abs(run["loss"] / want["losses"][0] - 1) < 0.01
         for name, value in want["gradients"].items():
-            error = (found[name] - value).norm() / value.norm()
+            error = (run["gradients"][name] - value).norm() / value.norm()
             # One flipped top-K choice among 96 tokens moves a gradient this much; a wrong scale would be 1.
             assert 1e-6 < error < 0.2, (name, error)
+    full, half = {torch.float32}, {torch.bfloat16}
+    for run in [*fsdp, *(run for ranks in others for run in ranks)]:
+        # Angles of far positions need fp32, and so do scores.
+        assert run["seen"] == {"kept": full, "tables": full, "scores": full, "products": half}
+        for name, value in run[
+            "gradients"
+        ].items():  # a sum of micro-batches and ranks that was rounded to bf16 would stay itself
+            assert not torch.equal(value, value.bfloat16().float()), name
+    for run, alike in ((run, alike) for ranks in others for run, alike in zip(ranks, fsdp, strict=True)):
+        assert all(
+            torch.equal(a, b)
+            for x, y in zip(run["routes"], alike["routes"], strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
+        assert abs(run["loss"] / alike["loss"] - 1) < 1e-4
+        assert abs(run["norm"] / alike["norm"] - 1) < 1e-3
+        for kind, name in ((k, name) for k in ("gradients", "moments", "weights") for name in alike[k]):
+            error = (run[kind][name] - alike[kind][name]).norm() / alike[kind][name].norm()
+            assert error < 1e-2, (kind, name, error)
+
+
+def test_a_cast_weight_is_not_kept() -> None:
+    """ZeRO-3 divides weights until backward: copies of them in bf16 that autograd holds would take half of that back."""
+    x, w = torch.randn(2, 3, 8).bfloat16().requires_grad_(), torch.randn(5, 8).requires_grad_()
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = CastLinear.apply(x, w)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), w.data_ptr()}
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, [x, w], dy)
+    want = torch.autograd.grad(torch.nn.functional.linear(x, w.bfloat16()), [x, w], dy)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs)
 
 
 # ---------------------------------------------------------------- the matrix notices
