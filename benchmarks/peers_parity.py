@@ -392,7 +392,8 @@ def alone(peer: str, cell: Cell, folder: str) -> dict[str, Any]:
 
 @dataclass
 class Verdict:
-    """status: green, red or fails (an exception). errors: of each kind of quantity, the largest difference and where it is."""
+    """status: green, red, refused (it says that it can't) or fails (another exception). errors: of each kind of
+    quantity, the largest difference and where it is."""
 
     status: str
     errors: dict[str, tuple[float, str]] = field(default_factory=dict)
@@ -445,7 +446,8 @@ def compare_peer(setting: Setting, cell: Cell, want: dict[str, Any], folder: str
         return judge(want, pool.run(on_rank, setting, cell, folder))
     except RanksFailed as error:
         told = {m.trace.strip().splitlines()[-1] for m in error.mistakes.values()} or set(error.lost.values())
-        return Verdict("fails", reason="; ".join(sorted(told)))
+        reason = "; ".join(sorted(told))
+        return Verdict("refused" if "not supported" in reason else "fails", reason=reason)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Products in another type than weights are kept in, for an engine that knows of one type alone.
 
-What FSDP2's mixed precision does, done where a weight is used: it is cast, and its gradient comes back in the type of what is
-kept, to be summed over micro-batches and ranks in it. The engine sees fp32 and nothing else. DeepSpeed's own bf16 is not that: its
+What FSDP2's mixed precision does, done where a weight is used: it is cast, and its gradient comes back in the type of what
+is kept, to be summed over micro-batches and ranks in it. The engine sees fp32 and nothing else. DeepSpeed's own bf16 differs: its
 router would score tokens with bf16 weights, stage 0 adds up micro-batches in bf16, and stage 1 takes another optimizer.
 """
 
@@ -23,24 +23,23 @@ def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
     for child in module.children():
         compute_in(child, dtype)
     forward: Any = module.forward
-    if isinstance(module, nn.Linear):
-        assert module.bias is None
-        module.forward = lambda x: CastLinear.apply(x, module.weight)
-    elif list(module.parameters(recurse=False)):
-        module.forward = lambda *inputs: with_cast(module, dtype, forward, *inputs)
-    elif isinstance(module, Transformer):  # its loss takes the weight of its head
-        module.forward = lambda *inputs: with_cast(module.head, dtype, forward, *inputs)
+    owner: Any = module.head if isinstance(module, Transformer) else module  # the loss takes the weight of the head
+    if owner is module and isinstance(owner, nn.Linear):
+        assert owner.bias is None
+        module.forward = lambda x: CastLinear.apply(x, owner.weight)
+    elif list(owner.parameters(recurse=False)):
+        module.forward = lambda *inputs, **named: with_cast(owner, dtype, forward, *inputs, **named)
 
 
-def with_cast(module: nn.Module, dtype: torch.dtype, forward: Any, *inputs: Any) -> Any:
-    """`forward(*inputs)`, with casts in the place of the parameters of `module`."""
+def with_cast(module: nn.Module, dtype: torch.dtype, forward: Any, *inputs: Any, **named: Any) -> Any:
+    """What `forward` gives, with casts in the place of the parameters of `module`."""
     # Python looks for an attribute here first, and torch.nn.Module for a parameter only where it is missing.
-    names = {name: p.to(dtype) for name, p in module.named_parameters(recurse=False)}
-    module.__dict__.update(names)
+    casts = {name: p.to(dtype) for name, p in module.named_parameters(recurse=False)}
+    module.__dict__.update(casts)
     try:
-        return forward(*inputs)
+        return forward(*inputs, **named)
     finally:
-        for name in names:
+        for name in casts:
             del module.__dict__[name]
 
 
