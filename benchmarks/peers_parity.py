@@ -495,7 +495,8 @@ def tell(setting: Setting, cell: Cell, ours: Any, peer: Verdict) -> None:
 
 def markdown(table: dict[Setting, dict[str, Verdict]], ours: dict[Cell, Any]) -> list[str]:
     def shown(status: str, error: float) -> str:
-        return f"{error:.0e}".replace("e-0", "e-") if status == "green" else f"**{status}**"
+        number = f"{error:.0e}".replace("e-0", "e-")
+        return number if status == "green" else f"**{status}, {number}**" if math.isfinite(error) else f"**{status}**"
 
     lines = ["", "| layout | side | " + " | ".join(WORKLOADS) + " |", "|---" * (len(WORKLOADS) + 2) + "|"]
     for s, verdicts in table.items():
