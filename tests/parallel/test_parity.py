@@ -153,11 +153,11 @@ def test_bf16_products_with_fp32_weights(pool: Callable[[int], Pool]) -> None:
             for x, y in zip(run["routes"], alike["routes"], strict=True)
             for a, b in zip(x, y, strict=True)
         )
-        assert abs(run["loss"] / alike["loss"] - 1) < 1e-4
-        assert abs(run["norm"] / alike["norm"] - 1) < 1e-3
+        assert abs(run["loss"] / alike["loss"] - 1) < 1e-5
+        assert abs(run["norm"] / alike["norm"] - 1) < 1e-5
         for kind, name in ((k, name) for k in ("gradients", "moments", "weights") for name in alike[k]):
             error = (run[kind][name] - alike[kind][name]).norm() / alike[kind][name].norm()
-            assert error < 1e-2, (kind, name, error)
+            assert error < 1e-5, (kind, name, error)  # a router in bf16 makes 5e-3
 
 
 def test_a_cast_weight_is_not_kept() -> None:
