@@ -11,7 +11,9 @@ That needs one M for all varlen_m products of a target, of which every varlen_k 
 Letters: M tile rows, N tile columns, K tile depth.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +21,16 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """An m x n tile of the result, computed k deep a step. Powers of two; at least 16, as Triton's `dot` demands."""
+    """An m x n tile of the result, computed k deep a step. Powers of two; at least 16, as Triton's `dot` demands.
+
+    By `warps` warps, with `stages` steps under way at once.
+    """
 
     m: int
     n: int
     k: int
+    warps: int = 8
+    stages: int = 3
 
     def __post_init__(self) -> None:
         for size in (self.m, self.n, self.k):
@@ -40,6 +47,8 @@ _GPU = {
     "varlen_m": Tile(128, 128, 64),
     "varlen_m_narrow": Tile(128, 64, 64),
     "varlen_k": Tile(128, 128, 64),
+    "dense": Tile(128, 128, 64),
+    "dense_small": Tile(64, 64, 32, warps=4, stages=2),
 }
 
 # Torch's matrix products on a CPU take any number of rows, so M = 16 is a choice: the smallest that Triton's `dot`, and so its
@@ -49,9 +58,13 @@ _CPU = {
     "varlen_m": Tile(16, 64, 32),
     "varlen_m_narrow": Tile(16, 32, 32),
     "varlen_k": Tile(64, 64, 16),
+    "dense": Tile(32, 64, 32),
+    "dense_small": Tile(32, 64, 32),
 }
 
 TILES: dict[str, dict[str, Tile]] = {"cpu": _CPU} | {name: _GPU for name in ("sm_90a", "sm_100a", "gfx942", "gfx950")}
+# With two stages, rows at odd addresses spill.
+TILES["sm_100a"] = _GPU | {"dense_small": Tile(64, 64, 32, warps=4, stages=1)}
 
 
 def gemm_tile(target: str | torch.device, product: str, columns: int, override: Tile | None = None) -> Tile:
@@ -61,6 +74,20 @@ def gemm_tile(target: str | torch.device, product: str, columns: int, override: 
     assert product in ("varlen_m", "varlen_k"), product
     narrow = product == "varlen_m" and columns < NARROW
     return TILES[target_name(target)][f"{product}_narrow" if narrow else product]
+
+
+def dense_tile(target: str | torch.device, large: bool) -> Tile:
+    """The tile of a product without groups; the small one is for fp32, and for rows that don't begin at multiples of 16 bytes,
+    whose addresses and masks take registers."""
+    return TILES[target_name(target)]["dense" if large else "dense_small"]
+
+
+def product_precision(target: str | torch.device, dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`. NVIDIA's matrix units take fp32 as TF32 only: in three products as exact as fp32, or in one
+    where torch.set_float32_matmul_precision allows it. AMD's take fp32."""
+    if dtype != torch.float32 or not target_name(target).startswith("sm_"):
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def rounding_tile(target: str | torch.device, override: int | None = None) -> int:
@@ -81,10 +108,38 @@ def known_tile(target: str | torch.device, override: int | None = None) -> int |
         return None
 
 
+# Programs that a persistent kernel starts: one for each multiprocessor or compute unit of the parts named in docs/kernels.md.
+_PROCESSORS = {"sm_90a": 132, "sm_100a": 148, "gfx942": 304, "gfx950": 256}
+# Under the interpreter programs run one after another; with a few, a persistent loop still has something to divide.
+_INTERPRETED = 3
+
+_of_meta = "meta"
+
+
+@contextlib.contextmanager
+def meta_is(target: str) -> Iterator[None]:
+    """While active, tensors on the meta device pass for tensors on `target`, so that launchers can be compiled for it."""
+    global _of_meta
+    saved, _of_meta = _of_meta, target
+    try:
+        yield
+    finally:
+        _of_meta = saved
+
+
+def processors(device: torch.device) -> int:
+    """How many programs of a persistent kernel run at once on a device, one on each of its multiprocessors or compute units."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _PROCESSORS.get(target_name(device), _INTERPRETED)
+
+
 def target_name(target: str | torch.device) -> str:
     """The key of `TILES` for a device: `cpu`, or the architecture of the GPU behind it. A string is taken as a key."""
     if isinstance(target, str):
         name = target
+    elif target.type == "meta":
+        name = _of_meta
     elif target.type != "cuda":
         name = target.type
     elif torch.version.hip:
