@@ -1,0 +1,170 @@
+"""`jit`: Triton's compiler where there is a GPU; where there is none, Triton's interpreter, made exact.
+
+What a kernel file uses in place of `triton.jit`. It decides once, for the whole process and its children:
+
+    TRITON_INTERPRET set    1 interprets, 0 compiles (so ahead-of-time compilation works without a GPU)
+    not set                 interprets where torch sees no GPU, and sets the variable
+
+The interpreter of Triton 3.7.1 runs a kernel's operations with numpy, which knows neither bf16 nor fp8: it keeps their bits in
+integers, and multiplies and adds those. Here, every conversion and every product goes through torch instead:
+
+    conversions   as torch's, rounded to nearest even (toward zero on request). fp8: what is too large becomes 448 in e4m3fn,
+                  infinite in e5m2, NaN in the kinds without infinity of AMD's gfx942. GPUs differ there: a kernel clamps first
+    tl.dot        operands exactly as fp32, summed in fp32; of fp32 operands, the bits that TF32 has, unless the kernel says
+                  input_precision="ieee": what would lose precision on a GPU loses it here
+    other arithmetic in bf16 or fp8 raises NotImplementedError: kernels do it in fp32
+
+What the interpreter cannot show: what happens at the same time. It runs the programs of a grid one after another.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import JITFunction
+
+INTERPRET = os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1").lower() in (
+    "1", "true", "yes", "on", "y",
+)  # fmt: skip
+
+# Floats that numpy doesn't have, and the unsigned integers that hold their bits.
+PACKED = {
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5b16: torch.float8_e5m2fnuz,
+}
+# In these numpy must not compute: it would add up bits.
+ARITHMETIC = """
+    fadd fmul fdiv frem fsub fma precise_divf minimumf minnumf maximumf maxnumf clampf cos sin exp exp2 log log2 erf sqrt rsqrt
+    precise_sqrt floor ceil fcmpOLT fcmpOGT fcmpOLE fcmpOGE fcmpOEQ fcmpONE fcmpULT fcmpUGT fcmpULE fcmpUGE fcmpUEQ fcmpUNE
+""".split()
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or its interpreted twin. Launched the same way: `kernel[grid](...)`."""
+    return InterpretedFunction(function) if INTERPRET else triton.jit(function)
+
+
+def _values(handle: TensorHandle) -> torch.Tensor:
+    """The values of a block, in a type that torch computes in."""
+    data, packed = torch.from_numpy(np.array(handle.data)), PACKED.get(handle.dtype.scalar)
+    return data if packed is None else data.view(packed)
+
+
+def _handle(values: torch.Tensor, scalar: tl.dtype) -> TensorHandle:
+    packed = PACKED.get(scalar)
+    bits = values if packed is None else values.view(torch.uint16 if packed.itemsize == 2 else torch.uint8)
+    return TensorHandle(bits.numpy(), scalar)
+
+
+def _cast(builder: Any, source: TensorHandle, target: tl.dtype, rounding: Any = None) -> TensorHandle:
+    """A conversion between any two types; `rounding` of floats: to nearest even unless it says toward zero."""
+    scalar = target.scalar
+    if scalar not in PACKED and source.dtype.scalar not in PACKED and rounding is None:
+        return TensorHandle(source.data.astype(interpreter._get_np_dtype(scalar)), scalar)
+    wanted = PACKED.get(scalar) or getattr(torch, interpreter._get_np_dtype(scalar).name)
+    values = _values(source)
+    if values.dtype is torch.float64 and wanted.itemsize < 4:
+        # torch converts fp64 to small types through fp32: two roundings.
+        raise NotImplementedError(f"{source.dtype.scalar} to {scalar}: convert to fp32 first")
+    result = values.to(wanted)
+    if rounding == interpreter._ir.ROUNDING_MODE.RTZ and wanted.itemsize < values.dtype.itemsize:
+        away = result.to(values.dtype).abs() > values.abs()
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[wanted.itemsize]
+        result = (result.view(integer) - away.to(integer)).view(wanted)  # one step toward zero, whatever the sign
+    return _handle(result, scalar)
+
+
+def _operand(handle: TensorHandle, precision: Any) -> np.ndarray:
+    """Exactly the values of a product's operand, as fp32 where they are shorter; of fp32, as many bits as `precision` keeps."""
+    scalar = handle.dtype.scalar
+    if not scalar.is_floating() or scalar == tl.float64:
+        return handle.data
+    values = _values(handle).float().numpy()
+    if scalar == tl.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32:
+        bits = values.view(np.uint32)  # to nearest, 10 of the 23 bits stay; infinities and NaN as they are
+        values = np.where(np.isfinite(values), ((bits + 0x1000) & 0xFFFFE000).view(np.float32), values)
+    return values
+
+
+def _dot(
+    builder: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, imprecise: Any
+) -> TensorHandle:
+    product = np.matmul(_operand(a, precision), _operand(b, precision), dtype=d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _refusing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def method(builder: Any, *arguments: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, TensorHandle) and argument.dtype.scalar in PACKED:
+                raise NotImplementedError(f"{name} in {argument.dtype.scalar}: convert to fp32 first")
+        return original(builder, *arguments)
+
+    return method
+
+
+def _reduce(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(operation: Any, values: Any) -> Any:
+        for value in values if isinstance(values, tuple) else (values,):
+            if value.dtype.scalar in PACKED:
+                raise NotImplementedError(f"a reduction or scan in {value.dtype.scalar}: convert to fp32 first")
+        return original(operation, values)
+
+    return apply
+
+
+def _interpret_library() -> None:
+    """Triton's own functions (tl.sum, tl.sort, …) were made when triton was imported: maybe before anyone asked to interpret.
+
+    And the language is patched once: the interpreter does it for every launch and every call of a function, which takes longer
+    than many a kernel.
+    """
+    twins: dict[int, InterpretedFunction] = {}
+    for module in (tl.standard, tl.random, tl.core, tl):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                twin = twins.setdefault(id(value), InterpretedFunction(value.fn))
+                setattr(module, name, twin)
+                if getattr(tl.tensor, name, None) is value:  # also a method, which must be a plain function
+                    setattr(tl.tensor, name, lambda *a, twin=twin, **k: twin(*a, **k))
+    interpreter._patch_lang(_sees_the_language)
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+
+core = tl.core  # next to `tl` among the globals of this module, where `_patch_lang` looks for what to patch
+
+
+def _sees_the_language() -> None: ...
+
+
+def _quietly(original: Callable[..., Any]) -> Callable[..., Any]:
+    def run(kernel: Any, *arguments: Any, **named: Any) -> Any:
+        with np.errstate(all="ignore"):  # numpy warns of infinities, a GPU doesn't
+            return original(kernel, *arguments, **named)
+
+    return run
+
+
+def _make_exact() -> None:
+    for name in "si_to_fp ui_to_fp fp_to_si fp_to_ui fp_ext fp_trunc fp_to_fp".split():
+        setattr(InterpreterBuilder, f"create_{name}", _cast)
+    InterpreterBuilder.cast_impl = _cast
+    InterpreterBuilder.create_dot = _dot
+    for name in ARITHMETIC:
+        setattr(InterpreterBuilder, f"create_{name}", _refusing(name, getattr(InterpreterBuilder, f"create_{name}")))
+    InterpretedFunction.run = _quietly(InterpretedFunction.run)
+    interpreter.ReduceScanOpInterface.apply = _reduce(interpreter.ReduceScanOpInterface.apply)
+
+
+if INTERPRET:
+    _interpret_library()
+    _make_exact()
