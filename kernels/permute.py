@@ -4,7 +4,9 @@
     rows      = x[token of each]                                   gather
     y[n]      = sum over the rows of input row n, in slot order    `sum_bags`
 
-Letters: N input rows, D model width, E experts, S slots, R routed rows, K slots per input row.
+`moesaic.kernels.permute_triton` does it in two launches.
+
+Letters: N input rows, D model width, E experts, S slots, R routed rows, K slots per input row, M tile rows.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How each expert's rows are cut into tiles of M rows: the last of each may be cut short.
+
+    starts_E     int64 (E + 1,), the first row of each expert, then the number of all used rows
+    ends_E       int64 (E,), tiles of the experts up to this one, itself included
+    expert       int32 (ceil(R / M) + E,), the expert of each tile; E past the last. Tile i of expert e is rows starts_E[e] +
+                 (i - ends_E[e - 1]) M and on
+    """
+
+    starts_E: Tensor
+    ends_E: Tensor
+    expert: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,15 +61,27 @@ def sort_slots(token_S: Tensor, expert_S: Tensor, counts_E: Tensor, inputs: int,
     if per_input:
         bag = _inverse(slot_R).view(-1, per_input)
         return Rows(slot_R // per_input, slot_R, expert_S[slot_R], bag, None, counts_E)
-    unused = expert_S == counts_E.numel()
-    token_S = token_S.masked_fill(unused, inputs)
-    bag = _inverse(slot_R)[token_S.argsort(stable=True)]
-    per_token = torch.zeros(inputs + 2, dtype=torch.int64, device=token_S.device)
-    starts = per_token.scatter_add_(0, token_S + 1, torch.ones_like(token_S)).cumsum(0)[:-1]
+    bag, starts = bags_by_token(_inverse(slot_R), token_S, expert_S == counts_E.numel(), inputs)
     if on_host(slot_R):
         used = int(counts_E.sum())
         slot_R, bag = slot_R[:used], bag[:used]
     return Rows(token_S[slot_R].clamp(max=max(inputs - 1, 0)), slot_R, expert_S[slot_R], bag, starts, counts_E)
+
+
+def bags_by_token(row_S: Tensor, token_S: Tensor, unused_S: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
+    """(bag, starts) of `Rows`, where inputs have any number of rows; row_S: the row of each slot."""
+    token_S = token_S.masked_fill(unused_S, inputs)
+    bag = row_S[token_S.argsort(stable=True)]
+    per_token = torch.zeros(inputs + 2, dtype=torch.int64, device=token_S.device)
+    return bag, per_token.scatter_add_(0, token_S + 1, torch.ones_like(token_S)).cumsum(0)[:-1]
+
+
+def cut_tiles(counts_E: Tensor, rows: int, tile: int) -> Tiles:
+    """The specification of `Tiles`."""
+    n_experts, ends_E = counts_E.numel(), (-(-counts_E // tile)).cumsum(0)
+    place = torch.arange(-(-rows // tile) + n_experts, device=counts_E.device)
+    expert = torch.searchsorted(ends_E, place, right=True).int()
+    return Tiles(torch.cat((counts_E.new_zeros(1), counts_E.cumsum(0))), ends_E, expert)
 
 
 def on_host(tensor: Tensor) -> bool:

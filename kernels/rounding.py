@@ -77,7 +77,7 @@ def round_routing(
     # 31 bits of a key hold the token; below bf16 or fp64, the other bits would hold something else than the score.
     assert scores_TE.dtype == torch.float32 and experts_TK.dtype == torch.int64, (scores_TE.dtype, experts_TK.dtype)
     assert experts_TK.shape[0] == tokens < 2**31, (experts_TK.shape, tokens)
-    _check(tile, rule, seed)
+    check_rule(tile, rule, seed)
     device = scores_TE.device
     scores_ET = scores_TE.detach().T.contiguous()
     chosen_ET = torch.zeros(n_experts, tokens, dtype=torch.bool, device=device).scatter_(0, experts_TK.T, True)
@@ -129,7 +129,7 @@ def rounded_counts(
 
     up_probability_E   fp64, for the rule `score`, whose chances depend on more than counts
     """
-    _check(tile, rule, seed)
+    check_rule(tile, rule, seed)
     over_E = counts_E % tile
     may_rise_E = (over_E > 0) & (counts_E - over_E + tile <= tokens)
     if rule == "up":
@@ -174,7 +174,7 @@ def token_weights(
     return taken_TE.gather(1, experts_TK), torch.where(rounding.added_EA, weights_EA, 0.0)
 
 
-def _check(tile: int, rule: str, seed: int | Tensor | None) -> None:
+def check_rule(tile: int, rule: str, seed: int | Tensor | None) -> None:
     if rule not in RULES:
         raise ValueError(f"model.router.rounding={rule}: must be one of {', '.join(RULES)}")
     if tile < 1:
