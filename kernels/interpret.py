@@ -21,7 +21,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +28,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
+np = interpreter.np  # blocks are numpy's arrays
 INTERPRET = os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1").lower() in (
     "1", "true", "yes", "on", "y",
 )  # fmt: skip
@@ -83,7 +83,7 @@ def _cast(builder: Any, source: TensorHandle, target: tl.dtype, rounding: Any = 
     return _handle(result, scalar)
 
 
-def _operand(handle: TensorHandle, precision: Any) -> np.ndarray:
+def _operand(handle: TensorHandle, precision: Any) -> Any:
     """Exactly the values of a product's operand, as fp32 where they are shorter; of fp32, as many bits as `precision` keeps."""
     scalar = handle.dtype.scalar
     if not scalar.is_floating() or scalar == tl.float64:

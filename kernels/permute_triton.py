@@ -94,7 +94,7 @@ def _place_kernel(
         place = start[None, :] + tl.cumsum(hot, axis=0) - hot
         row = tl.sum(tl.where(hot > 0, place, 0), axis=1)
         mine = tl.sum(hot, axis=1) > 0
-        token = s.to(tl.int64) // max(K, 1)
+        token = s.to(tl.int64) // (K if K > 0 else 1)
         if K == 0:
             token = tl.minimum(tl.load(token_S + s, mask=mine, other=0), tl.maximum(N - 1, 0))
         tl.store(source_R + row, token, mask=mine)

@@ -97,7 +97,7 @@ def _select_kernel(
     digit = tl.arange(0, 256)
     prefix, left, equal = tl.zeros((1,), tl.int64), n, n
     for position in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * position
+        shift = 24 - 8 * position
         histogram = tl.zeros((256,), tl.int32)
         for first in range(0, T, BT):
             keys, _, candidate = _candidates(scores_ET, member_ET, e, first + tl.arange(0, BT), T, ADD)

@@ -17,6 +17,9 @@ Letters: T tokens, E experts, K experts per token.
 import torch
 from torch import Tensor
 
+# What the kernels take; beyond, torch does it.
+MOST_EXPERTS, MOST_K = 4096, 32
+
 
 def ordered_keys(scores: Tensor) -> Tensor:
     """int64 of the same order as the fp32 scores, in a range of 2^32, so that a tie-breaker fits beside it."""

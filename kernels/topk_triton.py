@@ -20,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.kernels.interpret import jit
-
-MOST_EXPERTS, MOST_K = 4096, 32
+from moesaic.kernels.topk import MOST_EXPERTS, MOST_K
 
 # ---------------------------------------------------------------- kernels
 
@@ -229,8 +228,7 @@ def topk(
     n_experts = logits_TE.shape[1]
     if n_experts > MOST_EXPERTS or k > MOST_K:
         raise ValueError(
-            f"model.n_experts={n_experts}, model.router.top_k={k}: model.experts_backend=triton chooses up to {MOST_K} of up to "
-            f"{MOST_EXPERTS} experts"
+            f"n_experts={n_experts}, k={k}: the kernel chooses up to {MOST_K} of up to {MOST_EXPERTS} experts"
         )
     assert logits_TE.dtype == torch.float32 and k <= n_experts and n_experts % groups == 0, (logits_TE.dtype, k, groups)
     return _op(logits_TE, bias_E, given_TK, k, sigmoid, renormalize, float(scale), groups, kept)

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from moesaic.kernels import permute, rounding, rounding_triton
+from moesaic.kernels import permute, permute_triton, rounding, rounding_triton
 from moesaic.kernels.combine import combine, combine_reference
 from moesaic.kernels.permute import cut_tiles
 from moesaic.kernels.permute_triton import sort_slots
@@ -102,17 +102,24 @@ def sort_reference(
 
 
 SIZED = (*ROUTED[:-1], {"T": 100, "E": 3, "K": 2, "M": 8}, {"T": 40, "E": 300, "K": 3, "M": 16})
-SORT = tuple(
-    Operation(
-        f"sort_slots{'_ragged' if ragged else ''}",
-        sort_run,
-        sort_reference,
-        sort_inputs(ragged),
-        SIZED,
-        FP32,
-        scales=(1.0,),
-    )
-    for ragged in (False, True)
+
+
+def sort_in_chunks(**arguments: Any) -> dict[str, Tensor]:
+    """In two chunks of several blocks each, as thousands of slots are."""
+    with mock.patch.object(permute_triton, "MOST_CHUNKS", 2):
+        return sort_run(**arguments)
+
+
+def sort_operation(name: str, run: Callable[..., Any], ragged: bool, shapes: tuple[Shape, ...]) -> Operation:
+    return Operation(name, run, sort_reference, sort_inputs(ragged), shapes, FP32, scales=(1.0,))
+
+
+SORT = (
+    sort_operation("sort_slots", sort_run, False, SIZED),
+    sort_operation("sort_slots_ragged", sort_run, True, SIZED),
+    sort_operation(
+        "sort_slots_chunks", sort_in_chunks, False, ({"T": 150, "E": 3, "K": 2}, {"T": 131, "E": 2, "K": 1})
+    ),
 )
 
 

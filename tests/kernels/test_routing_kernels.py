@@ -61,9 +61,8 @@ BROKEN = {
     "top-K: order of bits below zero": (topk_triton._keys, "bits ^ 0x7FFFFFFF", "bits", quick("topk_softmax", 3)),
     "top-K: what is chosen stays": (choose, "keys = tl.where(chosen, least, keys)", "keys = keys", quick("topk_softmax", 3)),
     "top-K: padding is chosen": (choose, "tl.where(real, _keys(wanted, e[None, :]), least)", "_keys(wanted, e[None, :])",
-                                 quick("topk_sigmoid", 3)),
-    "top-K: weight of the biased score": (choose, "wanted += tl.load", "wanted = scores = scores + tl.load",
-                                            quick("topk_sigmoid", 3)),
+                                 quick("topk_sigmoid", 2)),
+    "top-K: weight of the biased score": (choose, "wanted += tl.load", "scores += tl.load", quick("topk_sigmoid", 3)),
     "top-K: no bias": (choose, "if BIASED", "if BIASED and False", quick("topk_sigmoid", 3)),
     "top-K: no division": (choose, "if RENORMALIZE", "if False", quick("topk_softmax_divided", 2)),
     "top-K: no factor": (choose, "weights * scale", "weights", quick("topk_sigmoid", 3)),
@@ -82,19 +81,18 @@ BROKEN = {
     "sort: start of the block alone": (place, "rows_before + tl.cumsum(total", "tl.cumsum(total", quick("sort_slots", 4)),
     "sort: within a chunk not stable": (place, "tl.cumsum(hot, axis=0) - hot", "tl.sum(hot, axis=0) - tl.cumsum(hot, axis=0)",
                                         quick("sort_slots", 3)),
-    "sort: chunk not moved on": (place, "        start += tl.sum(hot, axis=0)\n", "", quick("sort_slots", 6)),
+    "sort: chunk not moved on": (place, "        start += tl.sum(hot, axis=0)\n", "", quick("sort_slots_chunks", 0)),
     "sort: tiles cut, not rounded up": (place, "(total + M - 1) // M, axis", "total // M, axis", quick("sort_slots", 3)),
     "sort: tile of the expert before": (place, "end[None, :] <= tile", "end[None, :] < tile", quick("sort_slots", 3)),
     "sort: skipped tiles": (place, "mask=tile < tl.minimum", "mask=tile < -1 + tl.minimum", quick("sort_slots", 3)),
     "round: later tokens first": (select, "number < left", "number >= equal - left", quick("round_up", 1)),
     "round: earlier tokens out": (select, "number >= equal - left", "number < left", quick("round_down", 1)),
-    "round: not more than the boundary": (select, "(keys > prefix)", "(keys > prefix + 1)", quick("round_up", 3)),
+    "round: boundary left out": (select, "| wins", "| (wins & (t < 0))", quick("round_up", 3)),
     "round: place not moved on": (select, "place_of += ", "place_of + ", quick("round_up", 3)),
     "round: unordered": (order, "tl.where(added, place, a)", "a", quick("round_up", 1, 3)),
     "round: the other way": (order, "tl.where(up & (a < n), 1, 0)", "tl.where(up & (a < n), 0, 1)", quick("round_up", 1)),
     "round: ties up": (rises, "M - over < over", "M - over <= over", quick("round_nearest", 1, 2)),
     "round: lost not made up": (rises, "axis=0) + lost", "axis=0)", quick("round_balance", 1)),
-    "round: experts beyond T": (rises, "(over > 0) & (count - over + M <= T)", "over > 0", quick("round_up", 0, 2)),
     "round: another seed": (rises, "(e + 1)", "(e + 2)", quick("round_stochastic", 1)),
     "round: sums exchanged": (rises, "above / tl", "below / tl", quick("round_score", 1, 2, 3)),
     "combine: wrong offset": (add, "rows_RD + r[:, None] * D", "rows_RD + n[:, None] * D", quick("combine", 1)),
@@ -149,9 +147,7 @@ def test_most_experts_and_most_choices() -> None:
     got, weights_TK, _ = topk(logits_TE, None, 32, sigmoid=False, renormalize=False)
     assert got.equal(logits_TE.topk(32).indices)
     torch.testing.assert_close(weights_TK, logits_TE.softmax(dim=1).topk(32).values)
-    with pytest.raises(
-        ValueError, match=r"model.n_experts=4097, model.router.top_k=3: .* chooses up to 32 of up to 4096"
-    ):
+    with pytest.raises(ValueError, match="n_experts=4097, k=3: the kernel chooses up to 32 of up to 4096"):
         topk(torch.zeros(1, 4097), None, 3, sigmoid=False, renormalize=False)
 
 
