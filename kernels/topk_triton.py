@@ -133,7 +133,8 @@ def _topk_backward_kernel(
     if SIGMOID:
         shares = scores / total[:, None]
         dscores += (dshares - tl.sum(dshares * shares, axis=1)[:, None]) / total[:, None]
-        dlogits = scores * (1 - scores) * dscores
+        # 1 - score would lose the digits of a score next to 1.
+        dlogits = scores / (1 + tl.exp(logits)) * dscores
     else:
         dscores += dshares
         dlogits = scores * (dscores - tl.sum(dscores * scores, axis=1)[:, None])
