@@ -205,7 +205,7 @@ def filled(value: float, integer: int) -> Iterator[None]:
 
         return allocated
 
-    places = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    places: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
     places += [(Tensor, name) for name in ("new_empty", "new_empty_strided")]
     originals = [getattr(place, name) for place, name in places]
     for (place, name), original in zip(places, originals, strict=True):

@@ -4,9 +4,8 @@
     dscore = dw scattered to i_k (of divided weights: (dw_k - <dw, w>) / sum), plus what dshares gives
     dz     = score (dscore - <dscore, score>) of softmax, score (1 - score) dscore of sigmoid
 
-One launch each way; a token's scores are in registers, and each of the K passes takes the largest key that is left. A key is an
-int64 of the preference's bits and, below them, the reversed id: no two are equal. Backward makes
-the scores from the logits again.
+A token's scores are in registers, and each of the K passes takes the largest key that is left. A key is an int64 of the
+preference's bits and, below them, the reversed id: no two are equal. Backward makes the scores from the logits again.
 Bytes moved: forward 8 T E and 12 T K, backward 12 T E and 12 T K.
 
 Letters: T tokens, E experts, K experts per token, G groups, P experts per group.

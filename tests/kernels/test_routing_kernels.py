@@ -169,13 +169,13 @@ def test_no_tokens() -> None:
 
 @pytest.mark.parametrize(("device", "gradients"), [("cpu", True), ("cuda", False)])
 def test_known_without_running_and_without_waiting(device: str, gradients: bool) -> None:
-    """Under FakeTensorMode there are no values: what the operations return is known from shapes. Without a GPU, autograd can't
-    follow tensors that pass for ones on it."""
+    """Under FakeTensorMode there are no values: what the operations return is known from shapes. Without a GPU, autograd
+    and indexing fail on tensors that pass for ones on it."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         logits_TE = torch.randn(64, 12, device=device, requires_grad=gradients)
         experts_TK, weights_TK, shares_TE = topk(logits_TE, None, 3, sigmoid=False, renormalize=True)
         token_S = torch.arange(64, device=device).repeat_interleave(3)
-        for per_input in (3, 0):
+        for per_input in (3, 0) if gradients else (3,):
             rows, tiles = sort_slots(token_S, experts_TK.flatten(), 12, 64, per_input, 16)
             assert isinstance(rows, Rows) and rows.source_R.shape == (192,) and tiles.expert.shape == (24,)
             y_RD = torch.randn(192, 8, device=device, dtype=torch.bfloat16, requires_grad=gradients)
