@@ -85,6 +85,7 @@ def _place_kernel(
                 so_far += tl.sum(cut, axis=0)
             tl.store(tile_expert + tile, passed, mask=tile < tl.minimum((c + 1) * tiles_each, tiles))
 
+    start = start.to(tl.int32)
     for before in range(c):
         start += tl.load(counts_CE + before * buckets + e, mask=e < buckets, other=0)
     stop = tl.minimum((c + 1) * chunk, S)
@@ -100,7 +101,7 @@ def _place_kernel(
         tl.store(source_R + row, token, mask=mine)
         tl.store(slot_R + row, s.to(tl.int64), mask=mine)
         tl.store(expert_R + row, expert.to(tl.int64), mask=mine)
-        tl.store(row_S + s, row, mask=mine)
+        tl.store(row_S + s, row.to(tl.int64), mask=mine)
         start += tl.sum(hot, axis=0)
 
 

@@ -184,7 +184,7 @@ def _run(
     block_a = max(16, triton.next_power_of_2(width))
     _order_kernel[(n_experts,)](
         chosen_E, seed, list_E2A, keys_E2A, sums_E2, member_ET, token_EA, added_EA, counts_E, *sizes, RULE=rule, BE=block_e,
-        BA=block_a, BJ=min(block_a, 64),
+        BA=block_a, BJ=max(1, min(16, 2048 // block_a)),
     )  # fmt: skip
     return member_ET, token_EA, added_EA, counts_E
 
