@@ -5,13 +5,15 @@ BIN := .venv/bin
 # Computed once, so that every rank and every restart of one `make train` writes to the same folder.
 RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install train test check bench parity study-rounding clean
+.PHONY: help install train test check kernels test-gpu bench bench-gpu parity study-rounding clean
 
 help:
 	@echo "make install   make .venv and install Moesaic with its development tools (once; PYTHON=python3.12 chooses the Python)"
 	@echo "make train     train the demonstration, recipe=tiny_moe, on two processes; ARGS='train.steps=100 ...' overrides knobs"
 	@echo "make test      run the tests that need no GPU; ARGS='-k name' passes options to pytest"
 	@echo "make check     formatting, lint, types, structure"
+	@echo "make kernels   compile every Triton kernel for every target, no GPU needed; the tables of docs/kernels.md; fails on a spill"
+	@echo "make test-gpu  run the kernels' tests on a GPU; make bench-gpu times them there"
 	@echo "make bench     run every file in benchmarks/"
 	@echo "make parity    every way to spread a model against one process, and the tables of docs/parity.md; up to half an hour on two cores"
 	@echo "make study-rounding   what token rounding costs in quality, over seeds; about half an hour on two cores"
@@ -40,13 +42,24 @@ train: install
 # Two test processes of one thread each: more threads than cores make everything slower.
 # loadgroup: tests that share ranks run in one of them.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_structure.py
+
+kernels: install
+	$(BIN)/python -m moesaic.kernels.targets --page docs/kernels.md $(ARGS)
+
+# Both say in one line that there is no GPU, where there is none, and fail.
+test-gpu: install
+	@$(BIN)/python -m moesaic.kernels.bench --only-check-gpu
+	TRITON_INTERPRET=0 $(BIN)/pytest tests/kernels $(ARGS)
+
+bench-gpu: install
+	@TRITON_INTERPRET=0 $(BIN)/python -m moesaic.kernels.bench $(ARGS)
 
 # A file that only others import, and studies, which take long, are no benchmarks.
 bench: .venv/installed-bench

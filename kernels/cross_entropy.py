@@ -25,22 +25,37 @@ CHUNK_BYTES = 512 * 2**20  # elsewhere: products of over a thousand rows, also w
 LEAST_ROWS = 256  # fewer reread a large weight too often: at V 32768, 128 take 9% longer
 
 
-def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
-    """The specification: the sum of the cross entropies of all targets that are not `ignored`, in x's own type."""
-    return F.cross_entropy(x_ND @ weight_VD.T, targets_N, ignore_index=ignored, reduction="sum")
+def linear_cross_entropy_reference(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, z_coef: float = 0.0
+) -> Tensor:
+    """The specification: over all targets that are not `ignored`, the sum of cross entropy + z_coef * (log sum exp)^2."""
+    logits_NV = x_ND @ weight_VD.T
+    z_N = torch.where(targets_N == ignored, 0.0, logits_NV.logsumexp(dim=1).square())
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=ignored, reduction="sum") + z_coef * z_N.sum()
 
 
 def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, chunk_bytes: int | None = None
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    ignored: int,
+    chunk_bytes: int | None = None,
+    *,
+    backend: str = "torch",
 ) -> Tensor:
     """Sum of the cross entropies of all targets that are not `ignored`, fp32 scalar. Products in x's type, all else in fp32.
 
     targets_N: int64 below V, or `ignored`, which is negative. Peak memory beyond inputs and gradients: about `chunk_bytes`, by
-    default 16 MiB on a CPU and 512 MiB elsewhere, or the logits of 256 tokens where they take more.
+    default 16 MiB on a CPU and 512 MiB elsewhere, or the logits of 256 tokens where they take more. `backend`: torch, or triton,
+    the kernels of fused_cross_entropy.py, which have no logits in forward and `chunk_bytes` of their gradient in backward.
     """
     least = 1
     if chunk_bytes is None:
         chunk_bytes, least = (CHUNK_BYTES_CPU if x_ND.device.type == "cpu" else CHUNK_BYTES), LEAST_ROWS
+    if backend == "triton":
+        from moesaic.kernels.fused_cross_entropy import fused_linear_cross_entropy
+
+        return fused_linear_cross_entropy(x_ND, weight_VD, targets_N, ignored, chunk_bytes)
     rows = max(least, chunk_bytes // (4 * weight_VD.shape[0]))
     # Asked here, for inside a Function's forward gradients are always off, and needs_input_grad knows nothing of no_grad.
     return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, ignored, rows, torch.is_grad_enabled())

@@ -91,6 +91,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    if x.is_cuda:
+        from moesaic.kernels.rope import rope  # Triton, which a CPU does without
+
+        return rope(x, cos[:, 0], sin[:, 0], direction)
     pairs = x.shape[-1] // 2
     y = x * cos
     y[..., :pairs].addcmul_(x[..., pairs:], sin[..., :pairs], value=direction)

@@ -1,5 +1,6 @@
 """What is read from binaries: on texts with known answers, and on kernels compiled for every target, bad ones among them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,14 @@ def test_page(tmp_path: Path) -> None:
     assert text.index("| a | c | gfx942 | broke |") < text.index("| b | c | sm_90a | 7 |")
     with pytest.raises(ValueError, match="has no lines <!-- y: begin -->"):
         targets.write_page(page, "y", table)
+
+
+def test_page_of_the_repository_is_current() -> None:
+    """Every case that is compiled has its row in docs/kernels.md, and no other has; the least times are those computed now."""
+    page = (Path(__file__).parents[2] / "docs/kernels.md").read_text()
+    listed = set(re.findall(r"^\| (\w+\.\w+) \| (.*?) \| (\w+) \| \d", page, re.MULTILINE))
+    assert listed and listed == set(targets.listed(targets.modules(), TARGETS))
+    assert roofline.table() in page
 
 
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

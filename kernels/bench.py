@@ -1,0 +1,149 @@
+"""Times of the kernels on a GPU, beside torch's own operations. Nothing is timed that is not right.
+
+    python -m moesaic.kernels.bench [--only NAME]          (make bench-gpu)
+
+Each case's results and gradients are compared with the peer's first; where they differ by more than the tolerance the case is
+red: it is not timed, and the command exits 1. (`make test-gpu` compares with fp64.) Times are medians of Triton's do_bench,
+which empties L2 before each call, the sides in turns. A line is one JSON object, as of benchmarks/, with the least time of
+moesaic.kernels.roofline beside it. Without a GPU the command says so in one line and exits 2.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.kernels.roofline import HEAD, WORK, seconds
+from moesaic.kernels.tiles import TILES, target_name
+
+DEVICE = "cuda"
+ROUNDS = 5
+TOLERANCE = 2e-2  # of bf16 results and gradients, relative to their largest
+
+
+class Case(NamedTuple):
+    """`ours` and `peer`: functions without arguments that give results and gradients by name. `parts`: names in roofline.WORK
+    whose least times add up to that of what is timed."""
+
+    name: str
+    ours: Callable[[], Mapping[str, Tensor]]
+    peer: Callable[[], Mapping[str, Tensor]]
+    peer_name: str
+    parts: tuple[str, ...]
+    shape: Mapping[str, int]
+
+
+def head(device: torch.device, shape: Mapping[str, int] = HEAD) -> Iterator[Case]:
+    from moesaic.kernels.fused_cross_entropy import fused_linear_cross_entropy
+
+    n, d, v = shape["N"], shape["D"], shape["V"]
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(n, d, device=device, generator=generator).bfloat16().requires_grad_()
+    w = (torch.randn(v, d, device=device, generator=generator) / d**0.5).bfloat16().requires_grad_()
+    targets = torch.randint(v, (n,), device=device, generator=generator)
+
+    def side(loss: Callable[[], Tensor]) -> Callable[[], Mapping[str, Tensor]]:
+        def run() -> Mapping[str, Tensor]:
+            value = loss()
+            dx, dw = torch.autograd.grad(value, (x, w))
+            return {"loss": value, "dx": dx, "dw": dw}
+
+        return run
+
+    chunk = 2 * n * shape["B"]
+    yield Case(
+        "output head and cross entropy, forward and backward",
+        side(lambda: fused_linear_cross_entropy(x, w, targets, -100, chunk)),
+        side(lambda: F.cross_entropy((x @ w.T).float(), targets, reduction="sum")),
+        "torch linear, then cross_entropy in fp32",
+        ("head_forward", "head_gradient", "head_dx", "head_dw"),
+        shape,
+    )
+
+
+CASES: dict[str, Callable[..., Iterator[Case]]] = {"head": head}
+
+
+def wrong(case: Case) -> str | None:
+    """Why the case is red, or None."""
+    ours, peer = case.ours(), case.peer()
+    if ours.keys() != peer.keys():
+        return f"results {sorted(ours)}, of the peer {sorted(peer)}"
+    for name, want in peer.items():
+        got, want = ours[name].double(), want.double()
+        error, size = (got - want).abs().max().item(), want.abs().max().item()
+        if not error <= TOLERANCE * size:  # also where it is NaN
+            return f"{name} is off by {error / size if size else error:.1e} of its size, allowed {TOLERANCE:.0e}"
+    return None
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, return_mode="median"))
+
+
+def times(case: Case) -> tuple[float, float]:
+    """Median seconds of (ours, peer), called in turns."""
+    ours: list[float] = []
+    peer: list[float] = []
+    for i in range(ROUNDS):
+        for mine in (True, False) if i % 2 == 0 else (False, True):
+            (ours if mine else peer).append(milliseconds(case.ours if mine else case.peer) / 1e3)
+    return statistics.median(ours), statistics.median(peer)
+
+
+def no_gpu() -> str | None:
+    """The line that says why nothing can run here, or None."""
+    if not torch.cuda.is_available():
+        return "error: no GPU (torch.cuda.is_available() is False); without one, `make test` interprets the kernels"
+    try:
+        target_name(torch.device("cuda"))
+    except ValueError:
+        return f"error: {torch.cuda.get_device_name()}: kernels have tiles for {', '.join(n for n in TILES if n != 'cpu')} only"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="time the kernels on a GPU, beside torch's own operations")
+    parser.add_argument("--only", action="append", choices=list(CASES))
+    parser.add_argument(
+        "--only-check-gpu", action="store_true", help="say whether there is a GPU that they can run on, and end"
+    )
+    given = parser.parse_args(arguments)
+    if line := no_gpu():
+        print(line, file=sys.stderr)
+        return 2
+    if given.only_check_gpu:
+        return 0
+    device, red = torch.device(DEVICE), 0
+    target = target_name(device)
+    for name in given.only or CASES:
+        for case in CASES[name](device):
+            sizes = " ".join(f"{letter}={size}" for letter, size in case.shape.items())
+            if why := wrong(case):
+                red += 1
+                print(f"RED {case.name}, {sizes}: {why}; not timed", file=sys.stderr)
+                continue
+            ours, peer = times(case)
+            least = sum(seconds(WORK[part], case.shape, target) for part in case.parts)
+            head = {"benchmark": "kernels", "case": f"{case.name}, {sizes}, bf16, {torch.cuda.get_device_name()}"}
+            figures = {
+                "ours": ours * 1e3,
+                "peer": peer * 1e3,
+                "peer_name": case.peer_name,
+                "unit": "ms",
+                "ratio": peer / ours,
+            }
+            print(json.dumps(head | figures | {"least": least * 1e3, "of_roofline": least / ours}), flush=True)
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
