@@ -47,13 +47,13 @@ def linear_cross_entropy(
 
     targets_N: int64 below V, or `ignored`, which is negative. Peak memory beyond inputs and gradients: about `chunk_bytes`, by
     default 16 MiB on a CPU and 512 MiB elsewhere, or the logits of 256 tokens where they take more. `backend`: torch, or triton,
-    the kernels of fused_cross_entropy.py, which have no logits in forward and `chunk_bytes` of their gradient in backward.
+    the kernels of cross_entropy_triton.py, which have no logits in forward and `chunk_bytes` of their gradient in backward.
     """
     least = 1
     if chunk_bytes is None:
         chunk_bytes, least = (CHUNK_BYTES_CPU if x_ND.device.type == "cpu" else CHUNK_BYTES), LEAST_ROWS
     if backend == "triton":
-        from moesaic.kernels.fused_cross_entropy import fused_linear_cross_entropy
+        from moesaic.kernels.cross_entropy_triton import fused_linear_cross_entropy
 
         return fused_linear_cross_entropy(x_ND, weight_VD, targets_N, ignored, chunk_bytes)
     rows = max(least, chunk_bytes // (4 * weight_VD.shape[0]))

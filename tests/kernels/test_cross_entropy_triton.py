@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moesaic.kernels import fused_cross_entropy
+from moesaic.kernels import cross_entropy_triton
 from moesaic.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from moesaic.kernels.fused_cross_entropy import fused_linear_cross_entropy
+from moesaic.kernels.cross_entropy_triton import fused_linear_cross_entropy
 from moesaic.kernels.testing import Operation, check, launches, mutated, saved_bytes
 
 Z = 0.01
@@ -63,7 +63,7 @@ def test_harness(device: str) -> None:
     ],
 )
 def test_broken_kernels_fail(kernel: str, old: str, new: str, device: str) -> None:
-    with mutated(getattr(fused_cross_entropy, kernel), old, new), pytest.raises(AssertionError):
+    with mutated(getattr(cross_entropy_triton, kernel), old, new), pytest.raises(AssertionError):
         check(OPERATION, device)
 
 
@@ -81,7 +81,7 @@ def test_launches_and_memory(chunk: int, device: str) -> None:
         loss = run()
         assert kernels == ["_forward_kernel"]
         loss.backward()
-    blocks = 1 if chunk > 1 else -(-150 // fused_cross_entropy._tile_of(x).n)
+    blocks = 1 if chunk > 1 else -(-150 // cross_entropy_triton._tile_of(x).n)
     assert kernels[1:] == ["_gradient_kernel", "_product_kernel", "_product_kernel"] * blocks
     with launches() as kernels:
         frozen = fused_linear_cross_entropy(x, w.detach(), targets, -100, chunk)
@@ -118,7 +118,7 @@ def test_operation_for_the_compiler(device: str) -> None:
     """Schema, fake tensors and autograd are those that torch.compile and FSDP2 rely on; no value is read on the host."""
     x, w = torch.randn(9, 8, device=device, requires_grad=True), torch.randn(20, 8, device=device, requires_grad=True)
     arguments = (x, w, torch.randint(20, (9,), device=device), -100, 0.0, 1)
-    torch.library.opcheck(fused_cross_entropy._forward_op, arguments)
+    torch.library.opcheck(cross_entropy_triton._forward_op, arguments)
     with FakeTensorMode():
         x, w = (torch.randn(s, 8, requires_grad=True, dtype=torch.bfloat16) for s in (9, 20))
         loss = fused_linear_cross_entropy(x, w, torch.zeros(9, dtype=torch.int64), -100, 1)
