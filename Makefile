@@ -53,12 +53,13 @@ check: install
 kernels: install
 	$(BIN)/python -m moesaic.kernels.targets --page docs/kernels.md $(ARGS)
 
-# Those that run kernels compiled where TRITON_INTERPRET=0 says so; the other tests of kernels are of the interpreter's.
-GPU_TESTS := $(addprefix tests/kernels/,test_gpu.py test_cross_entropy_triton.py test_rope.py)
+# Beside those marked as needing a GPU: tests that run kernels interpreted or, with TRITON_INTERPRET=0, compiled.
+GPU_TESTS := tests/kernels/test_cross_entropy_triton.py tests/kernels/test_rope.py
 
 # Both say in one line that there is no GPU, where there is none, and fail.
 test-gpu: install
 	@$(BIN)/python -m moesaic.kernels.bench --only-check-gpu
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu $(ARGS)
 	TRITON_INTERPRET=0 $(BIN)/pytest $(GPU_TESTS) $(ARGS)
 
 bench-gpu: install
