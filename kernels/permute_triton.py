@@ -24,7 +24,10 @@ from moesaic.kernels.permute import Rows, Tiles, bags_by_token
 
 MOST_CHUNKS = 128
 BLOCK_E = 128  # experts of a program
-BLOCK_S = 64  # slots at a time
+BLOCK_S = (
+    16  # slots at a time: with more, the one-hot matrix and its running sums don't fit the registers of AMD's targets
+)
+LEAST_CHUNK = 64  # slots, in all but the last chunk
 
 
 @jit
@@ -111,7 +114,7 @@ def _run(
     slots, buckets = expert_S.numel(), n_experts + 1
     new = _empty(expert_S, n_experts, tile)
     source_R, slot_R, expert_R, row_S, counts_E, starts_E, ends_E, tile_expert = new
-    chunks = max(1, min(MOST_CHUNKS, triton.cdiv(slots, BLOCK_S)))
+    chunks = max(1, min(MOST_CHUNKS, triton.cdiv(slots, LEAST_CHUNK)))
     chunk = triton.cdiv(triton.cdiv(slots, chunks), BLOCK_S) * BLOCK_S
     grid = chunks, triton.cdiv(buckets, BLOCK_E)
     counts_CE = expert_S.new_empty(chunks, buckets, dtype=torch.int32)
