@@ -84,9 +84,9 @@ def _place_kernel(
                 f = other + tl.arange(0, BE)
                 cut = (tl.load(total_E + f, mask=f < E, other=0).to(tl.int64) + M - 1) // M
                 end = so_far + tl.cumsum(cut, axis=0)
-                passed += tl.sum(((end[None, :] <= tile[:, None]) & (f < E)[None, :]).to(tl.int32), axis=1)
+                passed += tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), axis=1)
                 so_far += tl.sum(cut, axis=0)
-            tl.store(tile_expert + tile, passed, mask=tile < tl.minimum((c + 1) * tiles_each, tiles))
+            tl.store(tile_expert + tile, tl.minimum(passed, E), mask=tile < tl.minimum((c + 1) * tiles_each, tiles))
 
     start = start.to(tl.int32)
     for before in range(c):
@@ -123,8 +123,8 @@ def _run(
     _count_kernel[grid](expert_S, counts_CE, total_E, slots, chunk, buckets, BS=BLOCK_S, BE=BLOCK_E)
     _place_kernel[grid](
         token_S, expert_S, counts_CE, total_E, source_R, slot_R, expert_R, row_S, counts_E, starts_E, ends_E, tile_expert, slots,
-        inputs, chunk, n_experts, tiles, triton.cdiv(triton.cdiv(tiles, chunks), 32) * 32, tile, K=per_input, BS=BLOCK_S,
-        BE=BLOCK_E, BT=32,
+        inputs, chunk, n_experts, tiles, triton.cdiv(triton.cdiv(tiles, chunks), 8) * 8, tile, K=per_input, BS=BLOCK_S,
+        BE=BLOCK_E, BT=8,
     )  # fmt: skip
     return new
 

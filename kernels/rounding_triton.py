@@ -23,7 +23,7 @@ from torch import Tensor
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.rounding import RULES, Rounding, check_rule
 
-BLOCK_T = 1024
+BLOCK_T = 512
 
 
 @jit
