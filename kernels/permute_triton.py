@@ -123,8 +123,8 @@ def _run(
     _count_kernel[grid](expert_S, counts_CE, total_E, slots, chunk, buckets, BS=BLOCK_S, BE=BLOCK_E)
     _place_kernel[grid](
         token_S, expert_S, counts_CE, total_E, source_R, slot_R, expert_R, row_S, counts_E, starts_E, ends_E, tile_expert, slots,
-        inputs, chunk, n_experts, tiles, triton.cdiv(triton.cdiv(tiles, chunks), 8) * 8, tile, K=per_input, BS=BLOCK_S,
-        BE=BLOCK_E, BT=8,
+        inputs, chunk, n_experts, tiles, triton.cdiv(triton.cdiv(tiles, chunks), 4) * 4, tile, K=per_input, BS=BLOCK_S,
+        BE=BLOCK_E, BT=4,
     )  # fmt: skip
     return new
 
