@@ -24,9 +24,8 @@ from moesaic.kernels.permute import Rows, Tiles, bags_by_token
 
 MOST_CHUNKS = 128
 BLOCK_E = 128  # experts of a program
-BLOCK_S = (
-    16  # slots at a time: with more, the one-hot matrix and its running sums don't fit the registers of AMD's targets
-)
+# Slots at a time. With more, the masks of the one-hot matrix don't fit the scalar registers of AMD's targets.
+BLOCK_S = 8
 LEAST_CHUNK = 64  # slots, in all but the last chunk
 
 
