@@ -25,7 +25,7 @@ from moesaic.kernels.permute import Rows, Tiles, bags_by_token
 MOST_CHUNKS = 128
 BLOCK_E = 128  # experts of a program
 # Slots at a time. With more, the masks of the one-hot matrix don't fit the scalar registers of AMD's targets.
-BLOCK_S = 8
+BLOCK_S = 16
 LEAST_CHUNK = 64  # slots, in all but the last chunk
 
 
