@@ -4,6 +4,7 @@ python launch/generate.py run_dir=runs/demo prompt='def ' tokens=200 temperature
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from moesaic.launch import cli, options
 from moesaic.launch.tokens import Tokenizer, load_tokenizer
 from moesaic.moe.model import Transformer, build
-from moesaic.parallel import checkpoint
+from moesaic.parallel import checkpoint, storage
 
 
 @dataclass
@@ -60,15 +61,26 @@ def sample_text(
     return prompt + tokenizer.decode(new)
 
 
-def newest_checkpoint(run_dir: str) -> Path:
-    """`run_dir` itself if it is a checkpoint, else the newest complete one of the run. Raises ValueError where there is none."""
-    path = Path(run_dir).expanduser()
-    if run_dir and (path / checkpoint.STATE_FILE).is_file():
-        return path
-    found = checkpoint.complete_checkpoints(path / "checkpoints") if run_dir else []
+def newest_checkpoint(run_dir: str) -> str:
+    """`run_dir` itself if it is a checkpoint, else the newest complete one of the run, or of a folder that holds checkpoints
+    alone. Raises ValueError where there is none."""
+    path = os.path.expanduser(run_dir).rstrip("/")
+    if run_dir:
+        checkpoint.refuse_pickles(path)
+        if checkpoint.is_checkpoint(path):
+            return path
+    found = checkpoint.complete_checkpoints(checkpoint_root(path)) if run_dir else []
     if not found:
         raise ValueError(f"run_dir={run_dir}: must be a run that holds a checkpoint, or a checkpoint")
     return found[-1]
+
+
+def checkpoint_root(run_dir: str) -> str:
+    """Where the checkpoints of a run are: where its configuration says, else in itself."""
+    config = Path(run_dir) / "config.yaml"
+    where = cli.load(config).train.checkpoint_dir if config.is_file() else None
+    inside = f"{run_dir}/checkpoints"
+    return where or (inside if storage.names(inside) else run_dir)
 
 
 def main(choice: Options) -> None:

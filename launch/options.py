@@ -34,10 +34,10 @@ def parse(kind: type[T], arguments: Sequence[str]) -> T:
     return kind(**values)
 
 
-def run(main: Callable[[Any], None], kind: type, usage: str | None) -> NoReturn:
-    """The whole of a small program: `main` with options of `kind` from the command line. A ValueError or OSError becomes one line
-    and exit code 2; `--help` prints `usage` and the options with their defaults."""
-    arguments = sys.argv[1:]
+def run(main: Callable[[Any], None], kind: type, usage: str | None, arguments: Sequence[str] | None = None) -> NoReturn:
+    """The whole of a small program: `main` with options of `kind` from the command line, or from `arguments`. A ValueError or
+    OSError becomes one line and exit code 2; `--help` prints `usage` and the options with their defaults."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(usage)
         for field in dataclasses.fields(kind):

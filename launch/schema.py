@@ -24,6 +24,11 @@ class TrainConfig:
     log_every         steps between progress lines and records of metrics.jsonl
     checkpoint_every  steps between checkpoints (0: only the last step's)
     keep_checkpoints  newest checkpoints that are kept
+    checkpoint_dir    where they are, a folder or a URL that fsspec knows, s3://bucket/run (null: run_dir/checkpoints); all ranks
+                      must see the same
+    async_checkpoint  train on while a checkpoint is written, from a copy in host memory; the last one is waited for
+    checkpoint_on_error   of a checkpoint that can't be written. continue: told, and training goes on; stop: the run ends. Where
+                      the last one can't be, it ends with an error in any case
     eval_every        steps between evaluations, and one at the end (0: never, not at the end either)
     eval_batches      batches of global_batch held-out sequences in one evaluation (fewer where the set is smaller)
     sample            tokens of text generated when the run ends (0: none)
@@ -37,6 +42,9 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    checkpoint_dir: str | None = None
+    async_checkpoint: bool = True
+    checkpoint_on_error: str = "continue"
     eval_every: int = 100
     eval_batches: int = 16
     sample: int = 0
@@ -133,6 +141,7 @@ class Config:
             self.data.source = "files"
         self.run_dir = os.path.expanduser(self.run_dir)  # a shell leaves the ~ of run_dir=~/runs/a alone
         self.resume = os.path.expanduser(self.resume)
+        self.train.checkpoint_dir = os.path.expanduser(self.train.checkpoint_dir) if self.train.checkpoint_dir else None
         self.init_from = os.path.expanduser(self.init_from) if self.init_from else None
 
 
@@ -144,6 +153,9 @@ def check(c: Config) -> None:
         require(getattr(c.train, name) >= 1, f"train.{name}={getattr(c.train, name)}: must be at least 1")
     for name in ("seed", "checkpoint_every", "eval_every", "sample"):
         require(getattr(c.train, name) >= 0, f"train.{name}={getattr(c.train, name)}: must not be negative")
+    require(c.train.checkpoint_dir != "", "train.checkpoint_dir=: must not be empty")
+    require(c.train.checkpoint_on_error in ("continue", "stop"),
+            f"train.checkpoint_on_error={c.train.checkpoint_on_error}: must be one of continue, stop")  # fmt: skip
     require(c.train.seed < 2**32, f"train.seed={c.train.seed}: must be below 2^32")
     require(c.train.micro_batch is None or c.train.micro_batch >= 1,
             f"train.micro_batch={c.train.micro_batch}: must be at least 1, or null")  # fmt: skip

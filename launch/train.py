@@ -35,7 +35,7 @@ from moesaic.moe.flops import flops_per_token, parameter_counts
 from moesaic.moe.hf import Checkpoint
 from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
 from moesaic.moe.model import Output, Transformer
-from moesaic.parallel import checkpoint
+from moesaic.parallel import checkpoint, storage
 from moesaic.parallel.apply import expert_path, parallelize, start_engine, total
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     device = start()
     try:
         train(config, device)
-    except OverloadError as error:
+    except (OverloadError, checkpoint.SaveError) as error:
         raise cli.UserError(str(error)) from error
     finally:
         dist.destroy_process_group()
@@ -63,10 +63,11 @@ def train(config: Config, device: torch.device) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     say = print_now if rank == 0 else lambda line: None
     run_dir = Path(config.run_dir)
-    checkpoints = run_dir / "checkpoints"
+    checkpoints = config.train.checkpoint_dir or str(run_dir / "checkpoints")
 
     # --- what must be right before anything large is made: a mistake on one rank ends all of them with its line
-    source = agree_on(lambda: find_checkpoint(config, checkpoints))
+    together(lambda: check_root(config.train.checkpoint_dir))
+    source = together(lambda: find_checkpoint(config, checkpoints, say))
     saved = together(lambda: checkpoint.read_state(source) if source else {"step": 0, "samples": 0, "tokens": 0})
     weights = together(lambda: settle_model(config, saved))
     local = config.parallel.expert_path == "local"
@@ -81,7 +82,7 @@ def train(config: Config, device: torch.device) -> None:
     together(lambda: check_same_data(fingerprint(data), shared))
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
     together(lambda: check_rounding(config, device))
-    together(lambda: make_run_dir(run_dir) if rank == 0 else None)
+    together(lambda: make_run_dir(run_dir, checkpoints) if rank == 0 else None)
 
     # --- the model, spread over the ranks
     compute = compute_dtype(config, device)
@@ -112,6 +113,8 @@ def train(config: Config, device: torch.device) -> None:
             log.write(figures)
             wandb.log(figures)
 
+    every = config.train
+    saver = checkpoint.Saver(checkpoints, every.keep_checkpoints, every.async_checkpoint, every.checkpoint_on_error)
     separator = data.tokenizer.separator if config.model.document_mask else None
     flops = flops_per_token(config.model, config.train.seq_len)
     dist.barrier()  # all ranks measure at once, as they will compute
@@ -136,7 +139,7 @@ def train(config: Config, device: torch.device) -> None:
     say(progress_header())
 
     # --- the loop
-    steps, every = config.train.steps, config.train
+    steps = every.steps
     if step >= steps:
         say(f"nothing to do: {source} is at step {step}, and train.steps={steps}")
     val_loss = None
@@ -176,9 +179,10 @@ def train(config: Config, device: torch.device) -> None:
         if step == steps or (every.checkpoint_every and step % every.checkpoint_every == 0):
             state = {"step": step, "samples": samples, "tokens": tokens, "data": fingerprint(data)}
             state |= {"world": world, "config": dataclasses.asdict(config)}
-            checkpoint.save(checkpoints, step, engine, state, every.keep_checkpoints)
+            saver.save(step, engine, state, wait=step == steps)
         meter.start()
 
+    saver.finish()
     if every.sample:
         text = sample_text(
             engine.model, data.tokenizer, "", every.sample, every.seq_len, seed=every.seed, device=device
@@ -189,7 +193,8 @@ def train(config: Config, device: torch.device) -> None:
         wandb.finish()
     if val_loss is not None:
         say(f"final val_loss {val_loss:.4f}")
-    say(f"files: {run_dir}/metrics.jsonl, config.yaml, checkpoints/, wandb/")
+    elsewhere = f"; {checkpoints}" if every.checkpoint_dir else ""
+    say(f"files: {run_dir}/metrics.jsonl, config.yaml, {'' if elsewhere else 'checkpoints/, '}wandb/{elsewhere}")
 
 
 def train_step(
@@ -285,25 +290,31 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision.compute]
 
 
-def find_checkpoint(config: Config, checkpoints: Path) -> Path | None:
-    """The checkpoint to start from: what `resume` says. After a restart by torchrun, the newest of the run itself."""
-    own = checkpoint.complete_checkpoints(checkpoints)
+def find_checkpoint(config: Config, root: str, say: Callable[[str], None]) -> str | None:
+    """The checkpoint to start from: what `resume` says. After a restart by torchrun, the newest of the run itself. Collective."""
+    own = agree_on(lambda: checkpoint.complete_checkpoints(root))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if config.resume == "auto" or (restarted and own):
-        return own[-1] if own else None
+        return checkpoint.newest(root, say)
     if config.resume == "never":
         if own and not restarted:
             raise ValueError(f"resume=never: run_dir={config.run_dir} holds checkpoints; choose another run_dir")
         return None
-    path = Path(config.resume)
-    found = [path] if (path / checkpoint.STATE_FILE).is_file() else (
-        checkpoint.complete_checkpoints(path) or checkpoint.complete_checkpoints(path / "checkpoints"))  # fmt: skip
+    path = config.resume.rstrip("/")
+    agree_on(lambda: checkpoint.refuse_pickles(path))
+    if agree_on(lambda: checkpoint.is_checkpoint(path)):
+        problems = checkpoint.verify_together(agree_on(lambda: checkpoint.read_manifest(path)))
+        if problems:
+            raise ValueError(f"resume={path}: {problems[0]}")
+        found: str | None = path
+    else:
+        found = checkpoint.newest(path, say) or checkpoint.newest(f"{path}/checkpoints", say)
     if not found:
         raise ValueError(f"resume={config.resume}: must be auto, never, a checkpoint, or a run_dir that holds one")
-    if own and not found[-1].samefile(own[-1]):  # steps done again would mix with those that are there
-        raise ValueError(f"resume={config.resume}: must be auto, for run_dir={config.run_dir} holds {own[-1].name}; "
+    if own and not storage.same(found, own[-1]):  # steps done again would mix with those that are there
+        raise ValueError(f"resume={config.resume}: must be auto, for run_dir={config.run_dir} holds {Path(own[-1]).name}; "
                          "or choose another run_dir")  # fmt: skip
-    return found[-1]
+    return found
 
 
 def settle_model(config: Config, saved: dict[str, Any]) -> Checkpoint | None:
@@ -330,11 +341,20 @@ def settle_model(config: Config, saved: dict[str, Any]) -> Checkpoint | None:
     return weights
 
 
-def make_run_dir(run_dir: Path) -> None:
+def check_root(url: str | None) -> None:
+    """Raises ValueError where `train.checkpoint_dir` is a URL that can't be opened here."""
     try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"run_dir={run_dir}: cannot be made or written ({error.strerror})") from error
+        storage.check_root(url or "")
+    except ValueError as error:
+        raise ValueError(f"train.checkpoint_dir={error}") from error
+
+
+def make_run_dir(run_dir: Path, checkpoints: str) -> None:
+    for knob, folder in (("run_dir", str(run_dir)), ("train.checkpoint_dir", checkpoints)):
+        try:
+            storage.make_folder(folder)
+        except OSError as error:
+            raise ValueError(f"{knob}={folder}: cannot be made or written ({error.strerror or error})") from error
 
 
 def check_same_data(mine: str, shared: str) -> None:
@@ -344,7 +364,7 @@ def check_same_data(mine: str, shared: str) -> None:
         )
 
 
-def check_resume(config: Config, data: str, saved: dict[str, Any], source: Path | None) -> None:
+def check_resume(config: Config, data: str, saved: dict[str, Any], source: str | None) -> None:
     """Refuse what would silently train another model, or skip and repeat data."""
     made_with = cli.from_dict(saved["config"])
     model, model_before = shape_knobs(config.model), shape_knobs(made_with.model)

@@ -7,8 +7,6 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
@@ -16,8 +14,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 class Fragment(Tensor):
     """Values `start` to `start + flat.numel()`, in row-major order, of a tensor of `shape`. `flat` is (n,), and may be empty.
 
-    It answers what torch.distributed.checkpoint asks of a sharded tensor (torch.distributed._checkpointable), and so is saved
-    and loaded, in place, as a part of the whole; and `full_tensor`, as a DTensor does. It can do nothing else.
+    It gives its `boxes`, and so is saved and loaded, in place, as a part of the whole; and `full_tensor`, as a DTensor does. It
+    can do nothing else.
     """
 
     flat: Tensor
@@ -45,33 +43,13 @@ class Fragment(Tensor):
         dist.all_reduce(whole)
         return whole.view(self.shape)
 
-    def _boxes(self) -> list[tuple[ChunkStorageMetadata, Tensor]]:
-        """Where each box lies in the whole, and its values, a view of `flat`."""
-        result, at = [], 0
+    def boxes(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
+        """Offsets and sizes of each box in the whole, and its values, a view of `flat`."""
+        at = 0
         for offsets, sizes in boxes(tuple(self.shape), self.start, self.start + self.flat.numel()):
             n = math.prod(sizes)
-            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-            result.append((chunk, self.flat[at : at + n].view(sizes)))
+            yield offsets, sizes, self.flat[at : at + n].view(sizes)
             at += n
-        return result
-
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.flat)
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
-            )
-            for chunk, _ in self._boxes()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [chunk for chunk, _ in self._boxes()]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        (values,) = [values for chunk, values in self._boxes() if chunk.offsets == index.offset]
-        return values
 
 
 def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:

@@ -29,6 +29,12 @@ from tests.launch.launches import (
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
 
 
+def past_the_checkpoint(run_dir: Path) -> bool:
+    """Training has gone past step KEPT, and its checkpoint is complete."""
+    kept = checkpoint.step_folder(run_dir / "checkpoints", KEPT)
+    return any(step > KEPT + 1 for step, *_ in losses(run_dir)) and checkpoint.is_checkpoint(kept)
+
+
 @needs_proc
 def test_a_killed_run_goes_on_bit_for_bit(place: Place, reference: tuple[Path, str], tmp_path: Path) -> None:
     """Steps 1.., SIGKILL to all processes between the checkpoint of step 20 and the end, and the same command again."""
@@ -39,20 +45,20 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Place, reference: tuple[Path, s
     for _ in range(3):
         shutil.rmtree(run_dir, ignore_errors=True)
         with launch(tmp_path, knobs) as running:
-            until(lambda: any(step > KEPT + 1 for step, *_ in losses(run_dir)) or running.agent.poll() is not None)
+            until(lambda: past_the_checkpoint(run_dir) or running.agent.poll() is not None)
             victims = [running.agent.pid, *running.ranks()]
             for pid in victims:
                 kill(pid)
             until(lambda: not set(victims[1:]) & set(processes(running.tag)), 10)
             assert len(victims) == 3 and running.wait() == -signal.SIGKILL
-        if not checkpoint.step_folder(checkpoints, STEPS).exists():
+        if not checkpoint.is_checkpoint(checkpoint.step_folder(checkpoints, STEPS)):
             break
     else:
         pytest.fail("three runs ended before the kill")
     assert checkpoint.complete_checkpoints(checkpoints) == [checkpoint.step_folder(checkpoints, KEPT)]
     # What a kill during a save leaves; and a line that a kill cut short.
-    (checkpoints / "step_00000033.tmp").mkdir()
-    (checkpoints / "step_00000033.tmp" / "state.json").write_text("{}")
+    (checkpoints / "step_00000033").mkdir()
+    (checkpoints / "step_00000033" / "shard_00000.safetensors").write_text("half")
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3')
 
@@ -73,7 +79,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(
     run_dir = tmp_path / "run"
     knobs = place.knobs(run_dir, *"train.checkpoint_every=20 train.keep_checkpoints=1 train.eval_every=0".split())
     with launch(tmp_path, [*knobs, "resume=never"], "--max-restarts=1") as running:
-        until(lambda: any(step > KEPT + 1 for step, *_ in losses(run_dir)))
+        until(lambda: past_the_checkpoint(run_dir))
         victim = running.ranks()[-1]
         kill(victim)
         until(lambda: victim not in processes(running.tag), 10)

@@ -294,7 +294,7 @@ def test_deepspeed_trains_the_same(place: Place, reference: tuple[Path, str], tm
     for one, other in zip(got, want, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     assert evaluations(tmp_path / "run")[-1][1] == pytest.approx(evaluations(run_dir)[-1][1], rel=1e-4)
-    assert (tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}" / checkpoint.STATE_FILE).is_file()
+    assert (tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}" / checkpoint.MANIFEST).is_file()
 
     def first_words(lines: str) -> set[str]:
         return {line.split()[0].partition("/")[0].rstrip(":") for line in lines.splitlines() if line.strip()}

@@ -1,43 +1,44 @@
-"""A checkpoint written in one layout is the same state in another; half a checkpoint is none."""
+"""Checkpoints on disk: which are kept, which count, what is refused; each byte of one matters."""
 
+import json
+import pickle
+import random
 import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import xxhash
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moesaic.moe.config import ModelConfig, RouterConfig
 from moesaic.moe.model import build
-from moesaic.parallel import checkpoint
+from moesaic.parallel import checkpoint, manifest, shards, storage
 from moesaic.parallel.apply import parallelize, start_engine
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.engine import Engine
-from moesaic.parallel.mesh import make_meshes
-from tests.parallel.ranks import run_ranks
+from tests.parallel.parity import CPU, meshes_of, pools, whole
+from tests.parallel.pool import Pool
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.xdist_group("checkpoint")  # one process of pytest, so that ranks start once
 CONFIG = ModelConfig(
     vocab_size=61, d_model=24, n_layers=2, n_heads=2, n_experts=4, d_expert=12, tie_embeddings=True,
     router=RouterConfig(top_k=2),
 )  # fmt: skip
 
 
-class Layout(NamedTuple):
-    expert: int
-    replicate: int = 1
-    stage: int | None = None  # of ZeRO; None: FSDP2
-
-
-def started(layout: Layout, seed: int) -> Engine:
-    parallel = ParallelConfig(
-        engine="fsdp" if layout.stage is None else "deepspeed",
-        zero_stage=layout.stage,
-        expert_path="all_to_all" if layout.expert > 1 else "local",
-    )
-    meshes = make_meshes("cpu", layout.expert, layout.replicate)
-    model = parallelize(CONFIG, parallel, meshes, seed=seed, device=CPU, compute=torch.float32)
+def started(expert: int = 1, replicate: int = 1, config: ModelConfig = CONFIG, seed: int = 1) -> Engine:
+    parallel = ParallelConfig(expert_path="all_to_all" if expert > 1 else "local")
+    meshes = meshes_of(expert, replicate)
+    model = parallelize(config, parallel, meshes, seed=seed, device=CPU, compute=torch.float32)
     return start_engine(parallel, model, torch.optim.AdamW(model.parameters(), lr=1e-2))
 
 
@@ -49,109 +50,598 @@ def train(engine: Engine, first: int, end: int) -> None:
 
 
 def state_of(engine: Engine) -> dict[str, Tensor]:
-    def whole(tensor: Any) -> Tensor:
-        return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
-
-    state = {name: whole(tensor) for name, tensor in [*engine.weights().items(), *engine.moments().items()]}
-    return state | {"steps": engine.steps().clone()}
+    moments = {f"optim.{name}": t for name, t in whole(engine.moments()).items()}
+    return {f"model.{name}": t for name, t in whole(engine.weights()).items()} | moments
 
 
-def write(root: Path, layouts: list[Layout]) -> list[list[dict[str, Tensor]]]:
-    """Of each layout: the state that is saved, after three steps, and that after two more."""
-    results = []
-    for i, layout in enumerate(layouts):
-        engine = started(layout, seed=1)
-        train(engine, 0, 3)
-        torch.manual_seed(77)
-        checkpoint.save(root / str(i), 3, engine, {"step": 3}, keep=2)
-        saved = state_of(engine)
-        train(engine, 3, 5)
-        results.append([saved, state_of(engine)])
-    return results
+def save(
+    root: Path, steps: list[int], keep: int = 9, background: bool = False, **layout: int
+) -> list[dict[str, Tensor]]:
+    """The states that were saved, of an engine that makes a step before each."""
+    engine = started(**layout)
+    saver = checkpoint.Saver(root, keep, background)
+    states = []
+    for i, step in enumerate(steps):
+        train(engine, i, i + 1)
+        states.append(state_of(engine))
+        saver.save(step, engine, {"step": step})
+    saver.finish()
+    return states
 
 
-def read(root: Path, layouts: list[Layout]) -> list[tuple[list[dict[str, Tensor]], float]]:
-    """The same, and a random number, from these checkpoints; into an engine that has made a step of its own, or a new one."""
-    results = []
-    for i, layout in enumerate(layouts):
-        engine = started(layout, seed=9)
-        train(engine, 0, i % 2)
-        checkpoint.load(checkpoint.complete_checkpoints(root / str(i))[-1], engine)
-        random = torch.rand(()).item()
-        loaded = state_of(engine)
-        train(engine, 3, 5)
-        results.append(([loaded, state_of(engine)], random))
-    return results
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    with pools() as pool:
+        yield pool
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        (one[name] - other[name]).abs().max() <= 1e-4 * other[name].abs().max() for name in one
-    )
+def newest(root: Path) -> tuple[str | None, list[str]]:
+    """The name of the newest checkpoint that is whole, and what is said of others."""
+    lines: list[str] = []
+    path = checkpoint.newest(root, lines.append)
+    return path and Path(path).name, lines
 
 
-def zero(stage: int, expert: int) -> Layout:
-    return Layout(expert, stage=stage)
-
-
-# Numbers of ranks that write and that read, and their layouts.
-LAYOUTS = {
-    (2, 2): [
-        (Layout(2), Layout(1)), (Layout(2), Layout(2)), (zero(0, 2), zero(3, 1)), (zero(1, 2), zero(1, 2)),
-        (zero(2, 1), zero(2, 1)), (zero(2, 2), Layout(2)), (zero(3, 2), zero(3, 2)), (zero(3, 1), zero(3, 1)),
-        (Layout(1), zero(0, 2)), (zero(0, 2), zero(0, 2)),
-    ],
-    (2, 4): [(Layout(1), Layout(2)), (Layout(1), Layout(4, 2)), (zero(2, 1), zero(1, 4))],
-    (4, 1): [(Layout(2), Layout(1)), (zero(3, 4), zero(2, 1))],
-    (4, 2): [(Layout(4), Layout(2)), (Layout(2, 2), Layout(1)), (zero(3, 2), zero(2, 1)), (zero(1, 2), zero(3, 2))],
-    (4, 4): [(Layout(1, 2), Layout(2, 2)), (Layout(2, 2), zero(3, 4))],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("world", "to_world"), LAYOUTS)
-def test_another_layout_loads_the_same_state(world: int, to_world: int, tmp_path: Path) -> None:
-    root, pairs = tmp_path / "checkpoints", LAYOUTS[world, to_world]
-    written = run_ranks(write, world, make(tmp_path / "write"), root, [layout for layout, _ in pairs])[0]
-    for results in run_ranks(read, to_world, make(tmp_path / "read"), root, [to_layout for _, to_layout in pairs]):
-        for pair, (saved, later), ((got, got_later), random) in zip(pairs, written, results, strict=True):
-            assert same(got, saved), pair
-            if world == to_world:  # the loss, a sum over ranks that all have the same batch, depends on their number
-                equal = same if pair[0] == pair[1] else close
-                assert equal(got_later, later), pair
-            if to_world <= world:  # this rank's random state was saved
-                assert random == torch.rand((), generator=torch.Generator().manual_seed(77)).item()
-    for i, (saved, _) in enumerate(written):
-        model = build(CONFIG, 5, CPU)
-        checkpoint.load_model(root / str(i) / "step_00000003", model)
-        assert all(torch.equal(p, saved[n]) for n, p in model.named_parameters())
-    assert checkpoint.read_state(root / "0" / "step_00000003") == {"step": 3}
-
-
-def make(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def save_many(root: Path) -> list[str]:
-    engine = started(Layout(1), seed=1)
-    train(engine, 0, 1)
-    for step in (1, 2, 3, 12, 12):  # the last one again, as after a resume from an earlier checkpoint
-        checkpoint.save(root, step, engine, {"step": step}, keep=2)
-    return sorted(path.name for path in root.iterdir())
-
-
-def test_only_the_newest_are_kept_and_only_complete_ones_count(tmp_path: Path) -> None:
+def test_only_the_newest_are_kept_and_only_complete_ones_count(pool: Callable[[int], Pool], tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
-    assert checkpoint.complete_checkpoints(root) == []
-    names = run_ranks(save_many, 1, make(tmp_path / "job"), root)[0]
-    assert names == ["step_00000003", "step_00000012"]
-    shutil.copytree(root / "step_00000012", root / "step_00000020.tmp")
-    (root / "step_00000030").mkdir()  # no state.json
+    assert checkpoint.complete_checkpoints(root) == [] and newest(root) == (None, [])
+    pool(1).run(save, root, [1, 2, 3, 12, 12], 2)  # the last one again, as after a resume from an earlier checkpoint
+    assert names(root) == ["step_00000003", "step_00000012"]
+    (root / "step_00000030").mkdir()  # no manifest
+    shutil.copy(root / "step_00000012" / "shard_00000.safetensors", root / "step_00000030")
     (root / "notes").mkdir()
-    assert [path.name for path in checkpoint.complete_checkpoints(root)] == names
+    assert [Path(p).name for p in checkpoint.complete_checkpoints(root)] == ["step_00000003", "step_00000012"]
+    found, (line,) = newest(root)
+    assert found == "step_00000012" and "step_00000030 is not used" in line and "there is no manifest.json" in line
     checkpoint.remove_leftovers(root)
-    assert not (root / "step_00000020.tmp").exists() and (root / "notes").exists()
+    assert names(root) == ["notes", "step_00000003", "step_00000012"]
+    # A resume from step 3 left the future that held step 12.
+    pool(1).run(save, root, [5], 2)
+    assert names(root) == ["notes", "step_00000003", "step_00000005"]
+
+
+# ---------------------------------------------------------------- what is in the files
+
+
+LAYOUTS = [(1, {}), (2, dict(expert=2)), (4, dict(replicate=2)), (4, dict(expert=2, replicate=4)), (4, dict(expert=2))]
+
+
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS)
+def test_files_hold_each_value_once_and_ranks_write_equal_shares(
+    pool: Callable[[int], Pool], tmp_path: Path, world: int, layout: dict[str, int]
+) -> None:
+    """Read with the safetensors library, put together by the names of the pieces alone."""
+    ((state,), *others) = pool(world).run(save_one, tmp_path, layout)
+    assert all(set(other[0]) == set(state) for other in others)
+    path = tmp_path / "step_00000003"
+    files = {f: load_file(path / f) for f in names(path) if f.endswith(".safetensors")}
+    assert len(files) == world
+    values = {name: torch.full_like(t, torch.nan) for name, t in state.items()}
+    for pieces in files.values():
+        for key, piece in pieces.items():
+            name, _, offsets = key.partition("@")
+            if name in values:
+                begin = [int(o) for o in offsets.split(",")] if offsets else [0] * piece.ndim
+                box = tuple(slice(o, o + n) for o, n in zip(begin, piece.shape, strict=True))
+                assert values[name][box].isnan().all(), f"{key} is there twice"
+                values[name][box] = piece
+    for name, value in state.items():
+        assert torch.equal(values[name], value), name
+    sizes = [sum(p.nbytes for k, p in pieces.items() if not k.startswith("rng")) for pieces in files.values()]
+    largest = max(p.nbytes for pieces in files.values() for p in pieces.values())
+    assert sum(sizes) == sum(t.nbytes for t in state.values()) + 4  # and AdamW's count of steps
+    assert max(sizes) - min(sizes) <= largest
+    assert {f"rng.{rank}" for rank in range(world)} <= {k for pieces in files.values() for k in pieces}
+
+
+def save_one(root: Path, layout: dict[str, int]) -> list[dict[str, Tensor]]:
+    return save(root, [3], **layout)
+
+
+def test_one_process_reads_what_many_wrote(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    state = pool(4).run(save_one, tmp_path, dict(expert=2))[0][0]
+    path = tmp_path / "step_00000003"
+    assert checkpoint.read_state(path) == {"step": 3}
+    model = build(CONFIG, 5, CPU)
+    checkpoint.load_model(path, model)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.equal(value, state[f"model.{name}"]), name
+    one = {"norm.weight": torch.zeros(24)}
+    checkpoint.load_tensors(path, one)
+    assert torch.equal(one["norm.weight"], state["model.norm.weight"])
+    with pytest.raises(
+        ValueError, match=r"step_00000003: tensor model.norm.weight: has shape \[24\], in this model \[25\]"
+    ):
+        checkpoint.load_tensors(path, {"norm.weight": torch.zeros(25)})
+
+
+@hypothesis.given(st.data())
+def test_any_box_of_a_piece_is_read_right(data: st.DataObject) -> None:
+    """Against numpy's slicing, with blocks so small that every way of reading is taken."""
+    shape = data.draw(st.lists(st.integers(1, 7), max_size=4))
+
+    def box() -> tuple[list[int], list[int]]:
+        begin = [data.draw(st.integers(0, n - 1)) for n in shape]
+        return begin, [data.draw(st.integers(1, n - b)) for n, b in zip(shape, begin, strict=True)]
+
+    dtype = data.draw(st.sampled_from(["F32", "BF16", "U8", "I64"]))
+    whole = torch.randint(0, 250, shape).to(shards.DTYPES[dtype])
+    piece = shards.Piece("t", dtype, tuple(shape), *map(tuple, box()))
+    wanted = shards.Piece("t", dtype, tuple(shape), *map(tuple, box()))
+    values = whole[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))]
+    out = torch.zeros([*wanted.sizes[:-1], wanted.sizes[-1] + 1] if shape else [], dtype=whole.dtype)
+    out = (
+        out[..., : wanted.sizes[-1]]
+        if shape and data.draw(st.booleans())
+        else torch.zeros(wanted.sizes, dtype=out.dtype)
+    )
+    before = data.draw(st.integers(0, 30))
+    content = b"x" * before + bytes(shards.bytes_of(values)) + b"y" * data.draw(st.integers(0, 30))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "BLOCK", data.draw(st.sampled_from([8, 24, 64, 1000])))
+        block = data.draw(st.integers(1, 50))
+        sums = [xxhash.xxh3_64_hexdigest(content[i : i + block]) for i in range(0, len(content), block)]
+        with memory_file(content) as path, shards.VerifiedFile(path, len(content), sums, block) as file:
+            if shards.meet(piece, wanted):
+                shards.fill(file, before, piece, wanted, out)
+    expected = torch.full(shape, 0, dtype=whole.dtype)
+    inside = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
+    expected[inside] = whole[inside]
+    assert torch.equal(out, expected[tuple(slice(o, o + n) for o, n in zip(wanted.offsets, wanted.sizes, strict=True))])
+
+
+class memory_file:
+    """A file of fsspec's memory."""
+
+    def __init__(self, content: bytes) -> None:
+        self.path = "memory://box"
+        with storage.writer(self.path) as file:
+            file.write(content)
+
+    def __enter__(self) -> str:
+        return self.path
+
+    def __exit__(self, *error: object) -> None:
+        storage.remove_folder(self.path, "")
+
+
+@hypothesis.given(st.data())
+def test_pieces_that_overlap_or_leave_a_gap_are_found(data: st.DataObject) -> None:
+    """Against counting every value."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    pieces = [((0,) * len(shape), shape)]
+    for _ in range(data.draw(st.integers(0, 5))):  # cut one in two
+        offsets, sizes = pieces.pop(data.draw(st.integers(0, len(pieces) - 1)))
+        d = data.draw(st.integers(0, len(shape) - 1))
+        cut = data.draw(st.integers(0, sizes[d]))
+        pieces += [(offsets, (*sizes[:d], cut, *sizes[d + 1 :]))] if cut else []
+        if cut < sizes[d]:
+            offsets = (*offsets[:d], offsets[d] + cut, *offsets[d + 1 :])
+            pieces += [(offsets, (*sizes[:d], sizes[d] - cut, *sizes[d + 1 :]))]
+    if data.draw(st.booleans()):  # and move one
+        offsets, sizes = pieces.pop()
+        pieces.append((tuple(data.draw(st.integers(0, n)) for n in shape), sizes))
+    count = np.zeros([2 * n for n in shape], int)
+    for offsets, sizes in pieces:
+        count[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] += 1
+    inside = count[tuple(slice(0, n) for n in shape)]
+    good = (inside == 1).all() and count.sum() == inside.sum()
+    try:
+        manifest._check_cover("t", shape, [manifest.Placed(0, 0, o, s) for o, s in pieces])
+        found = True
+    except ValueError:
+        found = False
+    assert found == good
+
+
+# ---------------------------------------------------------------- corruption
+
+
+@pytest.fixture(scope="module")
+def two_steps(
+    pool: Callable[[int], Pool], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Tensor]]]:
+    """Checkpoints of two ranks, and what they hold."""
+    root = tmp_path_factory.mktemp("two_steps")
+    return root, pool(2).run(save, root, [20, 30], 9)[0]
+
+
+@pytest.fixture
+def root(two_steps: tuple[Path, Any], tmp_path: Path) -> Path:
+    shutil.copytree(two_steps[0], tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def flip(file: Path, at: int) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        byte = opened.read(1)[0]
+        opened.seek(at)
+        opened.write(bytes([byte ^ random.choice([1, 2, 4, 8, 16, 32, 64, 128])]))
+
+
+def assert_refused(root: Path, file: str) -> None:
+    """The newest is not used, the line says which of its files is wrong, and the one before is used."""
+    found, lines = newest(root)
+    assert found == "step_00000020" and len(lines) == 1, lines
+    assert f"step_00000030/{file}: " in lines[0] and "\n" not in lines[0], lines
+
+
+def test_each_region_of_each_file(root: Path) -> None:
+    path = root / "step_00000030"
+    regions: list[tuple[Path, int, int]] = []
+    for file in sorted(path.glob("*.safetensors")):
+        end = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        header = json.loads(file.read_bytes()[8:end])
+        pieces = [(file, *(end + at for at in entry["data_offsets"])) for key, entry in header.items() if key[0] != "_"]
+        regions += [(file, 0, 8), (file, 8, end), (file, end - 1, end), *pieces]
+        assert pieces[-1][2] == file.stat().st_size
+    assert len(regions) > 80
+    for file, begin, end in regions:
+        for at in (begin, end - 1, random.randrange(begin, end)):
+            before = file.read_bytes()
+            flip(file, at)
+            assert_refused(root, file.name)
+            file.write_bytes(before)
+    assert newest(root) == ("step_00000030", [])
+
+
+def test_each_byte_of_the_manifest(root: Path) -> None:
+    file = root / "step_00000030" / "manifest.json"
+    whole_file = file.read_bytes()
+    first_line = whole_file.index(b"\n") + 1
+    for at in [*range(first_line), *random.sample(range(first_line, len(whole_file)), 150), len(whole_file) - 1]:
+        flip(file, at)
+        assert_refused(root, "manifest.json")
+        file.write_bytes(whole_file)
+
+
+def test_files_cut_lost_emptied_and_exchanged(root: Path, tmp_path: Path) -> None:
+    path = root / "step_00000030"
+    shard, other = "shard_00000.safetensors", "shard_00001.safetensors"
+    shutil.copytree(path, tmp_path / "good")
+
+    def damaged(work: Callable[[Path], object], file: str = shard) -> None:
+        work(path / file)
+        assert_refused(root, file)
+        shutil.rmtree(path)
+        shutil.copytree(tmp_path / "good", path)
+
+    for file in (shard, other, "manifest.json"):
+        size = (path / file).stat().st_size
+        for kept in (0, 1, size // 2, size - 1):
+            damaged(lambda p, kept=kept: p.write_bytes(p.read_bytes()[:kept]), file)
+        damaged(lambda p: p.write_bytes(p.read_bytes() + b" "), file)
+        damaged(lambda p: shutil.copy(root / "step_00000020" / p.name, p), file)
+        damaged(lambda p: (p.unlink(), p.mkdir()), file)
+    for file in (shard, other):
+        damaged(lambda p: p.unlink(), file)
+        damaged(lambda p: shutil.copy(path / (other if p.name == shard else shard), p), file)
+        damaged(lambda p: (shutil.move(p, tmp_path / "elsewhere"), p.symlink_to(tmp_path / "elsewhere")), file)
+
+    (path / "manifest.json").unlink()
+    found, (line,) = newest(root)
+    assert found == "step_00000020" and "step_00000030 is not used: " in line and "there is no manifest.json" in line
+    shutil.rmtree(path)
+    shutil.copytree(root / "step_00000020", path)  # whole, but of another step
+    assert_refused(root, "manifest.json")
+    shutil.rmtree(path)
+    path.write_text("a file")
+    assert newest(root)[0] == "step_00000020"
+
+
+def test_nothing_whole_is_no_new_start(root: Path) -> None:
+    for step in (20, 30):
+        flip(root / f"step_000000{step}" / "shard_00001.safetensors", 9)
+    with pytest.raises(ValueError, match="no checkpoint is whole, of step_00000030, step_00000020"):
+        newest(root)
+
+
+def find_and_load(root: Path) -> tuple[str | None, list[str], dict[str, Tensor]]:
+    engine = started(expert=2, seed=7)
+    lines: list[str] = []
+    path = checkpoint.newest(root, lines.append)
+    assert path
+    checkpoint.load(path, engine)
+    return path, lines, state_of(engine)
+
+
+def test_all_ranks_agree_on_the_previous_one(
+    pool: Callable[[int], Pool], root: Path, two_steps: tuple[Path, list[dict[str, Tensor]]]
+) -> None:
+    """Whichever rank reads the damage: the first block of the first file, and the last of the last."""
+    before = root.with_name("before")
+    shutil.copytree(root, before)
+    for file, at in (("shard_00000.safetensors", 3), ("shard_00001.safetensors", -1)):
+        damaged = root / "step_00000030" / file
+        flip(damaged, at % damaged.stat().st_size)
+        found = pool(2).run(find_and_load, root)
+        for path, lines, state in found:
+            assert path == str(root / "step_00000020") and lines == found[0][1]
+            assert file in lines[0] and len(lines) == 1
+            assert all(torch.equal(state[name], value) for name, value in two_steps[1][0].items())
+        shutil.rmtree(root)
+        shutil.copytree(before, root)
+
+
+def load_damaged(path: Path) -> tuple[str, bool]:
+    engine = started(seed=7)
+    try:
+        checkpoint.load(path, engine)
+    except checkpoint.CorruptError as error:
+        return str(error), True
+    return "", False
+
+
+def test_load_itself_verifies_what_it_reads(pool: Callable[[int], Pool], root: Path) -> None:
+    """On all ranks, also where one alone reads the damage."""
+    file = root / "step_00000030" / "shard_00000.safetensors"
+    flip(file, file.stat().st_size // 2)
+    for message, refused in pool(2).run(load_damaged, root / "step_00000030"):
+        assert refused and "shard_00000.safetensors: bytes" in message and "do not have their checksum" in message
+
+
+# ---------------------------------------------------------------- who wants to deceive
+
+
+def resigned(path: Path, change: Callable[[dict[str, Any]], object], version: str = "1") -> None:
+    """Change a manifest and give it the checksum of what it says then."""
+    values = json.loads((path / "manifest.json").read_text())
+    change(values)
+    rest = json.dumps({k: v for k, v in values.items() if k not in ("format", "checksum")})[1:].encode()
+    (path / "manifest.json").write_bytes(manifest._first_line(version, rest) + rest)
+
+
+def piece(values: dict[str, Any], name: str = "model.norm.weight", n: int = 0) -> list[Any]:
+    return values["tensors"][name]["pieces"][n]
+
+
+HOSTILE: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+    *((f"file {name!r}", lambda v, name=name: v["files"][0].update(name=name)) for name in (
+        "../step_00000020/shard_00000.safetensors", "/etc/passwd", "a/shard_00000.safetensors", "..", "", "file:///etc/passwd",
+        "shard_00000.safetensors\n", "shard_00000.safetensors/../x", None, 3, ["shard_00000.safetensors"])),
+    ("file twice", lambda v: v["files"][1].update(name=v["files"][0]["name"])),
+    ("negative size", lambda v: v["files"][0].update(size=-1)),
+    ("huge size", lambda v: v["files"][0].update(size=10**30)),
+    ("larger than it is", lambda v: v["files"][0].update(size=v["files"][0]["size"] + 4)),
+    ("no checksums", lambda v: v["files"][0].update(checksums=[])),
+    ("checksum of bytes", lambda v: v["files"][0].update(checksums=[1])),
+    ("no block", lambda v: v.update(block=0)),
+    ("huge block", lambda v: v.update(block=2**40)),
+    ("true block", lambda v: v.update(block=True)),
+    ("pickled type", lambda v: v["tensors"]["model.norm.weight"].update(dtype="pickle")),
+    ("bytes entry", lambda v: v["tensors"]["model.norm.weight"].update(dtype="BYTES", shape=[])),
+    ("listed type", lambda v: v["tensors"]["model.norm.weight"].update(dtype=["F32"])),
+    ("other type", lambda v: v["tensors"]["model.norm.weight"].update(dtype="F64")),
+    ("negative offset", lambda v: piece(v)[2].__setitem__(0, -1)),
+    ("fraction", lambda v: piece(v)[3].__setitem__(0, 0.5)),
+    ("oversized piece", lambda v: piece(v)[3].__setitem__(0, 10**9)),
+    ("overlapping pieces", lambda v: piece(v, n=1)[2].__setitem__(0, 0)),
+    ("overlapping bytes", lambda v: piece(v, n=0).__setitem__(1, piece(v, "model.blocks.0.ffn_norm.weight")[1])),
+    ("before the file", lambda v: piece(v).__setitem__(1, 0)),
+    ("no such file", lambda v: piece(v).__setitem__(0, 99)),
+    ("missing piece", lambda v: v["tensors"]["model.norm.weight"]["pieces"].pop()),
+    ("a piece of more dimensions", lambda v: (piece(v)[2].append(0), piece(v)[3].append(1))),
+    ("many dimensions", lambda v: v["tensors"]["model.norm.weight"].update(shape=[1] * 100)),
+    ("huge shape", lambda v: v["tensors"]["model.norm.weight"].update(shape=[2**70])),
+    ("no pieces", lambda v: v["tensors"]["model.norm.weight"].update(pieces=None)),
+    ("no tensors", lambda v: v.pop("tensors")),
+    ("tensors in a list", lambda v: v.update(tensors=[1])),
+    ("no state", lambda v: v.update(state="x")),
+    ("other step", lambda v: v.update(step=31)),
+    ("deep offsets", lambda v: piece(v)[2].__setitem__(0, [[[1]]])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in HOSTILE])
+def test_a_manifest_that_lies_is_refused(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    resigned(root / "step_00000030", lambda values: None)
+    assert newest(root)[0] == "step_00000030", "the test's own signature"
+    resigned(root / "step_00000030", change)
+    found, lines = newest(root)
+    assert found == "step_00000020" and len(lines) == 1 and "\n" not in lines[0], lines
+
+
+def test_a_huge_or_deep_manifest_is_not_parsed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "step_00000030" / "manifest.json"
+    for rest in (b"[" * 200_000, b'"step": ' + b"9" * 10_000 + b"}"):
+        path.write_bytes(manifest._first_line("1", rest) + rest)
+        assert_refused(root, "manifest.json")
+    with path.open("wb") as file:
+        file.truncate(2**40)  # takes no room on disk
+    assert_refused(root, "manifest.json")
+
+
+def test_an_unknown_version_is_told_and_nothing_older_is_taken(root: Path) -> None:
+    resigned(root / "step_00000030", lambda values: None, version="2")
+    with pytest.raises(checkpoint.FormatError, match="manifest.json: has format 2, this version reads 1"):
+        newest(root)
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("disguised", [False, True])
+def test_a_pickle_is_never_opened(root: Path, tmp_path: Path, disguised: bool) -> None:
+    """A folder of torch.distributed.checkpoint whose pickles would make a file; also with a manifest beside them, and in the
+    place of a shard."""
+    victim, path = tmp_path / "victim", root / "step_00000030"
+    bomb = pickle.dumps(Bomb(victim))
+    (path / ".metadata").write_bytes(bomb)
+    (path / "__0_0.distcp").write_bytes(bomb)
+    if disguised:
+        (path / "shard_00000.safetensors").write_bytes(bomb)
+        assert_refused(root, "shard_00000.safetensors")
+    else:
+        (path / "manifest.json").unlink()
+        model = build(CONFIG, 5, CPU)
+        for read in (newest, lambda _: checkpoint.read_state(path), lambda _: checkpoint.load_model(path, model)):
+            with pytest.raises(
+                checkpoint.FormatError, match=r"is a checkpoint of torch\.distributed\.checkpoint.*not read"
+            ):
+                read(root)
+        checkpoint.remove_leftovers(root)
+        assert path.exists(), "somebody's data"
+    assert not victim.exists()
+    pickle.loads(bomb).close()
+    assert victim.exists(), "the bomb is one"
+
+
+# ---------------------------------------------------------------- another model
+
+
+def load_other(path: Path, change: dict[str, Any]) -> tuple[str, bool, bool]:
+    """The refusal; whether weights and moments stayed as they were; whether a new optimizer stayed empty."""
+    config = ModelConfig(**(dict(vocab_size=61, d_model=24, n_layers=2, n_heads=2, n_experts=4, d_expert=12,
+                                 tie_embeddings=True, router=RouterConfig(top_k=2)) | change))  # fmt: skip
+    engine, fresh = started(config=config), started(config=config)
+    train(engine, 0, 1)
+    before = state_of(engine)
+    with pytest.raises(ValueError) as error:
+        checkpoint.load(path, engine)
+    with pytest.raises(ValueError):
+        checkpoint.load(path, fresh)
+    after = state_of(engine)
+    untouched = all(torch.equal(before[name], after[name]) for name in before)
+    return str(error.value), untouched, not fresh.optimizer.state  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    (dict(d_expert=16), "tensor model.blocks.0.ffn.experts.w_up_EGD: has shape [4, 24, 24], in this model [4, 32, 24] (and 3 "),
+    (dict(n_layers=3), "tensor model.blocks.2."),
+    (dict(n_layers=1), "is not in this model"),
+    (dict(tie_embeddings=False), "tensor model.head.weight: is not in it, and this model has one of shape [61, 24]"),
+])  # fmt: skip
+def test_another_model_is_refused_before_anything_is_touched(
+    pool: Callable[[int], Pool], root: Path, change: dict[str, Any], line: str
+) -> None:
+    for message, untouched, empty in pool(2).run(load_other, root / "step_00000030", change):
+        assert line in message and "\n" not in message and untouched and empty
+
+
+# ---------------------------------------------------------------- saving while training goes on
+
+
+def save_behind(root: Path) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Two saves whose writing is held up: what was to be saved, and what was seen."""
+    engine = started(expert=2)
+    saver = checkpoint.Saver(root, keep=9)
+    gate, write, seen = threading.Event(), shards.write, {}
+    in_flight: list[int] = []
+
+    def slow(*arguments: Any) -> Any:
+        in_flight.append(threading.active_count())
+        assert gate.wait(60)
+        return write(*arguments)
+
+    shards.write = slow  # type: ignore[assignment]
+    try:
+        train(engine, 0, 1)
+        states = [state_of(engine)]
+        saver.save(1, engine, {})
+        train(engine, 1, 4)  # collectives, and weights that change, while the save waits
+        seen["complete while held up"] = checkpoint.complete_checkpoints(root)
+        threading.Timer(0.3, gate.set).start()
+        states.append(state_of(engine))
+        saver.save(4, engine, {})
+        seen["complete when the next begins"] = checkpoint.complete_checkpoints(root)
+        train(engine, 4, 5)
+        saver.finish()
+    finally:
+        shards.write = write
+    seen["threads"] = saver.thread is None
+    return states, seen
+
+
+def test_training_goes_on_beside_a_save_and_two_never_overlap(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    results = pool(2).run(save_behind, tmp_path)
+    for _, seen in results:
+        assert seen["complete while held up"] == [] and seen["threads"]
+        assert seen["complete when the next begins"][:1] == [str(tmp_path / "step_00000001")]
+    for step, state in zip((1, 4), results[0][0], strict=True):
+        assert_holds(tmp_path / f"step_{step:08d}", state)
+
+
+def assert_holds(path: Path | str, state: dict[str, Tensor]) -> None:
+    read = {name: torch.zeros_like(value) for name, value in state.items()}
+    checkpoint.read_into(checkpoint.read_manifest(path), read)
+    for name, value in state.items():
+        assert torch.equal(read[name], value), name
+
+
+def full_disk(root: Path, on_error: str, background: bool) -> dict[str, Any]:
+    """Save, save where the disk is full for rank 1, save again where it is not."""
+    engine = started()
+    train(engine, 0, 1)
+    saver = checkpoint.Saver(root, 1, background, on_error)
+    saver.save(1, engine, {}, wait=True)
+    make_folder, raised = storage.make_folder, []
+
+    def make_full_folder(folder: str) -> None:
+        make_folder(folder)
+        Path(folder, "shard_00001.safetensors").symlink_to("/dev/full")
+
+    storage.make_folder = make_full_folder  # type: ignore[assignment]
+    try:
+        for wait in (False, True):
+            try:
+                saver.save(2, engine, {}, wait)
+                saver.finish()
+            except checkpoint.SaveError as error:
+                raised.append((wait, str(error)))
+    finally:
+        storage.make_folder = make_folder
+    left = names(root)
+    train(engine, 1, 2)
+    saver.save(3, engine, {})
+    saver.finish()
+    return {"raised": raised, "left": left, "at the end": names(root)}
+
+
+@pytest.mark.parametrize("on_error", ["continue", "stop"])
+@pytest.mark.parametrize("background", [True, False])
+def test_a_write_that_fails_loses_nothing(
+    pool: Callable[[int], Pool], tmp_path: Path, on_error: str, background: bool
+) -> None:
+    """The operating system refuses a rank's file. Training goes on unless asked; the last save of a run raises in any case."""
+    results = pool(2).run(full_disk, tmp_path, on_error, background)
+    assert results[0] == results[1]
+    assert results[0]["left"] == ["step_00000001"] and results[0]["at the end"] == ["step_00000003"]
+    assert [wait for wait, _ in results[0]["raised"]] == ([False, True] if on_error == "stop" else [True])
+    line = results[0]["raised"][-1][1]
+    for word in ("the checkpoint of step 2 was not written: rank 1: ", "No space left on device", "step_00000001"):
+        assert word in line
+    told = (Path(pool(2).folder.name) / str(pool(2).starts) / "output0").read_text()
+    assert f"error: {line}" in told
+
+
+def test_memory_for_the_copy_is_locked_once_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU needs, with a stand-in for its driver."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Driver:
+        def cudaHostRegister(self, *arguments: int) -> int:
+            calls.append(("lock", *arguments))
+            return 0
+
+        def cudaHostUnregister(self, *arguments: int) -> None:
+            calls.append(("free", *arguments))
+
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    host = torch.zeros(100, dtype=torch.uint8)
+    address = host.data_ptr()
+    checkpoint.pin(host)
+    assert calls == [("lock", address, 100, 0)]
+    del host
+    assert calls[1:] == [("free", address)]
