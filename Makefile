@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Computed once, so that every rank and every restart of one `make train` writes to the same folder.
 RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install train test check kernels test-gpu bench bench-gpu parity study-rounding clean
+.PHONY: help install train test check kernels test-gpu bench bench-gpu parity reshard study-rounding clean
 
 help:
 	@echo "make install   make .venv and install Moesaic with its development tools (once; PYTHON=python3.12 chooses the Python)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-gpu  run the kernels' tests on a GPU; make bench-gpu times them there"
 	@echo "make bench     run every file in benchmarks/"
 	@echo "make parity    every way to spread a model against one process, and the tables of docs/parity.md; up to half an hour on two cores"
+	@echo "make reshard   a checkpoint of every layout, loaded into every other one; some minutes on two cores"
 	@echo "make study-rounding   what token rounding costs in quality, over seeds; about half an hour on two cores"
 	@echo "make clean     remove .venv, caches and build products; runs/ stays"
 
@@ -72,6 +73,9 @@ bench: .venv/installed-bench
 
 parity: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.report $(ARGS)
+
+reshard: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow" tests/parallel/test_reshard.py $(ARGS)
 
 study-rounding: install
 	$(BIN)/python benchmarks/study_rounding.py $(ARGS)

@@ -2,7 +2,7 @@
 
 python launch/checkpoint.py list run_dir=runs/demo
 python launch/checkpoint.py verify run_dir=runs/demo                              every byte; exit code 1 where one is wrong
-python launch/checkpoint.py reshard run_dir=runs/demo out=s3://bucket/demo files=1      the newest, in so many files, elsewhere
+python launch/checkpoint.py reshard run_dir=runs/demo out=s3://bucket/demo files=1     the newest one, elsewhere, in 1 file
 python launch/checkpoint.py export run_dir=runs/demo out=demo-hf family=qwen3_moe       see launch/export.py
 
 run_dir is a run, a folder or URL that holds checkpoints, or one checkpoint.

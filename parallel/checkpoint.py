@@ -175,13 +175,12 @@ def read_into(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         for wanted, values in shards.parts(name, tensor):
             for placed, piece in manifest.pieces(name):
-                todo.setdefault(placed.file, []).append((placed.start, piece, wanted, values))
+                if shards.meet(piece, wanted):
+                    todo.setdefault(placed.file, []).append((placed.start, piece, wanted, values))
     for file, copies in todo.items():
-        copies = [copy for copy in copies if shards.meet(copy[1], copy[2])]
-        if copies:
-            with manifest.open(file) as opened:
-                for start, piece, wanted, values in sorted(copies, key=lambda copy: copy[0]):
-                    shards.fill(opened, start, piece, wanted, values)
+        with manifest.open(file) as opened:
+            for start, piece, wanted, values in sorted(copies, key=lambda copy: copy[0]):
+                shards.fill(opened, start, piece, wanted, values)
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -281,8 +280,8 @@ class Saver:
             self.error = self._end(key, path, step, state, ranks)
             self.store.set(f"{key}/end", self.error or "")
         except Exception as error:
-            self.error = f"checkpoint of step {step}: {error}"
-        if self.error and rank == 0:
+            self.error = f"rank {rank}: checkpoint of step {step}: {error}"
+        if self.error:
             print(f"error: {self.error}", file=sys.stderr, flush=True)
 
     def _begin(self, key: str, path: str) -> None:

@@ -5,6 +5,7 @@ file that is written after others are safe, and that is whole when it is there: 
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -133,5 +134,8 @@ def _sync_folder(path: str) -> None:
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some systems that are mounted from elsewhere can't
+            raise
     finally:
         os.close(folder)

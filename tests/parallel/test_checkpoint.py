@@ -1,5 +1,7 @@
 """Checkpoints on disk: which are kept, which count, what is refused; each byte of one matters."""
 
+import contextlib
+import io
 import json
 import pickle
 import random
@@ -9,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import hypothesis
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import xxhash
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -645,3 +647,90 @@ def test_memory_for_the_copy_is_locked_once_and_freed(monkeypatch: pytest.Monkey
     assert calls == [("lock", address, 100, 0)]
     del host
     assert calls[1:] == [("free", address)]
+
+
+# ---------------------------------------------------------------- not on a file system
+
+
+class ObjectStore(fsspec.AbstractFileSystem):
+    """objects:///path: a store as S3 is one, kept in files. There are no folders and no renaming; an object is there when its
+    writing ends."""
+
+    protocol = "objects"
+    cachable = False
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("objects://").rstrip("/")
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        place = Path(self._strip_protocol(path))
+        found = sorted(place.iterdir()) if place.is_dir() else [place]
+        if not place.exists():
+            raise FileNotFoundError(path)
+        kinds = {True: "directory", False: "file"}
+        entries = [{"name": str(p), "size": p.stat().st_size, "type": kinds[p.is_dir()]} for p in found]
+        return entries if detail else [e["name"] for e in entries]
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        if mode == "rb":
+            return open(path, "rb")
+
+        class Written(io.BytesIO):
+            def close(self) -> None:
+                if not self.closed:
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
+                    Path(path).write_bytes(self.getvalue())
+                super().close()
+
+        return Written()
+
+    def rm_file(self, path: str) -> None:
+        if Path(path).is_file():
+            Path(path).unlink()
+        elif not Path(path).exists():
+            raise FileNotFoundError(path)
+        with contextlib.suppress(OSError):
+            Path(path).rmdir() if Path(path).is_dir() else Path(path).parent.rmdir()
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def mv(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError
+
+    mkdir = move = rename = mv
+
+
+def save_objects(root: str) -> tuple[str | None, list[str], bool]:
+    fsspec.register_implementation("objects", ObjectStore, clobber=True)
+    states = save(root, [1, 2, 5], keep=2, background=True, expert=2)  # type: ignore[arg-type]
+    engine = started(expert=1, seed=5)
+    lines: list[str] = []
+    path = checkpoint.newest(root, lines.append)
+    assert path
+    checkpoint.load(path, engine)
+    loaded = state_of(engine)
+    return path, lines, all(torch.equal(loaded[name], value) for name, value in states[-1].items())
+
+
+def test_an_object_store(pool: Callable[[int], Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = f"objects://{tmp_path}/run"
+    assert pool(2).run(save_objects, root) == [(f"{root}/step_00000005", [], True)] * 2
+    assert names(tmp_path / "run") == ["step_00000002", "step_00000005"]
+    fsspec.register_implementation("objects", ObjectStore, clobber=True)
+    assert [Path(p).name for p in checkpoint.complete_checkpoints(root)] == ["step_00000002", "step_00000005"]
+    flip(tmp_path / "run" / "step_00000005" / "shard_00001.safetensors", 5000)
+    found, (line,) = newest(root)  # type: ignore[arg-type]
+    assert found == "step_00000002" and f"{root}/step_00000005/shard_00001.safetensors: bytes" in line
+    model = build(CONFIG, 5, CPU)
+    checkpoint.load_model(f"{root}/step_00000002", model)
+    (tmp_path / "run" / "step_00000005" / "manifest.json").unlink()
+    checkpoint.remove_leftovers(root)
+    assert names(tmp_path / "run") == ["step_00000002"]
+
+
+@pytest.mark.parametrize(("url", "words"), [("nowhere://a", "Protocol not known: nowhere"), ("gs://a/b", "gcsfs")])
+def test_a_url_that_cannot_be_opened(url: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{url}: .*{words}"):
+        storage.check_root(url)
