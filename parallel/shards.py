@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -170,8 +170,8 @@ class BlockSums:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Its values in row-major order: themselves where they lie so in host memory, else a copy."""
-    values: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(values)
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
 def write_all(file: Any, data: memoryview) -> None:
