@@ -139,8 +139,8 @@ def write(path: str, pieces: Sequence[Piece], values: Iterable[Tensor]) -> Writt
     text += b" " * (-len(text) % 8)
     sums = BlockSums()
     with storage.writer(path) as file:
-        for data in itertools.chain([len(text).to_bytes(8, "little") + text], map(bytes_of, values)):
-            for block in sums.add(memoryview(data)):
+        for data in itertools.chain([memoryview(len(text).to_bytes(8, "little") + text)], map(bytes_of, values)):
+            for block in sums.add(data):
                 write_all(file, block)
     assert sums.size == 8 + len(text) + ends[-1], (path, sums.size)
     return Written(sums.size, sums.done(), [8 + len(text) + end for end in ends[:-1]])
