@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,16 +46,20 @@ def same(one: str, other: str) -> bool:
 
 
 def size(path: str) -> int:
-    """Bytes of a file. Raises OSError where there is none."""
+    """Bytes of a file. Raises OSError where there is none, or something else: to open a pipe would wait for ever, and a symbolic
+    link may lead out of the folder."""
     fs, path = _where(path)
     if _local(fs):
-        return os.lstat(path).st_size
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file")
+        return found.st_size
     return int(fs.info(path)["size"])
 
 
 @contextlib.contextmanager
 def reader(path: str) -> Iterator[BinaryIO]:
-    """A file to `seek` and `readinto`. On a file system a symbolic link is refused: it may lead out of its folder."""
+    """A file to `seek` and `readinto`. On a file system a symbolic link is refused, as by `size`."""
     fs, path = _where(path)
     if _local(fs):
         with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:

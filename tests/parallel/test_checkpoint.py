@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -320,10 +321,11 @@ def test_files_cut_lost_emptied_and_exchanged(root: Path, tmp_path: Path) -> Non
         damaged(lambda p: p.write_bytes(p.read_bytes() + b" "), file)
         damaged(lambda p: shutil.copy(root / "step_00000020" / p.name, p), file)
         damaged(lambda p: (p.unlink(), p.mkdir()), file)
+        damaged(lambda p: (p.unlink(), os.mkfifo(p)), file)
+        damaged(lambda p: (shutil.move(p, tmp_path / "elsewhere"), p.symlink_to(tmp_path / "elsewhere")), file)
     for file in (shard, other):
         damaged(lambda p: p.unlink(), file)
         damaged(lambda p: shutil.copy(path / (other if p.name == shard else shard), p), file)
-        damaged(lambda p: (shutil.move(p, tmp_path / "elsewhere"), p.symlink_to(tmp_path / "elsewhere")), file)
 
     (path / "manifest.json").unlink()
     found, (line,) = newest(root)
