@@ -12,6 +12,7 @@ ROUNDINGS = ("none", "nearest", "stochastic", "score", "balance", "up", "down")
 BALANCES = ("micro_batch", "sequence", "global", "layers")
 ATTENTIONS = ("gqa", "mla")
 ACTIVATIONS = ("swiglu", "geglu", "reglu", "relu2")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def require(ok: bool, message: str) -> None:
@@ -157,7 +158,8 @@ class ModelConfig:
     d_expert        F, width of one routed expert
     activation      of the experts: swiglu, geglu, reglu (gated, two matrices up) or relu2 (one)
     expert_bias     biases in the routed experts
-    experts_backend torch, or reference: plain and slow, the specification
+    experts_backend triton: the kernels, which a CPU interprets, slowly; torch; reference: plain and slow, the specification;
+                    auto: triton on a GPU whose tiles are known, else torch
     chunk_mib       most MiB of one temporary of the experts' outputs; they are made in column chunks of that size
     d_shared        width of the shared expert that every token passes through (0: none)
     n_dense_layers  leading blocks with a dense feed-forward of width d_dense instead of experts
@@ -178,7 +180,7 @@ class ModelConfig:
     d_expert: int = 256
     activation: str = "swiglu"
     expert_bias: bool = False
-    experts_backend: str = "torch"
+    experts_backend: str = "auto"
     chunk_mib: int = 256
     d_shared: int = 0
     n_dense_layers: int = 0
@@ -205,8 +207,8 @@ class ModelConfig:
                 f"model.router.top_k={self.router.top_k}: must not exceed model.n_experts={self.n_experts}")  # fmt: skip
         require(self.activation in ACTIVATIONS,
                 f"model.activation={self.activation}: must be one of {', '.join(ACTIVATIONS)}")  # fmt: skip
-        require(self.experts_backend in ("torch", "reference"),
-                f"model.experts_backend={self.experts_backend}: must be one of torch, reference")  # fmt: skip
+        require(self.experts_backend in BACKENDS,
+                f"model.experts_backend={self.experts_backend}: must be one of {', '.join(BACKENDS)}")  # fmt: skip
         require(self.chunk_mib >= 1, f"model.chunk_mib={self.chunk_mib}: must be at least 1")
         r = self.router
         require(self.n_experts % r.groups == 0,

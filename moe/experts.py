@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.kernels.permute import Rows, sum_bags
+from moesaic.kernels.tiles import known_tile
 from moesaic.moe.config import ModelConfig
 
 aten = torch.ops.aten
@@ -336,6 +337,13 @@ def _backward_grouped(
 # ---------------------------------------------------------------- the module
 
 
+def backend_for(knob: str, x: Tensor) -> str:
+    """What `model.experts_backend` means for an input. auto: the kernels on a GPU whose tiles are known, of a type they take."""
+    if knob != "auto":
+        return knob
+    return "triton" if x.is_cuda and x.dtype != torch.float64 and known_tile(x.device) else "torch"
+
+
 class Experts(nn.Module):
     """The routed experts' weights, each (out, in) as of a linear layer: w_up_EGD (gate rows, then up rows), w_down_EDF, and
     biases b_up_EG, b_down_ED where `model.expert_bias` says so.
@@ -356,6 +364,15 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, weights_R: Tensor, rows: Rows) -> Tensor:
         parameters: Any = (self.w_up_EGD, self.w_down_EDF, self.b_up_EG, self.b_down_ED)
         w_up, w_down, b_up, b_down = (w.to_local() if hasattr(w, "to_local") else w for w in parameters)
-        if self.backend == "reference":
+        backend = backend_for(self.backend, x_ND)
+        if backend == "reference":
             return experts_reference(x_ND, weights_R, w_up, w_down, b_up, b_down, rows, self.activation)
+        if backend == "triton":
+            from moesaic.kernels.experts import experts  # only here: where there is no GPU, it starts Triton's interpreter
+
+            chunk = _column_chunks(x_ND.shape[1], rows.source_R.numel() * x_ND.element_size(), self.chunk_mib)[0].stop
+            return experts(
+                x_ND, weights_R, w_up, w_down, b_up, b_down, rows.source_R, rows.bag, rows.starts, rows.counts_E, self.activation,
+                chunk,
+            )  # fmt: skip
         return _ExpertsOp.apply(x_ND, weights_R, w_up, w_down, b_up, b_down, rows, self.activation, self.chunk_mib)
