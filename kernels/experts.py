@@ -13,10 +13,10 @@
       dw_up       dW_up[e] = sum over its rows of dh_r x^T;  db_up[e] = sum of dh_r
       combine     dinput[n] = sum over input n's rows of dx~_r
 
-Eight launches, and one a direction for the schedule. Kept for backward: the input, h, and the rows' indices and weights. Neither the
-gathered input, nor a, nor y: <da_r, a_r> is the gradient of w_r because y is linear in a (SonicMoE, arXiv 2512.14080, equation 10).
-Products are added in fp32, and act and its derivative are computed in fp32 from h as it is stored. y and dx~ are made in column
-chunks, where they would be large.
+Eight launches, and one a direction for the schedule. Kept for backward: the input, h, and the rows' indices and weights. Neither
+the gathered input, nor a, nor y: <da_r, a_r> is the gradient of w_r because y is linear in a (SonicMoE, arXiv 2512.14080,
+equation 10). Products are added in fp32, and act and its derivative are computed in fp32 from h as it is stored. y and dx~ are
+made in column chunks, where they would be large.
 
 Letters: N input rows, R routed rows, E experts, D model width, F expert width, G width of h, P column tiles of da.
 """
@@ -30,12 +30,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.kernels.combine import combine
 from moesaic.kernels.grouped_gemm import (
-    Schedule, describe, find_tile, first_tile, launch_options, load_rows, row_pointers, rows_by_weight, schedule, varlen_k, varlen_m,
-)  # fmt: skip
+    Schedule,
+    describe,
+    find_tile,
+    first_tile,
+    launch_options,
+    load_rows,
+    row_pointers,
+    rows_by_weight,
+    schedule,
+    varlen_k,
+    varlen_m,
+)
 from moesaic.kernels.interpret import jit
-from moesaic.kernels.permute import sum_bags
-from moesaic.kernels.tiles import Tile, gemm_tile
+from moesaic.kernels.tiles import Tile, gemm_tile, target_name
 
 GATED = ("swiglu", "geglu", "reglu")
 ACTIVATIONS = (*GATED, "relu2")
@@ -135,24 +145,27 @@ def _halves(x_MN, BM: tl.constexpr, BN: tl.constexpr):
 
 @jit
 def _dact_columns(
-    da_MN, w_M1, h, dh, a, real, f, F, G, KIND: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    da_MN, w_M1, h, dh, a, count, f, F, G, KIND: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """What follows from da in columns f of a tile, whose first rows h, dh and a point to: dh and a', stored, and sums <da, a>."""
+    """What follows from da in columns f of a tile with `count` rows, to the first of which h, dh and a point: dh and a', stored,
+    and sums <da, a>."""
     fs = f + tl.arange(0, BN)
-    exists = real[:, None] & (fs < F)[None, :]
-    places = tl.arange(0, BM)[:, None] * G + fs[None, :]
-    gate = tl.load(h + places, mask=exists, other=0.0).to(tl.float32)
+    row = tl.arange(0, BM)
+    inside = row[:, None] < count if WHOLE else (row[:, None] < count) & (fs < F)[None, :]
+    # Rows past the end load the last one's values instead of a mask's, which takes registers; nobody stores what comes of it.
+    places = tl.minimum(row, count - 1)[:, None] * G + fs[None, :]
+    gate = (tl.load(h + places) if WHOLE else tl.load(h + places, mask=(fs < F)[None, :], other=0.0)).to(tl.float32)
     a_MN, slope_MN = _activation(gate, KIND)
     dgate_MN = da_MN * w_M1
     if PAIR:
-        up = tl.load(h + places + F, mask=exists, other=0.0).to(tl.float32)
-        tl.store(dh + places + F, (dgate_MN * a_MN).to(dh.dtype.element_ty), mask=exists)
-        dgate_MN *= up
-        a_MN *= up
-    tl.store(dh + places, (dgate_MN * slope_MN).to(dh.dtype.element_ty), mask=exists)
-    a_places = tl.arange(0, BM)[:, None] * F + fs[None, :]
-    tl.store(a + a_places, (a_MN * w_M1).to(a.dtype.element_ty), mask=exists)
-    return tl.sum(tl.where(exists, da_MN * a_MN, 0.0), axis=1)
+        up = tl.load(h + places + F) if WHOLE else tl.load(h + places + F, mask=(fs < F)[None, :], other=0.0)
+        tl.store(dh + places + F, (dgate_MN * a_MN).to(dh.dtype.element_ty), mask=inside)
+        dgate_MN *= up.to(tl.float32)
+        a_MN *= up.to(tl.float32)
+    tl.store(dh + places, (dgate_MN * slope_MN).to(dh.dtype.element_ty), mask=inside)
+    tl.store(a + row[:, None] * F + fs[None, :], (a_MN * w_M1).to(a.dtype.element_ty), mask=inside)
+    return tl.sum(da_MN * a_MN, axis=1)  # past column F, both are 0
 
 
 @jit
@@ -160,7 +173,8 @@ def _dact_kernel(
     dy_ND, source_R, w_down, b_down_ED, h_RG, weights_R, dh_RG, a_RF, parts_RP, counts_E, starts_E, tile_ends_E,
     E, F, D, G, stride_dy, stride_e, stride_r,
     KIND: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
-    GROUP: tl.constexpr, XCDS: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, XCDS: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(F, BN)
     tiles = tl.load(tile_ends_E + E - 1) * n_tiles
@@ -173,22 +187,21 @@ def _dact_kernel(
         )
         w_M1 = tl.load(weights_R + rows, mask=real, other=0.0)[:, None]
         # A few columns at a time: for all at once, what is around the product doesn't fit into registers.
-        part_M = tl.zeros([BM], tl.float32)
+        part_M, count = tl.zeros([BM], tl.float32), (end - row).to(tl.int32)
         low, high = _halves(da_MN, BM, BN)
         for half in tl.static_range(2):
             one, two = _halves(high if half else low, BM, BN // 2)
             for quarter in tl.static_range(2):
                 part_M += _dact_columns(
-                    two if quarter else one, w_M1, h_RG + row * G, dh_RG + row * G, a_RF + row * F, real,
-                    f + (2 * half + quarter) * (BN // 4), F, G, KIND, PAIR, BM, BN // 4,
+                    two if quarter else one, w_M1, h_RG + row * G, dh_RG + row * G, a_RF + row * F, count,
+                    f + (2 * half + quarter) * (BN // 4), F, G, KIND, PAIR, BM, BN // 4, WHOLE,
                 )  # fmt: skip
-        if b_down_ED is not None:
-            if n_tile == 0:
-                for k in range(0, D, BK):
-                    dy_MK = load_rows(dy_M1, k, D, BK, EVEN).to(tl.float32)
-                    ks = k + tl.arange(0, BK)
-                    b_K = tl.load(b_down_ED + expert.to(tl.int64) * D + ks, mask=ks < D, other=0.0).to(tl.float32)
-                    part_M += tl.sum(dy_MK * b_K[None, :], axis=1)
+        if b_down_ED is not None and n_tile == 0:
+            for k in range(0, D, BK):
+                dy_MK = load_rows(dy_M1, k, D, BK, EVEN).to(tl.float32)
+                ks = k + tl.arange(0, BK)
+                b_K = tl.load(b_down_ED + expert.to(tl.int64) * D + ks, mask=ks < D, other=0.0).to(tl.float32)
+                part_M += tl.sum(dy_MK * b_K[None, :], axis=1)
         tl.store(parts_RP + rows * n_tiles + n_tile, part_M, mask=real)
 
 
@@ -197,15 +210,15 @@ def _dact_kernel(
 
 def up(
     x_ND: Tensor, source_R: Tensor, w_up_EGD: Tensor, b_up_EG: Tensor | None, plan: Schedule, tile: Tile, activation: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h_RG, a_RF) of the rows x_ND[source_R]; rows past the last expert's are left as they are in memory."""
     pair = activation != "relu2"
     n_rows, n_experts, (g, d) = source_R.numel(), w_up_EGD.shape[0], w_up_EGD.shape[1:]
     f = g // 2 if pair else g
     h_RG, a_RF = x_ND.new_empty(n_rows, g), x_ND.new_empty(n_rows, f)
-    grid, options = launch_options(x_ND, tile)
+    grid, options = launch_options(tile, x_ND, w_up_EGD)
     if pair:  # two accumulators of half the columns
-        options["BN"] = tile.n // 2
+        options["BN"] //= 2
     w, described = describe(w_up_EGD, options["BN"], options["BK"])
     _up_kernel[grid](
         x_ND, source_R, w, b_up_EG, h_RG, a_RF, plan.counts_E, plan.starts_E, plan.tile_ends_E, n_experts, f, d, g,
@@ -216,26 +229,22 @@ def up(
 
 
 def dact(
-    dy_ND: Tensor, source_R: Tensor, w_down_EDF: Tensor, b_down_ED: Tensor | None, h_RG: Tensor, weights_R: Tensor, plan: Schedule,
-    tile: Tile, activation: str,
+    dy_ND: Tensor, source_R: Tensor, w_down_EDF: Tensor, b_down_ED: Tensor | None, h_RG: Tensor, weights_R: Tensor,
+    plan: Schedule, tile: Tile, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dh_RG, a'_RF, parts_RP of the gradients of weights_R, fp32)."""
     n_rows, (n_experts, d, f) = source_R.numel(), w_down_EDF.shape
-    grid, options = launch_options(dy_ND, tile)
+    grid, options = launch_options(tile, dy_ND, w_down_EDF)
     dh_RG, a_RF = torch.empty_like(h_RG), h_RG.new_empty(n_rows, f)
-    parts_RP = weights_R.new_empty(n_rows, triton.cdiv(f, tile.n))
-    w, described = describe(w_down_EDF, options["BK"], tile.n)
+    parts_RP = weights_R.new_empty(n_rows, triton.cdiv(f, options["BN"]))
+    w, described = describe(w_down_EDF, options["BK"], options["BN"])
     _dact_kernel[grid](
         dy_ND, source_R, w, b_down_ED, h_RG, weights_R, dh_RG, a_RF, parts_RP, plan.counts_E, plan.starts_E, plan.tile_ends_E,
         n_experts, f, d, h_RG.shape[1], dy_ND.stride(0), w_down_EDF.stride(0), w_down_EDF.stride(1), KIND=activation,
         PAIR=activation != "relu2", BE=triton.next_power_of_2(n_experts), DESCRIBED=described, EVEN=d % options["BK"] == 0,
-        **options,
+        WHOLE=f % options["BN"] == 0, **options,
     )  # fmt: skip
     return dh_RG, a_RF, parts_RP
-
-
-def _combine(y_Rd: Tensor, weights_R: Tensor | None, bag: Tensor, starts: Tensor | None) -> Tensor:
-    return sum_bags(y_Rd if weights_R is None else y_Rd * weights_R[:, None].to(y_Rd.dtype), bag, starts)
 
 
 def _forward(
@@ -249,7 +258,7 @@ def _forward(
     for c in (slice(first, min(first + chunk, d)) for first in range(0, d, chunk)):
         bias = None if b_down_ED is None else b_down_ED[:, c].contiguous()
         y_Rd, _ = varlen_m(a_RF, w_down_EDF[:, c], plan, down_tile, bias_EN=bias)
-        out.append(_combine(y_Rd, weights_R, bag, starts))
+        out.append(combine(y_Rd, bag, starts, weights_R))
     return (out[0] if len(out) == 1 else torch.cat(out, dim=1)), h_RG
 
 
@@ -270,14 +279,18 @@ def _backward(
         w = w_up_EGD[:, :, first : first + chunk]
         dx_Rd, sums = varlen_m(dh_RG, w, plan, dx_tile, transposed=True, parts_RP=None if first else parts_RP)
         dweights_R = dweights_R if sums is None else sums
-        out.append(_combine(dx_Rd, None, bag, starts))
+        out.append(combine(dx_Rd, bag, starts))
     dx_ND = out[0] if len(out) == 1 else torch.cat(out, dim=1)
     return [dx_ND, dweights_R, dw_up, dw_down] + ([db_up, db_down] if db_up is not None and db_down is not None else [])
 
 
 def _tiles(x_ND: Tensor, w_up_EGD: Tensor, w_down_EDF: Tensor) -> tuple[Tile, Tile, Tile]:
-    """Of varlen_m products with results as wide as h, a and x. One M for all: the schedule counts in it."""
-    widths = (w_up_EGD.shape[1], w_down_EDF.shape[2], x_ND.shape[1])
+    """Of varlen_m products with results as wide as h, a and x. One M for all: the schedule counts in it.
+
+    Around dact's product there is more to hold than registers for 128 columns: on AMD, and of fp32, it gets the narrow tile.
+    """
+    narrow = x_ND.dtype == torch.float32 or target_name(x_ND.device).startswith("gfx")
+    widths = (w_up_EGD.shape[1], 0 if narrow else w_down_EDF.shape[2], x_ND.shape[1])
     h, a, x = (gemm_tile(x_ND.device, "varlen_m", width) for width in widths)
     return h, a, x
 

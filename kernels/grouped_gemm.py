@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moesaic.kernels.interpret import jit
-from moesaic.kernels.tiles import Tile, gemm_tile, processors, target_name
+from moesaic.kernels.tiles import Tile, gemm_tile, processors, product_precision, target_name
 
 GROUP = 8  # row tiles that share the columns' weights in L2
 
@@ -97,7 +97,9 @@ def first_tile(XCDS: tl.constexpr):
 
 
 @jit
-def find_tile(tile, n_tiles, counts_E, starts_E, tile_ends_E, E, BM: tl.constexpr, BE: tl.constexpr, GROUP: tl.constexpr):
+def find_tile(
+    tile, n_tiles, counts_E, starts_E, tile_ends_E, E, BM: tl.constexpr, BE: tl.constexpr, GROUP: tl.constexpr
+):
     """(expert, first row, end of the expert's rows, column tile) of a tile of varlen_m."""
     experts = tl.arange(0, BE)
     ends = tl.load(tile_ends_E + experts, mask=experts < E, other=2**31 - 1)
@@ -145,11 +147,7 @@ def multiply(
 def load_rows(x_M1, k, K, BK: tl.constexpr, EVEN: tl.constexpr):
     """BK values at k of the rows that the pointers x_M1 point to."""
     ks = k + tl.arange(0, BK)
-    if EVEN:
-        x_MK = tl.load(x_M1 + ks[None, :])
-    else:
-        x_MK = tl.load(x_M1 + ks[None, :], mask=(ks < K)[None, :], other=0.0)
-    return x_MK
+    return tl.load(x_M1 + ks[None, :]) if EVEN else tl.load(x_M1 + ks[None, :], mask=(ks < K)[None, :], other=0.0)
 
 
 @jit
@@ -177,10 +175,7 @@ def row_pointers(x, source_R, row, end, stride, BM: tl.constexpr, GATHER: tl.con
     """(pointers to BM input rows, BM x 1; the rows, int64; which exist). Rows past the end point to some row that exists."""
     rows = row + tl.arange(0, BM)
     real = rows < end
-    if GATHER:
-        places = tl.load(source_R + rows, mask=real, other=0)
-    else:
-        places = tl.where(real, rows, row)
+    places = tl.load(source_R + rows, mask=real, other=0) if GATHER else tl.where(real, rows, row)
     return x + places[:, None] * stride, rows, real
 
 
@@ -208,11 +203,11 @@ def _varlen_m_kernel(
             acc_MN += tl.load(bias_EN + expert.to(tl.int64) * N + ns, mask=ns < N, other=0.0).to(tl.float32)[None, :]
         places = y_RN + rows[:, None] * N + ns[None, :]
         tl.store(places, acc_MN.to(y_RN.dtype.element_ty), mask=real[:, None] & (ns < N)[None, :])
-        if parts_RP is not None:
-            if n_tile == 0:
-                p = tl.arange(0, BP)
-                parts = tl.load(parts_RP + rows[:, None] * P + p[None, :], mask=real[:, None] & (p < P)[None, :], other=0.0)
-                tl.store(sums_R + rows, tl.sum(parts, axis=1), mask=real)
+        if parts_RP is not None and n_tile == 0:
+            p = tl.arange(0, BP)
+            mask = real[:, None] & (p < P)[None, :]
+            parts = tl.load(parts_RP + rows[:, None] * P + p[None, :], mask=mask, other=0.0)
+            tl.store(sums_R + rows, tl.sum(parts, axis=1), mask=real)
 
 
 @jit
@@ -243,20 +238,19 @@ def _varlen_k_kernel(
             acc_MN = tl.dot(a_KM.T, b_KN, acc_MN, input_precision=PRECISION)
         places = out_EPQ + expert.to(tl.int64) * P * Q + ps.to(tl.int64)[:, None] * Q + qs[None, :]
         tl.store(places, acc_MN.to(out_EPQ.dtype.element_ty), mask=(ps < P)[:, None] & (qs < Q)[None, :])
-        if sums_EP is not None:
-            if q_tile == 0:
-                total_M = tl.zeros([BM], tl.float32)
-                for r in range(0, count, BK):
-                    rows = r + tl.arange(0, BK)
-                    real = rows < count
-                    rows = start + rows
-                    l_rows = tl.load(source_R + rows, mask=real, other=0) if GATHER_LEFT else rows
-                    mask = real[:, None] & (ps < P)[None, :]
-                    a_KM = tl.load(left + l_rows[:, None] * stride_l + ps[None, :], mask=mask, other=0.0).to(tl.float32)
-                    if weights_R is not None:
-                        a_KM *= tl.load(weights_R + rows, mask=real, other=0.0)[:, None]
-                    total_M += tl.sum(a_KM, axis=0)
-                tl.store(sums_EP + expert.to(tl.int64) * P + ps, total_M.to(sums_EP.dtype.element_ty), mask=ps < P)
+        if sums_EP is not None and q_tile == 0:
+            total_M = tl.zeros([BM], tl.float32)
+            for r in range(0, count, BK):
+                rows = r + tl.arange(0, BK)
+                real = rows < count
+                rows = start + rows
+                l_rows = tl.load(source_R + rows, mask=real, other=0) if GATHER_LEFT else rows
+                mask = real[:, None] & (ps < P)[None, :]
+                a_KM = tl.load(left + l_rows[:, None] * stride_l + ps[None, :], mask=mask, other=0.0).to(tl.float32)
+                if weights_R is not None:
+                    a_KM *= tl.load(weights_R + rows, mask=real, other=0.0)[:, None]
+                total_M += tl.sum(a_KM, axis=0)
+            tl.store(sums_EP + expert.to(tl.int64) * P + ps, total_M.to(sums_EP.dtype.element_ty), mask=ps < P)
 
 
 # ---------------------------------------------------------------- launchers
@@ -279,35 +273,45 @@ def schedule(counts_E: Tensor, m: int) -> Schedule:
     n_experts = counts_E.numel()
     starts_E = torch.empty_like(counts_E)
     tile_ends_E, order_E = counts_E.new_empty(2, n_experts, dtype=torch.int32).unbind()
-    block = min(64, triton.next_power_of_2(n_experts))
+    block = min(32, triton.next_power_of_2(n_experts))
     _schedule_kernel[(triton.cdiv(n_experts, block),)](
         counts_E, starts_E, tile_ends_E, order_E, n_experts, BM=m, BE=block, num_warps=4
     )
     return Schedule(counts_E, starts_E, tile_ends_E, order_E, m)
 
 
-def launch_options(x: Tensor, tile: Tile) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and the arguments that all products share."""
-    target, programs = target_name(x.device), processors(x.device)
-    precision = "ieee"  # the matrix cores of AMD take fp32 as it is; those of NVIDIA, in three products of TF32
-    if target.startswith("sm_") and x.dtype == torch.float32:
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def launch_options(tile: Tile, *operands: Tensor, any_m: bool = False) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and the arguments that all products share.
+
+    Where rows of an operand don't begin at multiples of 16 bytes, their addresses and masks take registers, and the tile is
+    smaller; its m only if that is free, as `any_m` says: token rounding and the schedule count in it.
+    """
+    device, size = operands[0].device, operands[0].element_size()
+    target, programs = target_name(device), processors(device)
+    m, n, stages = tile.m, tile.n, tile.stages
     # As many bytes of the depth as of 16-bit types: registers and shared memory stay the same.
-    depth = tile.k if x.element_size() == 2 else max(16, tile.k // 2)
+    depth = tile.k if size == 2 else max(16, tile.k // 2)
+    if any(operand.stride(-2) * size % 16 for operand in operands):
+        m, n, depth = min(m, 64) if any_m else m, min(n, 64), min(depth, 32)
+        stages = 1 if target.startswith("gfx") else stages
     dies = 8 if target.startswith("gfx") and programs % 8 == 0 else 1
     return (programs,), {
-        "BM": tile.m, "BN": tile.n, "BK": depth, "GROUP": GROUP, "XCDS": dies, "PRECISION": precision,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "BM": m, "BN": n, "BK": depth, "GROUP": GROUP, "XCDS": dies,
+        "PRECISION": product_precision(device, operands[0].dtype), "num_warps": tile.warps, "num_stages": stages,
     }  # fmt: skip
 
 
+def _in_rows(*tensors: Tensor) -> bool:
+    """Whether values of a row are neighbours in memory."""
+    return all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 or not tensor.numel() for tensor in tensors)
+
+
 def describe(w: Tensor, rows: int, columns: int) -> tuple[Tensor | TensorDescriptor, bool]:
-    """A descriptor of w (E, ·, ·) for blocks of an expert's rows x columns, which TMA loads. Or w itself: where it is not laid out
-    as descriptors need, 16-byte alignment of all but the last dimension, and on AMD, which has no TMA: there Triton makes single
-    2-byte loads of a descriptor's, but 16-byte loads of pointers'."""
-    size = w.element_size()
-    aligned = w.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in w.stride()[:2])
-    if not aligned or target_name(w.device).startswith("gfx"):
+    """A descriptor of w (E, ·, ·) for blocks of an expert's rows x columns, which TMA loads. Or w itself: where it isn't laid out
+    as descriptors need, 16-byte alignment of all but the last dimension, and on AMD, which has no TMA: Triton 3.7.1 makes 2-byte
+    loads of a descriptor's there, but 16-byte loads of pointers'."""
+    strides = all(stride * w.element_size() % 16 == 0 for stride in w.stride()[:2])
+    if not strides or target_name(w.device).startswith("gfx") or w.data_ptr() % 16 != 0:
         return w, False
     return TensorDescriptor(w, list(w.shape), list(w.stride()), [1, rows, columns]), True
 
@@ -324,13 +328,13 @@ def varlen_m(
     parts_RP   fp32: their sums over P, in a fixed order, on the way
     Rows past the last expert's are left as they are in memory.
     """
-    assert x.dtype == w.dtype and x.stride(1) == 1 and w.stride(2) == 1 and plan.m == tile.m, (x.dtype, w.dtype)
+    assert x.dtype == w.dtype and plan.m == tile.m and _in_rows(x, w), (x.dtype, w.dtype)
     n_experts, (n, k) = w.shape[0], (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
     assert x.shape[1] == k, (x.shape, w.shape)
     n_rows = (x if source_R is None else source_R).shape[0]
     y_RN = x.new_empty(n_rows, n)
     sums_R = None if parts_RP is None else parts_RP.new_zeros(n_rows)
-    grid, options = launch_options(x, tile)
+    grid, options = launch_options(tile, x, w)
     bn, bk = options["BN"], options["BK"]
     described, is_described = describe(w, *((bk, bn) if transposed else (bn, bk)))
     p = 1 if parts_RP is None else parts_RP.shape[1]
@@ -351,11 +355,14 @@ def varlen_k(
 
     sums       also sum the rows of left, times fp32 weights_R where given
     """
-    assert left.dtype == right.dtype and left.stride(1) == right.stride(1) == 1 and gather in ("left", "right")
+    assert left.dtype == right.dtype and gather in ("left", "right") and _in_rows(left, right), (
+        left.dtype,
+        right.dtype,
+    )
     n_experts, p, q = plan.counts_E.numel(), left.shape[1], right.shape[1]
     out_EPQ = left.new_empty(n_experts, p, q)
     sums_EP = left.new_empty(n_experts, p) if sums else None
-    grid, options = launch_options(left, tile)
+    grid, options = launch_options(tile, left, right, any_m=True)
     _varlen_k_kernel[grid](
         left, right, source_R, weights_R, out_EPQ, sums_EP, plan.counts_E, plan.starts_E, plan.order_E, n_experts, p, q,
         left.stride(0), right.stride(0), GATHER_LEFT=gather == "left", **options,
@@ -385,7 +392,7 @@ def compile_cases(target: str) -> Any:
         varlen_k(a, x, plan, depth, source, gather="right", sums=biased)
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    cases = {f"D 1536, F 256, {name}": functools.partial(case, 1536, 256, dtype, False) for name, dtype in types.items()}
-    cases["D 1536, F 256, bf16, biases"] = functools.partial(case, 1536, 256, torch.bfloat16, True)
-    cases["D 1001, F 333, bf16"] = functools.partial(case, 1001, 333, torch.bfloat16, False)
-    return cases
+    return {f"D 1536, F 256, {name}": functools.partial(case, 1536, 256, dtype, False) for name, dtype in types.items()} | {
+        "D 1536, F 256, bf16, biases": lambda: case(1536, 256, torch.bfloat16, True),
+        "D 1001, F 333, bf16": lambda: case(1001, 333, torch.bfloat16, False),
+    }  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from moesaic.kernels.tiles import rounding_tile
+from moesaic.kernels.tiles import TILES, known_tile, rounding_tile
 from moesaic.launch import cli
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
 from moesaic.launch.generate import sample_text
@@ -81,7 +81,7 @@ def train(config: Config, device: torch.device) -> None:
     shared = agree_on(lambda: fingerprint(data))
     together(lambda: check_same_data(fingerprint(data), shared))
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
-    together(lambda: check_rounding(config, device))
+    together(lambda: check_tiles(config, device))
     together(lambda: make_run_dir(run_dir, checkpoints) if rank == 0 else None)
 
     # --- the model, spread over the ranks
@@ -277,10 +277,12 @@ def check_devices() -> None:
         raise cli.UserError(f"--nproc-per-node={ranks}: must not exceed the number of GPUs here, {gpus}")
 
 
-def check_rounding(config: Config, device: torch.device) -> None:
-    """Raises ValueError where rounding is on and the device's tile is not known."""
+def check_tiles(config: Config, device: torch.device) -> None:
+    """Raises ValueError where rounding is on, or the kernels are asked for, and the device's tiles are not known."""
     if config.model.router.rounding != "none":
         rounding_tile(device, config.model.router.rounding_tile)
+    if config.model.experts_backend == "triton" and not known_tile(device):
+        raise ValueError(f"model.experts_backend=triton: no tiles are known for {device}, only for {', '.join(TILES)}")
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

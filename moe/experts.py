@@ -368,7 +368,8 @@ class Experts(nn.Module):
         if backend == "reference":
             return experts_reference(x_ND, weights_R, w_up, w_down, b_up, b_down, rows, self.activation)
         if backend == "triton":
-            from moesaic.kernels.experts import experts  # only here: where there is no GPU, it starts Triton's interpreter
+            # Only here: where there is no GPU, it starts Triton's interpreter.
+            from moesaic.kernels.experts import experts
 
             chunk = _column_chunks(x_ND.shape[1], rows.source_R.numel() * x_ND.element_size(), self.chunk_mib)[0].stop
             return experts(

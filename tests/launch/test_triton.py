@@ -1,0 +1,52 @@
+"""model.experts_backend=triton: the demonstration's model against the specification, and a run of it on two ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic.kernels.testing import launches
+from moesaic.launch import cli, train
+from moesaic.moe.model import build
+from tests.launch.launches import Place, finished, here, losses
+
+
+def step(backend: str) -> tuple[float, dict[str, torch.Tensor], list[str]]:
+    """Loss and gradients of recipe=tiny_moe, with half its layers and experts, on 2 x 20 tokens; and what was launched."""
+    small = ["model.n_layers=2", "model.n_experts=4"]
+    config = cli.compose(["recipe=tiny_moe", *small, f"model.experts_backend={backend}"])
+    model = build(config.model, seed=0, device=torch.device("cpu"))
+    tokens = torch.randint(0, 257, (2, 21), generator=torch.Generator().manual_seed(0))
+    with launches() as kernels:
+        out = model(tokens[:, :-1], tokens[:, 1:])
+        (out.loss + out.aux).backward()
+    return out.loss.item(), {name: p.grad for name, p in model.named_parameters()}, kernels
+
+
+def test_the_demonstration_equals_the_specification() -> None:
+    loss, grads, kernels = step("triton")
+    want_loss, want_grads, none = step("reference")
+    assert none == [] and len(kernels) == 2 * (3 + 5 + 2)
+    assert loss == pytest.approx(want_loss, rel=1e-6)
+    assert grads.keys() == want_grads.keys()
+    for name, want in want_grads.items():
+        assert (grads[name] - want).abs().max() < 1e-5 * want.abs().max(), name
+
+
+def test_a_run_on_two_ranks(place: Place, tmp_path: Path) -> None:
+    """Experts on both ranks; the losses are those of one process and the torch backend. The balance loss depends on the ranks."""
+    small = "train.steps=2 train.eval_every=0 train.seq_len=16 train.global_batch=2 model.n_layers=1".split()
+    knobs = ["recipe=tiny_moe", *small, "model.router.balance_coef=0"]
+    finished(tmp_path, place.knobs(tmp_path / "triton", *knobs, "model.experts_backend=triton"))
+    here(*place.knobs(tmp_path / "torch", *knobs, "model.experts_backend=torch"))
+    got, want = losses(tmp_path / "triton"), losses(tmp_path / "torch")
+    assert len(got) == len(want) == 2
+    for one, other in zip(got, want, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_gpu_of_unknown_tile_is_one_line(place: Place) -> None:
+    config = cli.compose(place.knobs("none", "model.experts_backend=triton"))
+    with pytest.raises(ValueError, match="^model.experts_backend=triton: no tiles are known for meta"):
+        train.check_tiles(config, torch.device("meta"))
+    train.check_tiles(config, torch.device("cpu"))
