@@ -21,6 +21,7 @@ made in column chunks, where they would be large.
 Letters: N input rows, R routed rows, E experts, D model width, F expert width, G width of h, P column tiles of da.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -251,7 +252,7 @@ def _forward(
     x_ND: Tensor, weights_R: Tensor, w_up_EGD: Tensor, w_down_EDF: Tensor, b_up_EG: Tensor | None, b_down_ED: Tensor | None,
     source_R: Tensor, bag: Tensor, starts: Tensor | None, counts_E: Tensor, activation: str, chunk: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (up_tile, _, down_tile), d = _tiles(x_ND, w_up_EGD, w_down_EDF), x_ND.shape[1]
+    (up_tile, _, down_tile), d = _tiles(x_ND, w_up_EGD, w_down_EDF, activation), x_ND.shape[1]
     plan = schedule(counts_E, up_tile.m)
     h_RG, a_RF = up(x_ND, source_R, w_up_EGD, b_up_EG, plan, up_tile, activation)
     out = []
@@ -267,7 +268,7 @@ def _backward(
     source_R: Tensor, bag: Tensor, starts: Tensor | None, counts_E: Tensor, activation: str, chunk: int,
 ) -> list[Tensor]:  # fmt: skip
     """[dx_ND, dweights_R, dw_up_EGD, dw_down_EDF] and, with biases, [db_up_EG, db_down_ED]."""
-    (_, act_tile, dx_tile), d = _tiles(x_ND, w_up_EGD, w_down_EDF), x_ND.shape[1]
+    (_, act_tile, dx_tile), d = _tiles(x_ND, w_up_EGD, w_down_EDF, activation), x_ND.shape[1]
     k_tile, biased = gemm_tile(x_ND.device, "varlen_k", d), b_down_ED is not None
     plan = schedule(counts_E, act_tile.m)
     dh_RG, a_RF, parts_RP = dact(dy_ND, source_R, w_down_EDF, b_down_ED, h_RG, weights_R, plan, act_tile, activation)
@@ -284,15 +285,16 @@ def _backward(
     return [dx_ND, dweights_R, dw_up, dw_down] + ([db_up, db_down] if db_up is not None and db_down is not None else [])
 
 
-def _tiles(x_ND: Tensor, w_up_EGD: Tensor, w_down_EDF: Tensor) -> tuple[Tile, Tile, Tile]:
+def _tiles(x_ND: Tensor, w_up_EGD: Tensor, w_down_EDF: Tensor, activation: str) -> tuple[Tile, Tile, Tile]:
     """Of varlen_m products with results as wide as h, a and x. One M for all: the schedule counts in it.
 
-    Around dact's product there is more to hold than registers for 128 columns: on AMD, and of fp32, it gets the narrow tile.
+    Around dact's product there is more to hold than registers for 128 columns: on AMD, and of fp32, it gets the narrow tile. The
+    constants of erf take AMD's scalar registers, until one stage is left.
     """
-    narrow = x_ND.dtype == torch.float32 or target_name(x_ND.device).startswith("gfx")
-    widths = (w_up_EGD.shape[1], 0 if narrow else w_down_EDF.shape[2], x_ND.shape[1])
+    amd = target_name(x_ND.device).startswith("gfx")
+    widths = (w_up_EGD.shape[1], 0 if amd or x_ND.dtype == torch.float32 else w_down_EDF.shape[2], x_ND.shape[1])
     h, a, x = (gemm_tile(x_ND.device, "varlen_m", width) for width in widths)
-    return h, a, x
+    return h, dataclasses.replace(a, stages=1) if amd and activation == "geglu" else a, x
 
 
 # ---------------------------------------------------------------- one operation for autograd, torch.compile and FSDP
@@ -359,7 +361,7 @@ def compile_cases(target: str) -> Any:
         x, source, weights = meta(24576, d, dtype=dtype), meta(rows, dtype=torch.int64), meta(rows, dtype=torch.float32)
         w_up, w_down, h = (meta(*shape, dtype=dtype) for shape in ((n_experts, g, d), (n_experts, d, f), (rows, g)))
         b_up, b_down = (meta(n_experts, width, dtype=dtype) if biased else None for width in (g, d))
-        up_tile, act_tile, _ = _tiles(x, w_up, w_down)
+        up_tile, act_tile, _ = _tiles(x, w_up, w_down, activation)
         plan = schedule(meta(n_experts, dtype=torch.int64), up_tile.m)
         up(x, source, w_up, b_up, plan, up_tile, activation)
         dact(x, source, w_down, b_down, h, weights, plan, act_tile, activation)
