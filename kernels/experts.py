@@ -23,6 +23,7 @@ Letters: N input rows, R routed rows, E experts, D model width, F expert width, 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def up_reference(
     if activation == "relu2":
         return h_RG, h_RG.relu().square()
     gate, up = h_RG.chunk(2, dim=1)
-    return h_RG, {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}[activation](gate) * up
+    gates: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+    return h_RG, gates[activation](gate) * up
 
 
 def experts_reference(
