@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Computed once, so that every rank and every restart of one `make train` writes to the same folder.
 RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install train test check kernels test-gpu bench bench-gpu parity reshard study-rounding clean
+.PHONY: help install train test check kernels test-gpu bench bench-gpu parity reshard chaos study-rounding clean
 
 help:
 	@echo "make install   make .venv and install Moesaic with its development tools (once; PYTHON=python3.12 chooses the Python)"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench     run every file in benchmarks/"
 	@echo "make parity    every way to spread a model against one process, and the tables of docs/parity.md; up to half an hour on two cores"
 	@echo "make reshard   a checkpoint of every layout, loaded into every other one; some minutes on two cores"
+	@echo "make chaos     FAULTS=200 faults of SEED=0, each met by a small run that must go on as if nothing had happened; FROM=n goes on"
+	@echo "               where a campaign was left, ONLY='kind,kind' chooses; some 3 s a fault on one core"
 	@echo "make study-rounding   what token rounding costs in quality, over seeds; about half an hour on two cores"
 	@echo "make clean     remove .venv, caches and build products; runs/ stays"
 
@@ -76,6 +78,13 @@ parity: install
 
 reshard: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow" tests/parallel/test_reshard.py $(ARGS)
+
+FAULTS ?= 200
+SEED ?= 0
+FROM ?= 0
+ONLY ?=
+chaos: install
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.launch.chaos faults=$(FAULTS) seed=$(SEED) from=$(FROM) 'only=$(ONLY)'
 
 study-rounding: install
 	$(BIN)/python benchmarks/study_rounding.py $(ARGS)

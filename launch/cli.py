@@ -58,6 +58,8 @@ ConfigStore.instance().store(name="schema", node=Config)
 class UserError(ValueError):
     """A mistake of the user's, in one line that names the knob, its value and the rule: no traceback, exit code 2."""
 
+    code = 2
+
 
 def run(main: Callable[[Config], None]) -> None:
     """Call `main` with the configuration of this process's command line (once per job with `--multirun`).
@@ -81,7 +83,7 @@ def run(main: Callable[[Config], None]) -> None:
             main(config)
             inside_main = False
         except UserError as error:
-            _exit(str(error))
+            _exit(str(error), error.code)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them and exiting with 1
     parser = get_args_parser()
@@ -231,8 +233,8 @@ def _unknown(told: str, name: str, names: Sequence[str]) -> str:
     return f"{told}: unknown" + "".join(f"; nearest: {other}" for other in nearest)
 
 
-def _exit(message: str) -> NoReturn:
-    """End this rank with code 2; rank 0 says why."""
+def _exit(message: str, code: int = 2) -> NoReturn:
+    """End this rank; rank 0 says why."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -240,4 +242,4 @@ def _exit(message: str) -> NoReturn:
         # torchrun ends all ranks when the first exits. Whoever is still here after the grace is in a trouble of its own.
         time.sleep(GRACE)
         print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(code)

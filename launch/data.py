@@ -88,6 +88,11 @@ class Shard:
     digest: str
 
 
+def digest_of(path: Path) -> str:
+    """The hash of a shard's tokens as they are in the file now. Raises OSError, or ValueError where it holds no array."""
+    return hashlib.blake2b(np.ascontiguousarray(np.load(path, mmap_mode="r")).data, digest_size=16).hexdigest()
+
+
 Splits = dict[str, list[Shard]]  # train and val, of one prepared folder
 
 

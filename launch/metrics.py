@@ -6,6 +6,7 @@ busiest expert over the mean. Evaluation records hold step and val_loss.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -56,12 +57,23 @@ class MetricsLog:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._failed = False
 
     def write(self, record: Record) -> None:
-        """Append `record`. NaN and infinities, which JSON cannot hold, become null."""
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append `record`. NaN and infinities, which JSON cannot hold, become null. Where it can't be written, on a full disk, it
+        is lost, and the first of such losses is a warning: they must not end the training."""
+        line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+            if written < len(line):
+                self._file.truncate(self._file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                _warn(f"{self._file.name}: records are lost from step {record.get('step')} on ({error.strerror})")
+            self._failed = True
 
     def close(self) -> None:
         self._file.close()

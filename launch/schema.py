@@ -32,6 +32,11 @@ class TrainConfig:
     eval_every        steps between evaluations, and one at the end (0: never, not at the end either)
     eval_batches      batches of global_batch held-out sequences in one evaluation (fewer where the set is smaller)
     sample            tokens of text generated when the run ends (0: none)
+    max_skipped       steps in a row whose loss or gradient is not finite, each of which is left out, before the run ends
+    spike             a jump of the loss: standard deviations above the median of the last 128 steps' (0: none is looked for)
+    on_spike          log: jumps are told and counted. rewind: the run also goes back to its newest checkpoint, and past the data
+                      it read since
+    max_rewinds       returns to the same checkpoint before the run ends
     """
 
     steps: int = 1000
@@ -48,6 +53,10 @@ class TrainConfig:
     eval_every: int = 100
     eval_batches: int = 16
     sample: int = 0
+    max_skipped: int = 10
+    spike: float = 10.0
+    on_spike: str = "log"
+    max_rewinds: int = 3
 
 
 @dataclass
@@ -149,13 +158,25 @@ def check(c: Config) -> None:
     """Rules on the knobs of the loop, alone and together. Raises `ValueError` naming the knob, its value and the rule."""
     for name in ("name", "run_dir", "resume", "init_from"):
         require(getattr(c, name) != "", f"{name}=: must not be empty")
-    for name in ("steps", "global_batch", "seq_len", "log_every", "keep_checkpoints", "eval_batches"):
+    for name in (
+        "steps",
+        "global_batch",
+        "seq_len",
+        "log_every",
+        "keep_checkpoints",
+        "eval_batches",
+        "max_skipped",
+        "max_rewinds",
+    ):
         require(getattr(c.train, name) >= 1, f"train.{name}={getattr(c.train, name)}: must be at least 1")
-    for name in ("seed", "checkpoint_every", "eval_every", "sample"):
+    for name in ("seed", "checkpoint_every", "eval_every", "sample", "spike"):
         require(getattr(c.train, name) >= 0, f"train.{name}={getattr(c.train, name)}: must not be negative")
     require(c.train.checkpoint_dir != "", "train.checkpoint_dir=: must not be empty")
     require(c.train.checkpoint_on_error in ("continue", "stop"),
             f"train.checkpoint_on_error={c.train.checkpoint_on_error}: must be one of continue, stop")  # fmt: skip
+    require(c.train.on_spike in ("log", "rewind"), f"train.on_spike={c.train.on_spike}: must be one of log, rewind")
+    require(c.train.on_spike == "log" or c.train.spike > 0,
+            f"train.spike={c.train.spike:g}: must be above 0 with train.on_spike=rewind")  # fmt: skip
     require(c.train.seed < 2**32, f"train.seed={c.train.seed}: must be below 2^32")
     require(c.train.micro_batch is None or c.train.micro_batch >= 1,
             f"train.micro_batch={c.train.micro_batch}: must be at least 1, or null")  # fmt: skip

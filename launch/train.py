@@ -14,6 +14,9 @@ import os
 PARENT = os.getppid()  # before the imports, which take seconds: it may die meanwhile
 
 import dataclasses
+import faulthandler
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from moesaic.kernels.tiles import TILES, known_tile, rounding_tile
-from moesaic.launch import cli
+from moesaic.launch import cli, guards
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
 from moesaic.launch.generate import sample_text
 from moesaic.launch.metrics import Meter, MetricsLog, peak_flops, progress_header, progress_line, start_wandb
@@ -35,7 +38,7 @@ from moesaic.moe.flops import flops_per_token, parameter_counts
 from moesaic.moe.hf import Checkpoint
 from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
 from moesaic.moe.model import Output, Transformer
-from moesaic.parallel import checkpoint, storage
+from moesaic.parallel import checkpoint, storage, trace
 from moesaic.parallel.apply import expert_path, parallelize, start_engine, total
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
@@ -53,9 +56,13 @@ def main(config: Config) -> None:
     device = start()
     try:
         train(config, device)
-    except (OverloadError, checkpoint.SaveError) as error:
+    except OverloadError as error:
         raise cli.UserError(str(error)) from error
+    except checkpoint.SaveError as error:
+        raise guards.RunEndedError(str(error)) from error
     finally:
+        guards.end_listening()
+        trace.unwatch()
         dist.destroy_process_group()
 
 
@@ -68,7 +75,9 @@ def train(config: Config, device: torch.device) -> None:
     # --- what must be right before anything large is made: a mistake on one rank ends all of them with its line
     together(lambda: check_root(config.train.checkpoint_dir))
     source = together(lambda: find_checkpoint(config, checkpoints, say))
-    saved = together(lambda: checkpoint.read_state(source) if source else {"step": 0, "samples": 0, "tokens": 0})
+    saved: dict[str, Any] = together(
+        lambda: checkpoint.read_state(source) if source else {"step": 0, "samples": 0, "tokens": 0}
+    )
     weights = together(lambda: settle_model(config, saved))
     local = config.parallel.expert_path == "local"
     expert = together(lambda: expert_degree("1" if local else config.parallel.expert, config.model.n_experts, world))
@@ -83,6 +92,8 @@ def train(config: Config, device: torch.device) -> None:
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
     together(lambda: check_tiles(config, device))
     together(lambda: make_run_dir(run_dir, checkpoints) if rank == 0 else None)
+    data_watch = together(lambda: guards.DataWatch(data))
+    health = guards.Health(config.train, saved.get("health", {}))
 
     # --- the model, spread over the ranks
     compute = compute_dtype(config, device)
@@ -101,17 +112,22 @@ def train(config: Config, device: torch.device) -> None:
         say("\n".join([f"weights: {config.init_from} ({weights.kind})", *weights.notes]))
 
     # --- what the run leaves behind
-    log = wandb = None
-    if rank == 0:
+    def open_log() -> MetricsLog:
         checkpoint.remove_leftovers(checkpoints)
         cli.save(config, run_dir / "config.yaml")
-        log = MetricsLog(run_dir, step)
-        wandb = start_wandb(config, run_dir, dataclasses.asdict(config))
+        return MetricsLog(run_dir, step)
+
+    log = together(open_log if rank == 0 else nothing)
+    wandb = start_wandb(config, run_dir, dataclasses.asdict(config)) if rank == 0 else None
 
     def record(figures: dict[str, Any]) -> None:
         if log and wandb:
             log.write(figures)
             wandb.log(figures)
+
+    def last_good() -> str:
+        complete = checkpoint.complete_checkpoints(checkpoints)
+        return f"the last checkpoint is {complete[-1]}" if complete else "there is no checkpoint yet"
 
     every = config.train
     saver = checkpoint.Saver(checkpoints, every.keep_checkpoints, every.async_checkpoint, every.checkpoint_on_error)
@@ -143,47 +159,97 @@ def train(config: Config, device: torch.device) -> None:
     if step >= steps:
         say(f"nothing to do: {source} is at step {step}, and train.steps={steps}")
     val_loss = None
-    logged = tokens
+    logged, evaluated, kept = tokens, saved.get("evaluated", step), step
+    guards.listen()  # until here there is nothing to save, and a signal ends a rank at once
+    asked = guards.agree(torch.zeros((), device=device), guards.asked())[1]
+    trace.watch(config.parallel.timeout, run_dir / "hang", print_error)
     meter = Meter()
     meter.start()
-    while step < steps:
+    while True:
+        # Between steps: look at the data, evaluate, save, leave.
+        ended = step >= steps
+        evaluating = every.eval_every and (step % every.eval_every == 0 or ended) and evaluated != step and not asked
+        saving = (ended or (every.checkpoint_every and step % every.checkpoint_every == 0)) and kept != step
+        meter.stop()
+        if evaluating or saving:
+            together(data_watch.check if first_of_node else nothing, guards.RunEndedError)
+        if evaluating:
+            val_loss, asked = evaluate(engine, data.val, config.train, device, separator)
+            if val_loss is not None:
+                evaluated = step
+                record({"step": step, "tokens": tokens, "val_loss": val_loss})
+                say(f"step {step}: val_loss {val_loss:.4f} nats a token")
+        if saving or (asked and kept != step):
+            guards.check_finite(engine, step, last_good)
+            state = {"step": step, "samples": samples, "tokens": tokens, "evaluated": evaluated, "world": world}
+            state |= {"data": fingerprint(data), "health": health.state(), "config": dataclasses.asdict(config)}
+            with trace.unhurried():
+                saver.save(step, engine, state, wait=ended or asked)
+            kept = step
+        if ended or asked:
+            break
+        meter.start()
+
+        # A step. Where loss or gradient is not finite, on any rank, it changes nothing but these counts, on all of them.
         lr = learning_rate(step, steps, config.optim)
         set_lr(engine.optimizer, lr)
-        loss, rows_LE, figures_LF = train_step(engine, data.train, config.train, samples, device, separator)
-        norm = engine.step(config.optim.clip)
-        if config.model.router.kind == "sigmoid_bias":
+        my_loss, rows_LE, figures_LF = train_step(engine, data.train, config.train, samples, device, separator)
+        loss, asked = guards.agree(my_loss, guards.asked())
+        norm = engine.step(config.optim.clip, skip=not math.isfinite(loss)).item()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if config.model.router.kind == "sigmoid_bias" and finite:
             update_bias(model, total(rows_LE))
         step += 1
         samples += config.train.global_batch
         tokens += config.train.global_batch * config.train.seq_len
+        jump = health.see(loss, finite)
 
-        if step % every.log_every == 0 or step == steps:
-            dist.all_reduce(loss)
+        if step % every.log_every == 0 or step == steps or jump or not finite:
             rows_LE, figures_LF = total(rows_LE), total(figures_LF)
-            figures = {"step": step, "tokens": tokens, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+            figures = {"step": step, "tokens": tokens, "loss": loss, "grad_norm": norm, "lr": lr}
             steps_since = (tokens - logged) // (every.global_batch * every.seq_len)
             rate = (tokens - logged) / meter.lap()
             logged = tokens
-            figures |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world)} | load_figures(
-                rows_LE.cpu(), figures_LF.cpu()
-            )
+            figures |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world)}
+            figures |= {"skipped": health.skipped, "spikes": health.spikes}
+            figures |= load_figures(rows_LE.cpu(), figures_LF.cpu())
             figures |= wire_figures(model.moe_layers(), steps_since, device)
             record(figures)
             say(progress_line(figures, steps))
+        if not finite:
+            what = "gradient" if math.isfinite(loss) else "loss"
+            say(f"warning: step {step} is left out on all ranks: its {what} is not finite")
+            health.check(step, last_good)
+        if jump:
+            say(f"warning: step {step}: its loss, {loss:.4f}, is a jump: {jump:.0f} deviations above those before")
+        if jump and every.on_spike == "rewind":
+            with trace.unhurried():
+                saver.finish()
+                back = checkpoint.newest(checkpoints, say)
+            if back is None:
+                say("warning: train.on_spike=rewind: there is no checkpoint to go back to yet")
+                continue
+            saved, jumped_at = checkpoint.read_state(back), step
+            health.rewind(saved["step"])
+            with trace.unhurried():
+                checkpoint.load(back, engine)
+            health.restore(saved["health"])
+            step, tokens, evaluated = saved["step"], saved["tokens"], saved["evaluated"]  # but not `samples`
+            logged, kept = tokens, step
+            if log:
+                log.close()
+                log = MetricsLog(run_dir, step)
+            record({"step": step, "tokens": tokens, "rewound_from": jumped_at})
+            say(f"went back from step {jumped_at} to {back}; the data read since is passed over")
 
-        meter.stop()
-        if every.eval_every and (step % every.eval_every == 0 or step == steps):
-            val_loss = evaluate(engine, data.val, config.train, device, separator)
-            record({"step": step, "tokens": tokens, "val_loss": val_loss})
-            say(f"step {step}: val_loss {val_loss:.4f} nats a token")
-        if step == steps or (every.checkpoint_every and step % every.checkpoint_every == 0):
-            state = {"step": step, "samples": samples, "tokens": tokens, "data": fingerprint(data)}
-            state |= {"world": world, "config": dataclasses.asdict(config)}
-            saver.save(step, engine, state, wait=step == steps)
-        meter.start()
-
+    trace.unwatch()
     saver.finish()
-    if every.sample:
+    dist.barrier()  # rank 0 may be the host of the store in which others still look whether the last save is complete
+    if asked and not ended:
+        say(
+            f"asked to stop: {last_good()}; the same command goes on" if step else "asked to stop before the first step"
+        )
+    if every.sample and not asked:
         text = sample_text(
             engine.model, data.tokenizer, "", every.sample, every.seq_len, seed=every.seed, device=device
         )
@@ -253,8 +319,9 @@ def micro_batches(sequences: int, config: TrainConfig, rank: int, world: int) ->
 @torch.no_grad()
 def evaluate(
     engine: Engine, stream: TokenStream, config: TrainConfig, device: torch.device, separator: int | None
-) -> float:
-    """Mean cross entropy, nats a token, over the first `eval_batches * global_batch` held-out sequences (or all there are)."""
+) -> tuple[float | None, bool]:
+    """Mean cross entropy, nats a token, over the first `eval_batches * global_batch` held-out sequences (or all there are), and
+    whether a rank was asked to stop meanwhile: then there is no mean."""
     engine.model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     sequences = min(config.eval_batches * config.global_batch, stream.windows)
@@ -265,9 +332,11 @@ def evaluate(
             out = predict(engine.model, batch, separator)
             assert out.loss is not None
             loss += out.loss
+        if asked := guards.agree(loss, guards.asked())[1]:
+            break
     engine.model.train()
     engine.rest()
-    return total(loss).item() / (sequences * config.seq_len)
+    return (None if asked else total(loss).item() / (sequences * config.seq_len)), asked
 
 
 def check_devices() -> None:
@@ -379,9 +448,9 @@ def check_resume(config: Config, data: str, saved: dict[str, Any], source: str |
         raise ValueError(f"data.files={config.data.files}: {source} was made with other data, or another tokenizer")
 
 
-def together(work: Callable[[], T]) -> T:
-    """`work` on every rank. A ValueError, or a file that can't be read, on any of them becomes a UserError on all: nobody waits
-    for one that has left."""
+def together(work: Callable[[], T], kind: type[cli.UserError] = cli.UserError) -> T:
+    """`work` on every rank. A ValueError, or a file that can't be read, on any of them becomes a `kind` on all: nobody waits for
+    one that has left."""
     result: T | None = None
     mistake: str | None = None
     try:
@@ -392,7 +461,7 @@ def together(work: Callable[[], T]) -> T:
     dist.all_gather_object(mistakes, mistake)
     for line in mistakes:
         if line is not None:
-            raise cli.UserError(line)
+            raise kind(line)
     return result  # type: ignore[return-value]
 
 
@@ -403,9 +472,17 @@ def agree_on(work: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def nothing() -> None: ...
+
+
 def print_now(line: str) -> None:
     print(line, flush=True)
 
 
+def print_error(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
+    faulthandler.enable()  # a data file that was cut short under a mapping ends the process with SIGBUS
     leave_after(lambda: cli.run(main))

@@ -13,6 +13,7 @@ from moesaic.parallel.engine import Engine
 from moesaic.parallel.fsdp import RESHARD, FSDPEngine, divide_experts, shard_block, shard_experts, shard_root
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.remat import recompute
+from moesaic.parallel.trace import name_groups
 from moesaic.parallel.two_hop import communicating_path
 
 
@@ -61,6 +62,7 @@ def parallelize(
         shard_root(model, meshes, policy, RESHARD[parallel.reshard])
     elif compute is not torch.float32:
         compute_in(model, compute)
+    name_groups(model)
     recompute(model, parallel.remat)
     return model
 

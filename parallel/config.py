@@ -25,6 +25,8 @@ class ParallelConfig:
     max_recv_tokens_factor   most rows that a rank's experts may get in a call of a layer, in training, as a multiple of an even
                   load, see moesaic.parallel.overload (null: any number; of no effect with expert_path=local)
     overload      what is above it. error: the run ends with a line; drop: rows of the lowest router weights are left out
+    timeout       seconds without the begin or end of a collective, on any rank, after which the run ends and says who waits for
+                  whom, see moesaic.parallel.trace
     """
 
     engine: str = "fsdp"
@@ -37,6 +39,7 @@ class ParallelConfig:
     remat: str = "none"
     max_recv_tokens_factor: float | None = None
     overload: str = "error"
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         require(self.engine in ("fsdp", "deepspeed"),
@@ -64,6 +67,7 @@ class ParallelConfig:
         factor, overload = self.max_recv_tokens_factor, self.overload
         require(factor is None or factor >= 1,
                 f"parallel.max_recv_tokens_factor={factor}: must be at least 1, which an even load takes, or null")  # fmt: skip
+        require(1 <= self.timeout < 1e7, f"parallel.timeout={self.timeout}: must be at least 1 second")
         require(overload in ("error", "drop"), f"parallel.overload={overload}: must be one of error, drop")
         require(overload == "error" or factor is not None,
                 f"parallel.overload={overload}: needs a limit, parallel.max_recv_tokens_factor")  # fmt: skip

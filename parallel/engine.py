@@ -42,11 +42,12 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`, which is divided by the tokens of the global batch: sums over ranks. Collective."""
 
-    def step(self, clip: float) -> Tensor:
+    def step(self, clip: float, skip: bool = False) -> Tensor:
         """Scale gradients so that their global norm is at most `clip` (0: leave them), update the weights, clear the gradients.
         Where the norm is not finite, on any rank, for whichever parameter, nothing is updated anywhere: weights, moments and
-        `steps` stay as they were, of dense parameters and experts alike, and the gradients are cleared.
-        Returns the norm before, fp32 scalar, equal on every rank. Collective, and waits for the device."""
+        `steps` stay as they were, of dense parameters and experts alike, and the gradients are cleared. `skip`, the same on
+        every rank, asks for that. Returns the norm before, fp32 scalar on the host, equal on every rank. Collective, and waits
+        for the device."""
 
     def rest(self) -> None:
         """After forward passes without a backward one: let go of what they gathered."""

@@ -41,6 +41,7 @@ from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoE
 from moesaic.moe.replay import once
 from moesaic.moe.router import Routing
+from moesaic.parallel import trace
 from moesaic.parallel.overload import Limit, slots_to_keep, without
 
 Sent = Counter[tuple[str, str]]
@@ -70,10 +71,11 @@ class Codec(Protocol):
 @dataclass(frozen=True)
 class Link:
     """The ranks of an exchange. hops[w]: `inter` where rank w of the group is in another node, `intra` in this one, ``
-    itself."""
+    itself. `layer` is whose rows they exchange, by name."""
 
     group: dist.ProcessGroup
     hops: tuple[str, ...]
+    layer: str = ""
 
     def exchange(self, rows: Tensor, send: list[int], receive: list[int], phase: str, sent: Sent | None) -> Tensor:
         """Uneven all-to-all over dimension 0: `send[w]` rows go to rank w, `receive[w]` come from it, in rank order. Adds their
@@ -84,7 +86,8 @@ class Link:
                 if hop:
                     sent[hop, phase] += count * bytes_of_row
         result = rows.new_empty(sum(receive), *rows.shape[1:])
-        dist.all_to_all_single(result, rows.contiguous(), receive, send, group=self.group)
+        with trace.within(f"{self.layer} {phase}"):
+            dist.all_to_all_single(result, rows.contiguous(), receive, send, group=self.group)
         return result
 
     def tell(self, told_G: Tensor, sent: Sent | None) -> Tensor:
@@ -263,11 +266,12 @@ class AllToAllPath:
         node_size: int | None = None,
         codec: Codec | None = None,
         limit: Limit | None = None,
+        layer: str = "",
     ) -> None:
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.node_size, self.codec, self.limit = node_size or self.ranks, codec, limit
         assert self.ranks % self.node_size == 0, (self.ranks, self.node_size)
-        self.link = Link(group, hops(range(self.ranks), self.rank, self.node_size))
+        self.link = Link(group, hops(range(self.ranks), self.rank, self.node_size), layer)
         self.sent: Sent = Counter()
 
     def admit(self, routing: Routing) -> Routing:

@@ -30,9 +30,9 @@ class FSDPEngine:
             self.model.set_requires_all_reduce(last)
         loss.backward()
 
-    def step(self, clip: float) -> Tensor:
-        norm = clip_gradients(self.model.parameters(), clip)
-        if norm.isfinite():
+    def step(self, clip: float, skip: bool = False) -> Tensor:
+        norm = clip_gradients(self.model.parameters(), clip).cpu()
+        if norm.isfinite() and not skip:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

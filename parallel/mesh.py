@@ -40,6 +40,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from moesaic.parallel import trace
+
 
 @dataclass(frozen=True)
 class Meshes:
@@ -100,6 +102,8 @@ def start() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    trace.observe()
+    trace.record_flights()
     if "RANK" in os.environ:
         find_store()
         store, rank, world = next(rendezvous("env://"))

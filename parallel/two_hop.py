@@ -51,16 +51,21 @@ class TwoHopPath(AllToAllPath):
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, mesh: DeviceMesh, codec: Codec | None = None, limit: Limit | None = None
+        self,
+        group: dist.ProcessGroup,
+        mesh: DeviceMesh,
+        codec: Codec | None = None,
+        limit: Limit | None = None,
+        layer: str = "",
     ) -> None:
-        super().__init__(group, mesh.size(1), codec, limit)
+        super().__init__(group, mesh.size(1), codec, limit, layer)
         self.nodes, self.places = mesh.shape
         assert dist.get_process_group_ranks(group) == mesh.mesh.flatten().tolist(), (group, mesh)
         node, place = divmod(self.rank, self.places)
         across = range(place, self.ranks, self.places)
         inside = range(node * self.places, (node + 1) * self.places)
-        self.across = Link(mesh.get_group(0), hops(across, self.rank, self.places))
-        self.inside = Link(mesh.get_group(1), hops(inside, self.rank, self.places))
+        self.across = Link(mesh.get_group(0), hops(across, self.rank, self.places), layer)
+        self.inside = Link(mesh.get_group(1), hops(inside, self.rank, self.places), layer)
 
     def plan(self, routing: Routing, training: bool) -> Plan:
         nodes, places, ranks, tokens = self.nodes, self.places, self.ranks, routing.tokens
@@ -139,7 +144,7 @@ def communicating_path(name: str, parallel: ParallelConfig, meshes: Meshes) -> C
         return None if factor is None else Limit(factor, parallel.overload, layer)
 
     if name == "all_to_all" or node in (1, degree):
-        return lambda layer: AllToAllPath(group, node, limit=limit(layer))
+        return lambda layer: AllToAllPath(group, node, limit=limit(layer), layer=layer)
     names, world = ("group", "node", "place"), dist.get_world_size()  # a group's ranks are neighbours
     mesh = init_device_mesh(meshes.experts.device_type, (world // degree, degree // node, node), mesh_dim_names=names)
-    return lambda layer: TwoHopPath(group, mesh["node", "place"], limit=limit(layer))
+    return lambda layer: TwoHopPath(group, mesh["node", "place"], limit=limit(layer), layer=layer)

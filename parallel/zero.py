@@ -103,9 +103,9 @@ class ZeroEngine:
         if last and self.stage == 3:  # from the mean to the sum
             torch._foreach_mul_([local(self._part(p, "grad")) for p in self._dense().values()], dist.get_world_size())
 
-    def step(self, clip: float) -> Tensor:
-        norm = clip_tensors(self.gradients().values(), clip)
-        self.skip = not norm.isfinite()
+    def step(self, clip: float, skip: bool = False) -> Tensor:
+        norm = clip_tensors(self.gradients().values(), clip).cpu()
+        self.skip = skip or not norm.isfinite()
         if self.stage == 0 and self.skip:
             self.model.zero_grad()
         else:

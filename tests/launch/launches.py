@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from moesaic.parallel import checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "launch" / "train.py"
 STEPS = 40
+STANDALONE = ("--standalone", "--nproc-per-node", "2")
 KEPT = 20  # the step of the checkpoint that a killed run goes on from
 
 
@@ -64,12 +65,14 @@ class Launch:
 
 
 @contextlib.contextmanager
-def launch(folder: Path, knobs: list[str], *options: str, program: Path = PROGRAM) -> Iterator[Launch]:
+def launch(
+    folder: Path, knobs: list[str], *options: str, program: Path = PROGRAM, nodes: Sequence[str] = STANDALONE
+) -> Iterator[Launch]:
     """`torchrun OPTIONS launch/train.py KNOBS` in `folder`. All processes it starts are gone when the block ends."""
     tag = f"MOESAIC_TEST_LAUNCH={uuid.uuid4().hex}"
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment = inherited | {"OMP_NUM_THREADS": "1", "MOESAIC_TEST_LAUNCH": tag.partition("=")[2]}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes, *options]
     output = folder / f"{tag[-8:]}.log"
     with output.open("wb") as file:
         agent = subprocess.Popen(

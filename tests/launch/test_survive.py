@@ -1,8 +1,10 @@
 """Runs whose processes are killed: what they leave, and how they go on."""
 
 import contextlib
+import os
 import shutil
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,6 +93,118 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(
     assert_same_end(run_dir, uninterrupted)
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000040"]
     assert evaluations(run_dir) == [] and "val_loss" not in text, "train.eval_every=0 means never"
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+    place: Place, reference: tuple[Path, str], tmp_path: Path, name: str
+) -> None:
+    """The agent passes the signal on; it returns 1 though its ranks end with 0."""
+    uninterrupted, _ = reference
+    run_dir = tmp_path / "run"
+    knobs = place.knobs(run_dir, "train.checkpoint_every=30", "train.eval_every=30")
+    with launch(tmp_path, knobs, "--signals-to-handle=SIGTERM,SIGUSR1") as running:
+        until(lambda: len(losses(run_dir)) > 4)
+        os.kill(running.agent.pid, getattr(signal, name))
+        assert running.wait() == 1
+        assert not processes(running.tag), "the agent did not have to wait for them"
+        text = running.text()
+    step = losses(run_dir)[-1][0]
+    saved = checkpoint.step_folder(run_dir / "checkpoints", step)
+    assert step < STEPS and f"asked to stop: the last checkpoint is {saved}; the same command goes on" in text
+    assert checkpoint.read_state(saved)["step"] == step
+    if name == "SIGTERM":
+        assert f"resumed from {saved}" in finished(tmp_path, knobs)
+        assert losses(run_dir) == losses(uninterrupted)
+        assert evaluations(run_dir) == evaluations(uninterrupted)
+        assert_same_end(run_dir, uninterrupted)
+
+
+@needs_proc
+def test_a_rank_that_is_stopped_is_named(place: Place, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    knobs = place.knobs(run_dir, *"train.steps=100000 train.eval_every=0 parallel.timeout=2".split())
+    with launch(tmp_path, knobs) as running:
+        until(lambda: len(losses(run_dir)) > 2)
+        victim = next(p for p in running.ranks() if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+        os.kill(victim, signal.SIGSTOP)
+        until(lambda: "  rank 1: is silent since " in running.text())
+        kill(victim)  # as the agent does after half a minute
+        assert running.wait() == 1
+        text = running.text()
+    assert "error: parallel.timeout=2: rank 1 did not come to " in text
+    assert "  rank 0: since " in text
+    assert "exitcode  : 4" in text
+    assert (run_dir / "hang" / "gloo" / "rank_0").stat().st_size > 1000
+
+
+NOTED = """
+import os, runpy, sys, time
+from moesaic.launch import data
+
+real = data.train_batch
+
+def train_batch(stream, seed, first, count):  # slow enough to be met in the middle
+    with open(os.environ["NOTES"], "a") as file:
+        file.write(f"{os.getpid()} {os.environ['RANK']} {os.environ['WORLD_SIZE']} {first} {count}\\n")
+    time.sleep(0.1)
+    return real(stream, seed, first, count)
+
+data.train_batch = train_batch
+program, *sys.argv[1:] = sys.argv[1:]
+runpy.run_path(program, run_name="__main__")
+"""
+
+
+@needs_proc
+def test_ranks_come_and_go(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of one rank, of which one dies and comes back: the run goes on by itself on one rank, and again on two, with the
+    same samples in the same order. The loss of a node costs what came after the last checkpoint; its return nothing."""
+    program, notes, run_dir = tmp_path / "noted.py", tmp_path / "notes", tmp_path / "run"
+    program.write_text(NOTED)
+    monkeypatch.setenv("NOTES", str(notes))
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # docs/survival.md says why
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = "--nnodes=1:2 --nproc-per-node=1 --max-restarts=3 --rdzv-backend=c10d --rdzv-id=one".split()
+    nodes += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=1,join_timeout=100"]
+    knobs = [str(PROGRAM), *place.knobs(run_dir, "train.checkpoint_every=5", "train.eval_every=0")]
+
+    def worlds() -> list[tuple[int, int]]:
+        """World size and step, from 0, of each batch that rank 0 read."""
+        lines = [list(map(int, line.split())) for line in notes.read_text().splitlines()] if notes.exists() else []
+        return [(world, first // 4) for _, rank, world, first, _ in lines if rank == 0]
+
+    with launch(tmp_path, knobs, program=program, nodes=nodes) as one:
+        until(lambda: len(one.ranks()) == 1)
+        with launch(tmp_path, knobs, program=program, nodes=nodes) as other:
+            until(lambda: max((step for world, step in worlds() if world == 2), default=0) > 6)
+            victims = [other.agent.pid, *other.ranks()]
+            for pid in victims:
+                kill(pid)
+        until(lambda: any(world == 1 and step > 8 for world, step in worlds()))
+        with launch(tmp_path, knobs, program=program, nodes=nodes) as other:
+            assert one.wait() == 0 and other.wait() == 0
+        text = one.text()
+
+    generations: list[list[int]] = []  # the steps of each, rank 0
+    sizes: list[int] = []
+    for world, step in worlds():
+        if not generations or step != generations[-1][-1] + 1 or world != sizes[-1]:
+            generations.append([])
+            sizes.append(world)
+        generations[-1].append(step)
+    assert sizes == [2, 1, 2]
+    two, alone, again = generations
+    assert two[0] == 0 and alone[0] == two[-1] // 5 * 5 and again == list(range(alone[-1] + 1, STEPS))
+    for line in notes.read_text().splitlines():
+        _, rank, world, first, count = map(int, line.split())
+        assert count == 4 // world and first % 4 == rank * count
+    assert [step for step, *_ in losses(run_dir)] == list(range(1, STEPS + 1))
+    assert f"step {alone[0]}, " in text and f"step {again[0]}, " in text
+    assert checkpoint.read_state(checkpoint.step_folder(run_dir / "checkpoints", STEPS))["samples"] == STEPS * 4
 
 
 def test_a_restarted_rank_meets_none_of_the_dead() -> None:
