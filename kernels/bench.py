@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.kernels.roofline import HEAD, WORK, seconds
+from moesaic.kernels.roofline import HEAD, LAYER, WORK, seconds
 from moesaic.kernels.tiles import TILES, target_name
 
 DEVICE = "cuda"
@@ -67,7 +67,80 @@ def head(device: torch.device, shape: Mapping[str, int] = HEAD) -> Iterator[Case
     )
 
 
-CASES: dict[str, Callable[..., Iterator[Case]]] = {"head": head}
+def experts(device: torch.device, shape: Mapping[str, int] = LAYER) -> Iterator[Case]:
+    """A layer's experts, tokens chosen at random and evenly; then single products of it. The peers are torch's grouped_mm."""
+    from moesaic.kernels import experts as kernels
+    from moesaic.kernels import grouped_gemm, tiles
+    from moesaic.kernels.permute import sort_slots
+
+    t, d, f, g, e, k = (shape[letter] for letter in "TDFGEK")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*sizes, device=device, generator=generator) * scale).bfloat16().requires_grad_()
+
+    x, w_up, w_down = normal(t, d), normal(e, g, d, scale=d**-0.5), normal(e, d, f, scale=f**-0.5)
+    scores, chosen = torch.rand(t, e, device=device, generator=generator).topk(k)
+    counts = torch.bincount(chosen.flatten(), minlength=e)
+    tokens = torch.arange(t, device=device).repeat_interleave(k)
+    rows = sort_slots(tokens, chosen.flatten(), counts, t, k)
+    weights = (scores / k).flatten()[rows.slot_R].requires_grad_()
+    ends, dy = counts.cumsum(0).int(), normal(t, d).detach()
+
+    def composed_up(x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.grouped_mm(x[rows.source_R], w_up.mT, offs=ends)
+        return h, F.silu(h[:, :f]) * h[:, f:]
+
+    def composed() -> Tensor:
+        y = F.grouped_mm(composed_up(x)[1], w_down.mT, offs=ends).float() * weights[:, None]
+        return y[rows.bag].sum(dim=1).bfloat16()
+
+    def differentiated(layer: Callable[[], Tensor]) -> Callable[[], Mapping[str, Tensor]]:
+        def run() -> Mapping[str, Tensor]:
+            y = layer()
+            grads = torch.autograd.grad(y, (x, weights, w_up, w_down), dy)
+            return {"y": y, **dict(zip(("dx", "dweights", "dw_up", "dw_down"), grads, strict=True))}
+
+        return run
+
+    arguments = (x, weights, w_up, w_down, None, None, rows.source_R, rows.bag, None, counts, "swiglu")
+    parts = ("up", "down", "combine", "dactivation", "dx", "dw_up", "dw_down", "dcombine")
+    peer = "torch index, grouped_mm, silu, sum"
+    layer = differentiated(lambda: kernels.experts(*arguments))
+    yield Case("experts, forward and backward", layer, differentiated(composed), peer, parts, shape)
+
+    x, w_up, w_down = x.detach(), w_up.detach(), w_down.detach()
+    up_tile, down_tile = (tiles.gemm_tile(device, "varlen_m", width) for width in (g, d))
+    plan = grouped_gemm.schedule(counts, up_tile.m)
+    h, a = composed_up(x)
+    yield Case(
+        "up-projection with SwiGLU",
+        lambda: dict(zip("ha", kernels.up(x, rows.source_R, w_up, None, plan, up_tile, "swiglu"), strict=True)),
+        lambda: dict(zip("ha", composed_up(x), strict=True)),
+        "torch index, grouped_mm, silu",
+        ("up",),
+        shape,
+    )
+    yield Case(
+        "down-projection",
+        lambda: {"y": grouped_gemm.varlen_m(a, w_down, plan, down_tile)[0]},
+        lambda: {"y": F.grouped_mm(a, w_down.mT, offs=ends)},
+        "torch grouped_mm",
+        ("down",),
+        shape,
+    )
+    k_tile = tiles.gemm_tile(device, "varlen_k", d)
+    yield Case(
+        "weight gradient of the up-projection",
+        lambda: {"dw": grouped_gemm.varlen_k(h, x, plan, k_tile, rows.source_R, gather="right")[0]},
+        lambda: {"dw": F.grouped_mm(h.mT, x[rows.source_R], offs=ends)},
+        "torch index, grouped_mm",
+        ("dw_up",),
+        shape,
+    )
+
+
+CASES: dict[str, Callable[..., Iterator[Case]]] = {"experts": experts, "head": head}
 
 
 def wrong(case: Case) -> str | None:

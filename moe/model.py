@@ -16,6 +16,7 @@ from moesaic.kernels.rms_norm import RMSNorm
 from moesaic.moe.attention import Attention, LatentAttention, Mask, document_mask, rotary_table
 from moesaic.moe.balance import FIGURES, pooled_balance_loss
 from moesaic.moe.config import ModelConfig
+from moesaic.moe.experts import backend_for
 from moesaic.moe.layer import Aux, FeedForward, MoE, plainly
 
 IGNORED = -100
@@ -103,7 +104,9 @@ class Transformer(nn.Module):
         if targets_BS is None:
             logits = self.head(x_BSD)
         else:
-            loss = linear_cross_entropy(x_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten(), IGNORED)
+            backend = "triton" if backend_for(config.experts_backend, x_BSD) == "triton" else "torch"
+            x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
+            loss = linear_cross_entropy(x_TD, self.head.weight, targets_T, IGNORED, backend=backend)
         aux, counts, figures = self._collect(records, x_BSD)
         return Output(logits, loss, aux, counts, figures)
 

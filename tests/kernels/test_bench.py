@@ -9,6 +9,7 @@ from moesaic.kernels import bench, roofline
 from moesaic.kernels.inspection import TARGETS
 
 SHAPE = {"N": 24, "D": 16, "V": 70, "B": 64}
+LAYER = {"T": 24, "D": 16, "F": 8, "G": 16, "E": 4, "K": 2, "R": 48}
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,12 +35,14 @@ def pretended_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "target_name", lambda device: "sm_90a")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "pretended")
     monkeypatch.setattr(bench, "milliseconds", lambda run: 1.0 if run() else 0.0)
-    monkeypatch.setattr(bench, "CASES", {"head": lambda device: bench.head(device, SHAPE)})
+    cases = {"head": lambda device: bench.head(device, SHAPE), "experts": lambda device: bench.experts(device, LAYER)}
+    monkeypatch.setattr(bench, "CASES", cases)
 
 
 def test_times_what_is_right(pretended_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([]) == 0
-    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    line, *layer = map(json.loads, capsys.readouterr().out.splitlines())
+    assert len(layer) == 4 and layer[0]["case"].startswith("experts, forward and backward, T=24 D=16")
     assert (line["ours"], line["peer"], line["ratio"]) == (1.0, 1.0, 1.0) and "N=24" in line["case"]
     parts = [
         roofline.seconds(roofline.WORK[part], SHAPE, "sm_90a") for part in roofline.WORK if part.startswith("head")
