@@ -7,8 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moesaic.kernels.permute import sort_slots
-from moesaic.moe.experts import Experts
+from moesaic.kernels.permute import Rows, sort_slots
+from moesaic.kernels.tiles import rounding_tile
+from moesaic.moe.experts import Experts, backend_for
 from moesaic.moe.router import Routing
 
 
@@ -25,6 +26,17 @@ class ExpertPath(Protocol):
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
 
 
+def sorted_rows(routing: Routing, experts: Experts, x_TD: Tensor) -> Rows:
+    """The routing's slots by expert, sorted by the backend that runs the experts."""
+    if backend_for(experts.backend, x_TD) != "triton":
+        return sort_slots(routing.token_S, routing.expert_S, routing.counts_E, routing.tokens, routing.per_token)
+    from moesaic.kernels import permute_triton  # only here: where there is no GPU, it starts Triton's interpreter
+
+    sizes = (routing.counts_E.numel(), routing.tokens, routing.per_token, rounding_tile(x_TD.device))
+    rows, _ = permute_triton.sort_slots(routing.token_S, routing.expert_S, *sizes)
+    return rows
+
+
 class LocalPath:
     """All experts on this device: nothing travels."""
 
@@ -32,5 +44,5 @@ class LocalPath:
         return routing
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        rows = sort_slots(routing.token_S, routing.expert_S, routing.counts_E, routing.tokens, routing.per_token)
+        rows = sorted_rows(routing, experts, x_TD)
         return experts(x_TD, routing.weights_S.index_select(0, rows.slot_R), rows)

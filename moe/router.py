@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from moesaic.kernels.rounding import Rounding, round_routing, token_weights
 from moesaic.kernels.tiles import rounding_tile
-from moesaic.kernels.topk import keep_best_groups, ordered_keys, stable_topk
+from moesaic.kernels.topk import MOST_EXPERTS, MOST_K, keep_best_groups, ordered_keys, stable_topk
 from moesaic.moe.config import ModelConfig
-from moesaic.moe.replay import once
+from moesaic.moe.experts import backend_for
+from moesaic.moe.replay import once, replaying
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config.router
+        self.config, self.backend = config.router, config.experts_backend
         self.weight_ED = nn.Parameter(torch.empty(config.n_experts, config.d_model))
         if self.config.kind == "sigmoid_bias":
             self.register_buffer("bias_E", torch.zeros(config.n_experts, dtype=torch.float32))
@@ -97,23 +98,29 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Routing, Scores]:
         config = self.config
         logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
-        if config.kind == "sigmoid_bias":
-            scores_TE = logits_TE.sigmoid()
-            shares_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True)
+        # What comes after the choice changes the weights: then they are divided and scaled only there.
+        changed = self.training and (config.rounding != "none" or config.capacity_factor > 0)
+        sigmoid, n_experts = config.kind == "sigmoid_bias", logits_TE.shape[1]
+        kernels = backend_for(self.backend, logits_TE) == "triton" and config.kind != "expert_choice"
+        if kernels and n_experts <= MOST_EXPERTS and config.top_k <= MOST_K:
+            experts_TK, weights_TK, shares_TE = self._choose_by_kernel(logits_TE, final=not changed)
+            if not changed:
+                return topk_routing(experts_TK, weights_TK, n_experts), Scores(logits_TE, shares_TE)
+            scores_TE = logits_TE.sigmoid() if sigmoid else shares_TE
         else:
-            scores_TE = shares_TE = logits_TE.softmax(dim=1)
-        scores = Scores(logits_TE, shares_TE)
-        if config.kind == "expert_choice":
-            return self._expert_choice(scores_TE), scores
+            scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(dim=1)
+            shares_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True) if sigmoid else scores_TE
+            if config.kind == "expert_choice":
+                return self._expert_choice(scores_TE), Scores(logits_TE, shares_TE)
+            experts_TK = once("experts", lambda: self._choose(scores_TE if sigmoid else logits_TE))
+            weights_TK = scores_TE.gather(1, experts_TK)
 
-        preference_TE = scores_TE if config.kind == "sigmoid_bias" else logits_TE
-        experts_TK = once("experts", lambda: self._choose(preference_TE))
+        scores = Scores(logits_TE, shares_TE)
         if self.training and config.rounding != "none":
-            return self._rounded(scores_TE, experts_TK), scores
-        weights_TK = scores_TE.gather(1, experts_TK)
-        if self.training and config.capacity_factor:
+            return self._rounded(scores_TE, experts_TK, kernels), scores
+        if changed:
             return self._capped(experts_TK, weights_TK), scores
-        return topk_routing(experts_TK, self._weights(weights_TK), logits_TE.shape[1]), scores
+        return topk_routing(experts_TK, self._weights(weights_TK), n_experts), scores
 
     def _choose(self, preference_TE: Tensor) -> Tensor:
         """int64 (T, K): each token's K best experts."""
@@ -121,6 +128,21 @@ class Router(nn.Module):
         if config.kind == "sigmoid_bias":
             preference_TE = keep_best_groups(preference_TE + self.bias_E.float(), config.groups, config.groups_kept)
         return stable_topk(preference_TE, config.top_k)
+
+    def _choose_by_kernel(self, logits_TE: Tensor, final: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(experts_TK, weights_TK, shares_TE), weights divided and scaled if `final`; all in one launch."""
+        from moesaic.kernels.topk_triton import topk  # only here: where there is no GPU, it starts Triton's interpreter
+
+        config = self.config
+        bias_E = self.bias_E.float() if config.kind == "sigmoid_bias" else None
+        given_TK = once("experts", lambda: None) if replaying() else None
+        experts_TK, weights_TK, shares_TE = topk(
+            logits_TE, bias_E, config.top_k, sigmoid=bias_E is not None, renormalize=final and config.renormalize,
+            scale=config.scale if final else 1.0, groups=config.groups, kept=config.groups_kept, given_TK=given_TK,
+        )  # fmt: skip
+        if given_TK is None:
+            once("experts", lambda: experts_TK)
+        return experts_TK, weights_TK, shares_TE
 
     def _weights(self, weights_TK: Tensor) -> Tensor:
         if self.config.renormalize:
@@ -173,7 +195,7 @@ class Router(nn.Module):
         expert_S = expert_S.masked_fill(~keep_S, n_experts)
         return dataclasses.replace(routing, expert_S=expert_S, counts_E=kept_E, per_token=0, dropped=dropped)
 
-    def _rounded(self, scores_TE: Tensor, experts_TK: Tensor) -> Routing:
+    def _rounded(self, scores_TE: Tensor, experts_TK: Tensor, kernels: bool) -> Routing:
         """Token rounding (SonicMoE, arXiv 2512.14080): every expert's rows a multiple of the tile; moesaic.kernels.rounding."""
         tokens, k = experts_TK.shape
         n_experts = scores_TE.shape[1]
@@ -182,7 +204,10 @@ class Router(nn.Module):
         def draw() -> Rounding:
             # From the CPU's generator, whose state checkpoints hold: a resumed run draws what the uninterrupted one would.
             seed = torch.randint(2**62, ())
-            return round_routing(scores_TE, experts_TK, tile=tile, rule=self.config.rounding, seed=seed)
+            choose = round_routing
+            if kernels:
+                from moesaic.kernels.rounding_triton import round_routing as choose
+            return choose(scores_TE, experts_TK, tile=tile, rule=self.config.rounding, seed=seed)
 
         rounded = once("rounded", draw)
         weights_TK, weights_EA = token_weights(scores_TE, experts_TK, rounded, self.config.renormalize)
