@@ -36,6 +36,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moesaic.kernels.topk import ordered_keys
+
 RULES = ("nearest", "stochastic", "score", "balance", "up", "down")
 SEEDED = ("stochastic", "score")
 
@@ -196,11 +198,7 @@ def _changed_first(scores_ET: Tensor, chosen_ET: Tensor, up_E: Tensor, width: in
     parts = []
     for i in range(0, n_experts, rows):
         part = slice(i, i + rows)
-        # Bits rise with the number where it is positive, and fall where it is negative, until all but the sign are reversed
-        # there. + 0.0 turns -0.0 into its equal 0.0.
-        bits = (scores_ET[part] + 0.0).view(torch.int32)
-        bits ^= (bits >> 31) & 0x7FFFFFFF
-        keys = bits.long().mul_(2**31).add_(last_first_T).bitwise_xor_(flip_E[part, None])
+        keys = ordered_keys(scores_ET[part]).mul_(2**31).add_(last_first_T).bitwise_xor_(flip_E[part, None])
         keys.masked_fill_(chosen_ET[part] == up_E[part, None], torch.iinfo(torch.int64).min)
         parts.append(keys.topk(width, dim=1).indices)
     return torch.cat(parts)

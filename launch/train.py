@@ -277,7 +277,7 @@ def train_step(
     gradients until the last one, and no more memory than a single micro-batch needs.
 
     Returns this rank's part of the loss, fp32 scalar, its rows per MoE layer and expert, int64 (L, E), and its routing figures,
-    fp32 (L, 5), as in moesaic.moe.model.Output; their sums over ranks are the step's.
+    fp32 (L, 6), as in moesaic.moe.model.Output; their sums over ranks are the step's.
     """
     sums: list[torch.Tensor] = []
     global_tokens = config.global_batch * config.seq_len

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moesaic.moe.model import Transformer
 
 # What a layer adds up over the tokens of a call: see `load_figures`.
-FIGURES = ("tokens", "router_entropy", "dropped", "added", "padding")
+FIGURES = ("tokens", "router_entropy", "dropped", "added", "padding", "unrouted")
 
 
 def balance_loss(
@@ -80,7 +80,7 @@ def update_bias(model: "Transformer", counts_LE: Tensor) -> None:
 
 
 def load_figures(counts_LE: Tensor, figures_LF: Tensor) -> dict[str, float]:
-    """Figures of one step, from sums over the global batch: rows chosen per expert, int64 (L, E), and FIGURES, (L, 5).
+    """Figures of one step, from sums over the global batch: rows chosen per expert, int64 (L, E), and FIGURES, (L, 6).
 
     moe/load_max_over_mean   the busiest expert's rows over the mean
     moe/load_cv              standard deviation of the load over its mean
@@ -89,6 +89,7 @@ def load_figures(counts_LE: Tensor, figures_LF: Tensor) -> dict[str, float]:
     moe/router_entropy       mean entropy of a token's scores, over log E
     moe/dropped, moe/added   choices that capacity, rounding and a limit on a rank's load took away, and that rounding made, per
                              token
+    moe/unrouted             tokens that no expert takes, as a share: who lost all choices, or whom expert choice passed over
     moe/padding              rows that tiles add to the routed ones, as a share of these, each micro-batch of a rank by itself;
                              left out where the tile is not known
 
@@ -110,6 +111,7 @@ def load_figures(counts_LE: Tensor, figures_LF: Tensor) -> dict[str, float]:
         "router_entropy": figures[:, 1] / tokens_L / uniform,
         "dropped": figures[:, 2] / tokens_L,
         "added": figures[:, 3] / tokens_L,
+        "unrouted": figures[:, 5] / tokens_L,
     }
     if not figures[:, 4].isnan().any():
         columns["padding"] = figures[:, 4] / (rows_L - figures[:, 2] + figures[:, 3]).clamp(min=1)

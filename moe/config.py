@@ -160,7 +160,7 @@ class ModelConfig:
     expert_bias     biases in the routed experts
     experts_backend triton: the kernels, which a CPU interprets, slowly; torch; reference: plain and slow, the specification;
                     auto: triton on a GPU whose tiles are known, else torch
-    chunk_mib       most MiB of one temporary of the experts' outputs; they are made in column chunks of that size
+    chunk_mib       most MiB of one temporary of the experts' outputs on a GPU, which are made in column chunks of that size
     d_shared        width of the shared expert that every token passes through (0: none)
     n_dense_layers  leading blocks with a dense feed-forward of width d_dense instead of experts
     qk_norm         RMSNorm on queries and keys: none, head (each head by itself, Qwen3) or full (all heads together, OLMoE)

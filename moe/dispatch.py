@@ -17,8 +17,8 @@ class ExpertPath(Protocol):
     """The way of tokens through the experts: dispatch, compute, combine. One call, so that one kernel can replace all of it.
 
     x_TD and a routing of its T tokens -> y_TD, the sum over a token's used slots of weight * expert(x), in an order that is the
-    same every time; `LocalPath` adds in slot order. In training, `admit` comes first: the routing without what the ranks can't
-    take.
+    same every time; `LocalPath` adds in the order of experts on a CPU, of slots elsewhere. In training, `admit` comes first: the
+    routing without what the ranks can't take.
     """
 
     def admit(self, routing: Routing) -> Routing: ...

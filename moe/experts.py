@@ -4,13 +4,13 @@
         h  = W_up[j] x + b_up[j]                            G values: gate, then up, for the gated kinds (G = 2F); else G = F
         a  = act(h)                                         F values
         y  = W_down[j] (w_r * a) + w_r * b_down[j]          w_r: the router's weight of this row
-    output[n] = sum of y over the rows of input n           in slot order
+    output[n] = sum of y over the rows of input n           in a fixed order: of experts on a CPU, of slots elsewhere
 
 Weighting the activation instead of the output is the same product, and lets backward do without y: with
 da' = W_down[j]^T dy, the weight's gradient is <da', a> + <dy, b_down[j]> (SonicMoE, arXiv 2512.14080, equation 10). What is
 kept is the input (N x D), h (R x G) and index vectors: with SwiGLU in bf16 2ND + 4RF bytes and metadata. a is computed again,
-gathered rows are gathered again. y and the gathered dx are made in column chunks of at most `chunk_mib`, so no R x D tensor
-need exist.
+gathered rows are gathered again. No R x D tensor of y or of the gathered dx need exist: on a CPU the rows of a few experts at a
+time are made and added up, elsewhere column chunks of all rows, of at most `chunk_mib`.
 
 Letters: N input rows, R routed rows, D model width, F expert width, G width of h, E experts (held here).
 """
@@ -116,14 +116,13 @@ class _ExpertsOp(torch.autograd.Function):
         rows: Rows, activation: str, chunk_mib: int,
     ) -> Tensor:  # fmt: skip
         weights_R = weights_R.to(x_ND.dtype)
-        columns = _column_chunks(x_ND.shape[1], rows.source_R.numel() * x_ND.element_size(), chunk_mib)
         forward = _forward_loop if x_ND.device.type == "cpu" else _forward_grouped
-        h_RG, y_ND = forward(x_ND, weights_R, w_up, w_down, b_up, b_down, rows, activation, columns)
+        h_RG, y_ND = forward(x_ND, weights_R, w_up, w_down, b_up, b_down, rows, activation, chunk_mib)
         ctx.save_for_backward(
             x_ND, h_RG, weights_R, w_up, w_down, b_down,
             rows.source_R, rows.expert_R if b_down is not None else None, rows.bag, rows.starts, rows.counts_E,
         )  # fmt: skip
-        ctx.activation, ctx.columns, ctx.has_bias = activation, columns, b_up is not None
+        ctx.activation, ctx.chunk_mib, ctx.has_bias = activation, chunk_mib, b_up is not None
         return y_ND
 
     @staticmethod
@@ -132,7 +131,7 @@ class _ExpertsOp(torch.autograd.Function):
         rows = Rows(source_R, source_R, expert_R, bag, starts, counts_E)
         backward = _backward_loop if x_ND.device.type == "cpu" else _backward_grouped
         grads = backward(
-            dy_ND.contiguous(), x_ND, h_RG, weights_R, w_up, w_down, b_down, rows, ctx.activation, ctx.columns
+            dy_ND.contiguous(), x_ND, h_RG, weights_R, w_up, w_down, b_down, rows, ctx.activation, ctx.chunk_mib
         )
         dx_ND, dweights_R, dw_up, dw_down, db_up, db_down = grads
         if not ctx.has_bias:
@@ -143,64 +142,32 @@ class _ExpertsOp(torch.autograd.Function):
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _column_chunks(width: int, bytes_per_column: int, chunk_mib: int) -> list[slice]:
-    """Equal ranges of the D columns, multiples of 16 but for the last, of at most `chunk_mib` where 16 columns are no more."""
-    most = max(16, (chunk_mib * 2**20 // max(bytes_per_column, 1)) // 16 * 16)
-    pieces = math.ceil(width / most)
-    step = math.ceil(width / pieces / 16) * 16
-    return [slice(a, min(a + step, width)) for a in range(0, width, step)]
-
-
-def _in_chunks(
-    columns: list[slice], rows: Rows, n_inputs: int, first: Tensor, fill: Callable[[Tensor, slice], None]
-) -> Tensor:
-    """The sums of bags, chunk by chunk: `first` (R, columns) is filled already; `fill(buffer, columns)` makes the others."""
-    if len(columns) == 1:
-        return sum_bags(first, rows.bag, rows.starts)
-    out_ND = first.new_empty(n_inputs, columns[-1].stop)
-    for i, part in enumerate(columns):
-        buffer = first[:, : part.stop - part.start]
-        if i:
-            if buffer.shape[1] != first.shape[1]:  # the last, narrower one: contiguous in the same memory
-                buffer = first.view(-1)[: first.shape[0] * (part.stop - part.start)].view(first.shape[0], -1)
-            fill(buffer, part)
-        out_ND[:, part] = sum_bags(buffer, rows.bag, rows.starts)
-    return out_ND
-
-
 def _forward_loop(
     x_ND: Tensor, weights_R: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None,
-    rows: Rows, activation: str, columns: list[slice],
+    rows: Rows, activation: str, chunk_mib: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n_rows, counts = rows.source_R.numel(), rows.counts_E.tolist()
     h_RG = x_ND.new_empty(n_rows, w_up.shape[1])
-    y_Rd = x_ND.new_empty(n_rows, columns[0].stop)
+    y_ND = _sums(x_ND)
     groups = _groups(counts)
     # Memory that every group uses again stays in cache, and costs no page faults.
     x_rD, g_rF, a_rF = _scratch(x_ND, _largest(groups), x_ND.shape[1], w_down.shape[2], w_down.shape[2])
-    a_RF = x_ND.new_empty(n_rows, w_down.shape[2]) if len(columns) > 1 else None
     # Views of all experts at once: indexing each weight in turn takes Python as long as some of the products.
-    ups, downs = w_up.mT.unbind(), w_down[:, columns[0]].mT.unbind()
+    ups, downs = w_up.mT.unbind(), w_down.mT.unbind()
     for experts, part, own in groups:
-        x, h, y = x_rD[: part.stop - part.start], h_RG[part], y_Rd[part]
+        x, h = x_rD[: part.stop - part.start], h_RG[part]
         torch.index_select(x_ND, 0, rows.source_R[part], out=x)
         for up, x_j, h_j in zip(ups[experts], x.split(own), h.split(own), strict=True):
             torch.mm(x_j, up, out=h_j)
         if b_up is not None:
             for b, h_j in zip(b_up[experts], h.split(own), strict=True):
                 h_j += b
-        a = a_rF[: x.shape[0]] if a_RF is None else a_RF[part]
-        activate(activation, h, g_rF[: x.shape[0]], a).mul_(weights_R[part, None])
+        a = activate(activation, h, g_rF[: x.shape[0]], a_rF[: x.shape[0]]).mul_(weights_R[part, None])
+        y = x  # whose rows are not needed any more
         for down, a_j, y_j in zip(downs[experts], a.split(own), y.split(own), strict=True):
             torch.mm(a_j, down, out=y_j)
-    del x_rD, g_rF, a_rF, x, a, x_j, a_j  # before the sums over chunks need memory of their own
-
-    def fill(buffer: Tensor, chunk: slice) -> None:
-        assert a_RF is not None
-        for a, y, w in zip(a_RF.split(counts), buffer.split(counts), w_down[:, chunk], strict=True):
-            torch.mm(a, w.T, out=y)
-
-    y_ND = _in_chunks(columns, rows, x_ND.shape[0], y_Rd, fill)
+        y_ND.index_add_(0, rows.source_R[part], y.to(y_ND.dtype))
+    y_ND = y_ND.to(x_ND.dtype)
     return h_RG, y_ND if b_down is None else y_ND + _biases(b_down, weights_R, rows)
 
 
@@ -227,6 +194,11 @@ def _largest(groups: list[Group]) -> int:
     return max(part.stop - part.start for _, part, _ in groups)
 
 
+def _sums(like_ND: Tensor) -> Tensor:
+    """Where rows are added up, at least in fp32."""
+    return torch.zeros(like_ND.shape, dtype=torch.promote_types(like_ND.dtype, torch.float32), device=like_ND.device)
+
+
 def _scratch(like: Tensor, rows: int, *widths: int) -> list[Tensor]:
     return [like.new_empty(rows, width) for width in widths]
 
@@ -241,19 +213,18 @@ def _biases(b_down_ED: Tensor, weights_R: Tensor, rows: Rows) -> Tensor:
 
 def _backward_loop(
     dy_ND: Tensor, x_ND: Tensor, h_RG: Tensor, weights_R: Tensor, w_up: Tensor, w_down: Tensor, b_down: Tensor | None,
-    rows: Rows, activation: str, columns: list[slice],
+    rows: Rows, activation: str, chunk_mib: int,
 ) -> Grads:  # fmt: skip
-    n_rows, counts = rows.source_R.numel(), rows.counts_E.tolist()
+    counts = rows.counts_E.tolist()
     d, f, g = x_ND.shape[1], w_down.shape[2], h_RG.shape[1]
-    dx_Rd = x_ND.new_empty(n_rows, columns[0].stop)
-    dh_RG = x_ND.new_empty(n_rows, g) if len(columns) > 1 else None
+    dx_ND = _sums(x_ND)
     dweights_R = torch.empty_like(weights_R)
     dw_up, dw_down = torch.empty_like(w_up), torch.empty_like(w_down)
     db_up = w_up.new_zeros(w_up.shape[:2]) if b_down is not None else None
     db_down = torch.zeros_like(b_down) if b_down is not None else None
     groups = _groups(counts)
     x_rD, g_rF, a_rF, da_rF, dh_rG = _scratch(x_ND, _largest(groups), d, f, f, f, g)
-    ups, downs, dups, ddowns = w_up[:, :, columns[0]].unbind(), w_down.unbind(), dw_up.unbind(), dw_down.unbind()
+    ups, downs, dups, ddowns = w_up.unbind(), w_down.unbind(), dw_up.unbind(), dw_down.unbind()
     for experts, part, own in groups:
         n, w, h = part.stop - part.start, weights_R[part, None], h_RG[part]
         dy = torch.index_select(dy_ND, 0, rows.source_R[part], out=x_rD[:n])
@@ -272,35 +243,37 @@ def _backward_loop(
             ):
                 torch.mv(dy_j.T, w_j, out=db)
                 dw_j += dy_j @ b
-        dh = activate_backward(activation, da.mul_(w), h, g_rF[:n], dh_rG[:n] if dh_RG is None else dh_RG[part])
+        dh = activate_backward(activation, da.mul_(w), h, g_rF[:n], dh_rG[:n])
         x = torch.index_select(x_ND, 0, rows.source_R[part], out=x_rD[:n])
-        for up, dh_j, dx_j in zip(ups[experts], dh.split(own), dx_Rd[part].split(own), strict=True):
-            torch.mm(dh_j, up, out=dx_j)
         for dup, dh_j, x_j in zip(dups[experts], dh.T.split(own, dim=1), x.split(own), strict=True):
             torch.mm(dh_j, x_j, out=dup)
         if db_up is not None:
             for db, dh_j in zip(db_up[experts], dh.split(own), strict=True):
                 torch.sum(dh_j, dim=0, out=db)
-    del x_rD, g_rF, a_rF, da_rF, dh_rG, a, da, dh, dy, x, dy_j, da_j, a_j, dh_j, x_j
+        dx = x  # whose rows are not needed any more
+        for up, dh_j, dx_j in zip(ups[experts], dh.split(own), dx.split(own), strict=True):
+            torch.mm(dh_j, up, out=dx_j)
+        dx_ND.index_add_(0, rows.source_R[part], dx.to(dx_ND.dtype))
+    return dx_ND.to(x_ND.dtype), dweights_R, dw_up, dw_down, db_up, db_down
 
-    def fill(buffer: Tensor, chunk: slice) -> None:
-        assert dh_RG is not None
-        for dh, dx, w in zip(dh_RG.split(counts), buffer.split(counts), w_up[:, :, chunk], strict=True):
-            torch.mm(dh, w, out=dx)
 
-    dx_ND = _in_chunks(columns, rows, x_ND.shape[0], dx_Rd, fill)
-    return dx_ND, dweights_R, dw_up, dw_down, db_up, db_down
+def _column_chunks(width: int, bytes_per_column: int, chunk_mib: int) -> list[slice]:
+    """Equal ranges of `width` columns, multiples of 16 but for the last, of at most `chunk_mib`, where 16 columns are no more."""
+    most = max(16, (chunk_mib * 2**20 // max(bytes_per_column, 1)) // 16 * 16)
+    step = math.ceil(width / math.ceil(width / most) / 16) * 16
+    return [slice(a, min(a + step, width)) for a in range(0, width, step)]
 
 
 def _forward_grouped(
     x_ND: Tensor, weights_R: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None,
-    rows: Rows, activation: str, columns: list[slice],
+    rows: Rows, activation: str, chunk_mib: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     ends_E = rows.counts_E.cumsum(0, dtype=torch.int32)
     h_RG = F.grouped_mm(x_ND[rows.source_R], w_up.mT, offs=ends_E)
     if b_up is not None:
         h_RG = h_RG + b_up[rows.expert_R.clamp(max=b_up.shape[0] - 1)]
     a_RF = activate(activation, h_RG) * weights_R[:, None]
+    columns = _column_chunks(x_ND.shape[1], h_RG.shape[0] * h_RG.element_size(), chunk_mib)
     out = [sum_bags(F.grouped_mm(a_RF, w_down[:, c].mT, offs=ends_E), rows.bag, rows.starts) for c in columns]
     y_ND = out[0] if len(out) == 1 else torch.cat(out, dim=1)
     return h_RG, y_ND if b_down is None else y_ND + _biases(b_down, weights_R, rows)
@@ -308,7 +281,7 @@ def _forward_grouped(
 
 def _backward_grouped(
     dy_ND: Tensor, x_ND: Tensor, h_RG: Tensor, weights_R: Tensor, w_up: Tensor, w_down: Tensor, b_down: Tensor | None,
-    rows: Rows, activation: str, columns: list[slice],
+    rows: Rows, activation: str, chunk_mib: int,
 ) -> Grads:  # fmt: skip
     ends_E = rows.counts_E.cumsum(0, dtype=torch.int32)
     # Rows past the last end are padding, and grouped_mm leaves their memory as it was.
@@ -330,6 +303,7 @@ def _backward_grouped(
         db_down = F.grouped_mm(dy_RD.mT, ones_R8 * weights_R[:, None], offs=ends_E)[..., 0]
     del dy_RD, a_RF, da_RF, gate_RF
     dw_up = F.grouped_mm(dh_RG.mT, x_ND[rows.source_R], offs=ends_E)
+    columns = _column_chunks(x_ND.shape[1], h_RG.shape[0] * h_RG.element_size(), chunk_mib)
     out = [sum_bags(F.grouped_mm(dh_RG, w_up[:, :, c], offs=ends_E), rows.bag, rows.starts) for c in columns]
     return out[0] if len(out) == 1 else torch.cat(out, dim=1), dweights_R, dw_up, dw_down, db_up, db_down
 

@@ -17,7 +17,7 @@ from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import ExpertPath, LocalPath
 from moesaic.moe.experts import Experts
 from moesaic.moe.replay import on_tape
-from moesaic.moe.router import Router, count_rows
+from moesaic.moe.router import Router, count_rows, unrouted_tokens
 
 Aux = dict[str, Tensor]
 
@@ -90,7 +90,7 @@ class MoE(nn.Module):
 
     x_TD of `sequences` sequences -> (y_TD, aux). aux: `balance` and `z`, scalars, the unweighted losses over this call's
     tokens; `shares`, fp32 (E,), the sums of the tokens' scores; `counts`, int64 (E,), tokens that chose each expert; `figures`,
-    fp32 (5,), the sums over tokens that moesaic.moe.balance.FIGURES names.
+    fp32 (6,), the sums over tokens that moesaic.moe.balance.FIGURES names.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -115,7 +115,8 @@ class MoE(nn.Module):
             tokens = torch.full_like(entropy, routing.tokens)
             tile = known_tile(x_TD.device, self.router.config.rounding_tile)
             padding = (-routing.counts_E % tile).sum().float() if tile else torch.full_like(entropy, torch.nan)
-            figures = torch.stack([tokens, entropy, routing.dropped.float(), routing.added.float(), padding])
+            lost, unrouted = (n.float() for n in (routing.dropped, unrouted_tokens(routing)))
+            figures = torch.stack([tokens, entropy, lost, routing.added.float(), padding, unrouted])
             aux |= {"counts": count_rows(routing.chosen_S, routing.counts_E.numel()), "figures": figures}
         shared = None if self.shared is None else meanwhile(self.shared, x_TD)
         y_TD = self.run(self.path, x_TD, routing, self.experts)

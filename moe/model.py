@@ -33,7 +33,7 @@ class Output(NamedTuple):
     aux      auxiliary loss of this call's tokens, weighted with the configuration's coefficients, mean over MoE layers (or, where
              model.router.balance_over=layers, of them all at once)
     counts   int64 (MoE layers, E), tokens that chose each expert
-    figures  fp32 (MoE layers, 4), sums over tokens that moesaic.moe.balance.FIGURES names
+    figures  fp32 (MoE layers, 6), sums over tokens that moesaic.moe.balance.FIGURES names
     """
 
     logits: Tensor | None

@@ -73,6 +73,15 @@ def count_rows(experts: Tensor, n_experts: int) -> Tensor:
     return torch.zeros(n_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 
+def unrouted_tokens(routing: Routing) -> Tensor:
+    """How many tokens have no expert, int64 scalar."""
+    if routing.per_token:
+        return torch.zeros_like(routing.dropped)
+    unused_S = routing.expert_S == routing.counts_E.numel()
+    token_S = routing.token_S.masked_fill(unused_S, routing.tokens)
+    return (count_rows(token_S, routing.tokens + 1)[:-1] == 0).sum()
+
+
 class Router(nn.Module):
     """x_TD -> (Routing, Scores). One matrix makes a logit per expert; `model.router.kind` says what follows.
 

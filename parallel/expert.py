@@ -11,7 +11,7 @@ beside the rows'. `AllToAllPath` does it in one leg, an exchange among all ranks
 
 **The order of sums** is fixed: a token's outputs are added by expert on each rank, then by rank within each node, then by node.
 The rows of an expert stand in the order of their source ranks. So the same inputs give the same bits on every run, and one leg
-gives the same bits as two: outputs, and all gradients. `LocalPath` adds in slot order instead and differs in the last bits.
+gives the same bits as two: outputs, and all gradients. `LocalPath` adds in another order and differs in the last bits.
 
 **Bytes on the wire**, sent by one rank to others, itself left out; `AllToAllPath.sent` counts them by hop (inter: to another
 node, intra: within one) and phase. With n_w of this rank's tokens visiting rank w with s_w slots, m_w and r_w the same from

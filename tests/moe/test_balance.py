@@ -85,7 +85,7 @@ def test_load_figures_by_hand() -> None:
     # Layer 0 even; layer 1: one expert has all 8 rows, so max/mean 4, standard deviation/mean sqrt(3), entropy 0.
     counts = torch.tensor([[2, 2, 2, 2], [0, 8, 0, 0]])
     # 4 tokens; the entropy of scores is log 4 a token in layer 0, half of it in layer 1; one drop, two additions.
-    sums = torch.tensor([[4, 4 * math.log(4), 0, 0, 4], [4, 2 * math.log(4), 1, 2, 1]])
+    sums = torch.tensor([[4, 4 * math.log(4), 0, 0, 4, 0], [4, 2 * math.log(4), 1, 2, 1, 3]])
     figures = load_figures(counts, sums)
     assert figures["moe/load_max_over_mean"] == pytest.approx(4.0)
     assert figures["moe/load_cv"] == pytest.approx(math.sqrt(3) / 2)
@@ -93,7 +93,7 @@ def test_load_figures_by_hand() -> None:
     assert figures["moe/load_entropy"] == pytest.approx(0.5)
     assert figures["moe/router_entropy"] == pytest.approx(0.75)
     assert figures["moe/dropped"] == pytest.approx(1 / 8) and figures["moe/layer1/dropped"] == pytest.approx(1 / 4)
-    assert figures["moe/layer1/added"] == pytest.approx(1 / 2)
+    assert figures["moe/layer1/added"] == pytest.approx(1 / 2) and figures["moe/unrouted"] == pytest.approx(3 / 8)
     # Tiles add 4 rows to the 8 of layer 0, and 1 to the 8 - 1 + 2 of layer 1.
     assert figures["moe/layer0/padding"] == pytest.approx(0.5) and figures["moe/layer1/padding"] == pytest.approx(1 / 9)
     assert figures["moe/layer0/load_max_over_mean"] == pytest.approx(1.0)
@@ -117,10 +117,25 @@ def test_a_layer_tells_what_was_chosen_and_what_tiles_add() -> None:
     aux = capped(x)[1]
     assert torch.equal(aux["counts"], chosen)
     kept = chosen.clamp(max=7)  # 0.5 * 40 * 2 / 6, rounded up
-    tokens, _, dropped, added, padding = aux["figures"].tolist()
+    tokens, _, dropped, added, padding, _ = aux["figures"].tolist()
     assert (tokens, dropped, added) == (40, (chosen - kept).sum().item(), 0)
     assert padding == sum(-n % 16 for n in kept.tolist())
     assert free(x)[1]["figures"][4].item() == sum(-n % 16 for n in chosen.tolist())
+
+
+@pytest.mark.parametrize(
+    "router",
+    [dict(), dict(kind="expert_choice"), dict(capacity_factor=0.25), dict(rounding="down", rounding_tile=16)],
+    ids=str,
+)
+def test_tokens_without_an_expert_are_counted(router: dict[str, Any]) -> None:
+    made, x = layer(**router), torch.randn(40, 16)
+    routing, _ = made.router(x)
+    visited = {
+        token for token, expert in zip(routing.token_S.tolist(), routing.expert_S.tolist(), strict=True) if expert < 6
+    }
+    unrouted = made(x)[1]["figures"][5].item()
+    assert unrouted == 40 - len(visited) and (unrouted > 0) == bool(router)
 
 
 @pytest.mark.parametrize(("over", "calls"), [("global", 1), ("micro_batch", 0), ("sequence", 0)])
