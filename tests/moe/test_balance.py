@@ -125,7 +125,7 @@ def test_a_layer_tells_what_was_chosen_and_what_tiles_add() -> None:
 
 @pytest.mark.parametrize(
     "router",
-    [dict(), dict(kind="expert_choice"), dict(capacity_factor=0.25), dict(rounding="down", rounding_tile=16)],
+    [dict(), dict(kind="expert_choice", top_k=1), dict(capacity_factor=0.25), dict(rounding="down", rounding_tile=16)],
     ids=str,
 )
 def test_tokens_without_an_expert_are_counted(router: dict[str, Any]) -> None:
