@@ -73,8 +73,11 @@ def start_engine(parallel: ParallelConfig, model: Transformer, optimizer: torch.
     if parallel.engine == "deepspeed":
         from moesaic.parallel.zero import ZeroEngine  # not before it is asked for: DeepSpeed takes a while to import
 
-        return ZeroEngine(parallel, model, optimizer)
-    return FSDPEngine(model, optimizer)
+        engine: Engine = ZeroEngine(parallel, model, optimizer)
+    else:
+        engine = FSDPEngine(model, optimizer)
+    engine.make_moments()  # now, not in the first step: that may be left out, and be followed by a save
+    return engine
 
 
 def expert_path(parallel: ParallelConfig, meshes: Meshes) -> str:

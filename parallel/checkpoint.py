@@ -119,7 +119,6 @@ def load(path: str | Path, engine: Engine) -> None:
     weights = {f"model.{name}": t for name, t in engine.weights().items()}
     check_fits(manifest, _described(weights), "model.")
     check_moments(manifest)
-    engine.make_moments()
     moments = {f"optim.{name}": t for name, t in engine.moments().items()}
     check_fits(manifest, _described(moments))
     steps, random = torch.zeros(()), torch.get_rng_state()

@@ -59,13 +59,13 @@ class Engine(Protocol):
         """Between the backward that is the last of its step, and `step`."""
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's, once a step was made or `make_moments` called."""
+        """AdamW's."""
 
     def steps(self) -> Tensor:
         """AdamW's count of steps, a scalar."""
 
     def make_moments(self) -> None:
-        """Zero moments where there are none yet, to be loaded into."""
+        """Make moments, zero, before any step."""
 
     def loaded(self, steps: Tensor) -> None:
         """`weights` and `moments` were overwritten by those after `steps` steps: make all else agree with them. Collective."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from moesaic.launch import cli, guards, train
 from moesaic.launch.data import open_data
@@ -17,6 +18,16 @@ from moesaic.launch.schema import DataConfig, TrainConfig
 from moesaic.parallel import checkpoint
 from moesaic.parallel.fsdp import FSDPEngine
 from tests.launch.launches import Place, here, losses, records, tensors
+from tests.parallel.ranks import run_ranks
+
+
+def agreed() -> tuple[float, bool]:
+    rank = dist.get_rank()
+    return guards.agree(torch.tensor(0.25 + rank), asked=rank == 1)
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all(tmp_path: Path) -> None:
+    assert run_ranks(agreed, 3, tmp_path) == [(3.75, True)] * 3
 
 
 def test_a_jump_is_seen_in_any_noise_and_at_any_level():
@@ -93,6 +104,20 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert [r["skipped"] for r in records(run_dir)] == [0, 0, 1, 2, 2]
     last = checkpoint.read_state(checkpoint.step_folder(run_dir / "checkpoints", 5))
     assert (last["step"], last["samples"], last["health"]["in_a_row"]) == (5, 20, 0), "the data has moved on"
+
+
+def test_a_first_step_that_is_left_out_is_saved_and_gone_on_from(place: Place, tmp_path: Path) -> None:
+    """There is nothing that an optimizer has made by then."""
+    run_dir = tmp_path / "run"
+    knobs = place.knobs(run_dir, "train.eval_every=0", "train.log_every=1")
+    real = train.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", lambda *args: [(out := real(*args))[0] * math.nan, *out[1:]])
+        here(*knobs, "train.steps=1")
+    assert checkpoint.read_state(checkpoint.step_folder(run_dir / "checkpoints", 1))["health"]["skipped"] == 1
+    here(*knobs, "train.steps=2")
+    assert [r["skipped"] for r in records(run_dir)] == [1, 1]
+    assert tensors(checkpoint.step_folder(run_dir / "checkpoints", 2))["optim.step"] == 1
 
 
 def test_too_many_of_them_end_the_run_with_a_line(

@@ -13,6 +13,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import xxhash
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -49,6 +50,30 @@ def test_only_the_newest_are_kept_and_only_complete_ones_count(pool: Callable[[i
     # A resume from step 3 left the future that held step 12.
     pool(1).run(save, root, [5], 2)
     assert names(root) == ["notes", "step_00000003", "step_00000005"]
+
+
+def test_a_step_saved_again_by_fewer_ranks_leaves_nothing_of_the_first(
+    pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    pool(2).run(save, tmp_path, [7])
+    assert names(tmp_path / "step_00000007") == ["manifest.json", "shard_00000.safetensors", "shard_00001.safetensors"]
+    pool(1).run(save, tmp_path, [7])
+    assert names(tmp_path / "step_00000007") == ["manifest.json", "shard_00000.safetensors"]
+
+
+def drawn_before_and_after(root: Path) -> tuple[Tensor, Tensor]:
+    """What this rank draws next after a save, and after a load of it by an engine that has drawn other numbers."""
+    torch.manual_seed(100 + dist.get_rank())
+    checkpoint.Saver(root, 9, background=False).save(1, started(), {})
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    checkpoint.load(checkpoint.step_folder(root, 1), started())
+    return expected, torch.rand(3)
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    (one, one_again), (other, other_again) = pool(2).run(drawn_before_and_after, tmp_path)
+    assert torch.equal(one, one_again) and torch.equal(other, other_again) and not torch.equal(one, other)
 
 
 # ---------------------------------------------------------------- what is in the files

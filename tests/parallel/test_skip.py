@@ -50,7 +50,7 @@ def run(layout: dict[str, Any], steps: list[str]) -> tuple[dict[str, Tensor], li
             engine.backward(loss / 72 * (torch.inf if wrong else 1), last)
         if kind in ("dense", "experts"):
             spoil(engine, experts=kind == "experts")
-        norms.append(engine.step(0.1).item())
+        norms.append(engine.step(0.1, skip=kind == "told to").item())
         assert not any(p.grad is not None for p in model.parameters())
     kept = engine.weights() | engine.moments() | {"steps": engine.steps()}
     return {name: whole(t) for name, t in kept.items()}, norms
@@ -59,9 +59,12 @@ def run(layout: dict[str, Any], steps: list[str]) -> tuple[dict[str, Tensor], li
 def skipped(layout: dict[str, Any]) -> list[str]:
     """What differs where steps that must be skipped come between the others."""
     want, _ = run(layout, ["good", "good"])
-    got, norms = run(layout, ["dense", "good", "experts", "infinite loss", "good"])
-    assert [norm == norm and norm < torch.inf for norm in norms] == [False, True, False, False, True], norms
+    got, norms = run(layout, ["dense", "good", "experts", "infinite loss", "told to", "good"])
+    assert [norm == norm and norm < torch.inf for norm in norms] == [False, True, False, False, True, True], norms
     assert want["steps"] == 2
+    none, _ = run(layout, ["told to"])  # there are moments to be saved all the same
+    assert none.keys() == want.keys() and none["steps"] == 0
+    assert not any(value.any() for name, value in none.items() if name.startswith("exp_avg"))
     return [name for name in want.keys() | got.keys() if not torch.equal(want[name], got[name])]
 
 
