@@ -166,8 +166,8 @@ def knobs() -> dict[str, Any]:
 
 
 def groups() -> list[str]:
-    """The names that choose a file: `recipe`, `model`, ..."""
-    return sorted(folder.name for folder in RECIPES.iterdir() if any(folder.glob("*.yaml")))
+    """The names that choose a file: `recipe`, `model`, ... Of hardware/, plan.py chooses: no run has such a knob."""
+    return sorted(path.name for path in RECIPES.iterdir() if path.name != "hardware" and any(path.glob("*.yaml")))
 
 
 def _checked(composed: Any) -> Config:
