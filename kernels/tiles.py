@@ -13,7 +13,7 @@ Letters: M tile rows, N tile columns, K tile depth.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +106,35 @@ def known_tile(target: str | torch.device, override: int | None = None) -> int |
         return rounding_tile(target, override)
     except ValueError:
         return None
+
+
+def replace(target: str, entries: Mapping[str, Tile]) -> None:
+    """Put tiles into the table, for this process, as moesaic.kernels.autotune finds them.
+
+    Raises ValueError for a product that the table doesn't have, and where the rows of an expert would be rounded to what pads a
+    product: the varlen_m tiles need one M, and the depth of varlen_k must divide it.
+    """
+    table = TILES[target] | dict(entries)
+    if unknown := [name for name in table if name not in _GPU]:
+        raise ValueError(f"{unknown[0]}: must be one of {', '.join(_GPU)}")
+    m = table["varlen_m"].m
+    if table["varlen_m_narrow"].m != m:
+        raise ValueError(f"varlen_m_narrow m={table['varlen_m_narrow'].m}: must be that of varlen_m, {m}")
+    if m % table["varlen_k"].k:
+        raise ValueError(f"varlen_k k={table['varlen_k'].k}: must divide the m of varlen_m, {m}")
+    TILES[target] = table
+    known_tile.cache_clear()
+
+
+@contextlib.contextmanager
+def using(target: str, entries: Mapping[str, Tile]) -> Iterator[None]:
+    """`replace` for a while."""
+    saved = TILES[target]
+    replace(target, entries)
+    try:
+        yield
+    finally:
+        replace(target, saved)
 
 
 # Programs that a persistent kernel starts: one for each multiprocessor or compute unit of the parts named in docs/kernels.md.

@@ -37,6 +37,9 @@ class TrainConfig:
     on_spike          log: jumps are told and counted. rewind: the run also goes back to its newest checkpoint, and past the data
                       it read since
     max_rewinds       returns to the same checkpoint before the run ends
+    tiles             sizes that the experts' kernels work in: table (moesaic.kernels.tiles), autotune (timed on this GPU, minutes
+                      the first time, then from ~/.cache/moesaic/tiles), or the path of a record, such as another run's
+                      tiles.json. A run keeps its own in run_dir/tiles.json, and a resumed one reads them there
     """
 
     steps: int = 1000
@@ -57,6 +60,7 @@ class TrainConfig:
     spike: float = 10.0
     on_spike: str = "log"
     max_rewinds: int = 3
+    tiles: str = "table"
 
 
 @dataclass
@@ -151,6 +155,7 @@ class Config:
         self.run_dir = os.path.expanduser(self.run_dir)  # a shell leaves the ~ of run_dir=~/runs/a alone
         self.resume = os.path.expanduser(self.resume)
         self.train.checkpoint_dir = os.path.expanduser(self.train.checkpoint_dir) if self.train.checkpoint_dir else None
+        self.train.tiles = os.path.expanduser(self.train.tiles)
         self.init_from = os.path.expanduser(self.init_from) if self.init_from else None
 
 
@@ -171,7 +176,8 @@ def check(c: Config) -> None:
         require(getattr(c.train, name) >= 1, f"train.{name}={getattr(c.train, name)}: must be at least 1")
     for name in ("seed", "checkpoint_every", "eval_every", "sample", "spike"):
         require(getattr(c.train, name) >= 0, f"train.{name}={getattr(c.train, name)}: must not be negative")
-    require(c.train.checkpoint_dir != "", "train.checkpoint_dir=: must not be empty")
+    for name in ("checkpoint_dir", "tiles"):
+        require(getattr(c.train, name) != "", f"train.{name}=: must not be empty")
     require(c.train.checkpoint_on_error in ("continue", "stop"),
             f"train.checkpoint_on_error={c.train.checkpoint_on_error}: must be one of continue, stop")  # fmt: skip
     require(c.train.on_spike in ("log", "rewind"), f"train.on_spike={c.train.on_spike}: must be one of log, rewind")

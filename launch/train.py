@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from moesaic.kernels import autotune
 from moesaic.kernels.tiles import TILES, known_tile, rounding_tile
 from moesaic.launch import cli, guards
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
@@ -91,6 +92,8 @@ def train(config: Config, device: torch.device) -> None:
     together(lambda: check_same_data(fingerprint(data), shared))
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
     together(lambda: check_tiles(config, device))
+    chosen = agree_on(lambda: choose_tiles(config, run_dir / "tiles.json", device, expert, say))
+    together(lambda: autotune.use(chosen, device, f"train.tiles={config.train.tiles}") if chosen else None)
     together(lambda: make_run_dir(run_dir, checkpoints) if rank == 0 else None)
     data_watch = together(lambda: guards.DataWatch(data))
     health = guards.Health(config.train, saved.get("health", {}))
@@ -115,6 +118,8 @@ def train(config: Config, device: torch.device) -> None:
     def open_log() -> MetricsLog:
         checkpoint.remove_leftovers(checkpoints)
         cli.save(config, run_dir / "config.yaml")
+        if chosen:
+            autotune.write(chosen, run_dir / "tiles.json")
         return MetricsLog(run_dir, step)
 
     log = together(open_log if rank == 0 else nothing)
@@ -352,6 +357,30 @@ def check_tiles(config: Config, device: torch.device) -> None:
         rounding_tile(device, config.model.router.rounding_tile)
     if config.model.experts_backend == "triton" and not known_tile(device):
         raise ValueError(f"model.experts_backend=triton: no tiles are known for {device}, only for {', '.join(TILES)}")
+
+
+def choose_tiles(
+    config: Config, own: Path, device: torch.device, expert: int, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """The record of tiles that `train.tiles` asks for (None: the table's), as moesaic.kernels.autotune has it. A run that has
+    one, `own`, keeps to it: with other tiles token rounding would choose other tokens."""
+    if config.train.tiles == "table":
+        return None
+    if own.is_file():
+        return autotune.read(own)
+    if config.train.tiles != "autotune":
+        try:
+            return autotune.read(config.train.tiles)
+        except ValueError as error:
+            raise ValueError(f"train.tiles={error}") from error
+    model, sequences = (
+        config.model,
+        micro_batches(config.train.global_batch, config.train, 0, dist.get_world_size())[0][1],
+    )
+    g = model.d_expert * (1 if model.activation == "relu2" else 2)
+    shape = autotune.layer_shape(sequences * config.train.seq_len, model.d_model, model.d_expert, g, model.n_experts,
+                                 model.router.top_k, expert)  # fmt: skip
+    return autotune.tuned(device, shape, say=say)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
