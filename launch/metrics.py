@@ -57,7 +57,7 @@ class MetricsLog:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, path)
-        self._file = path.open("ab", buffering=0)
+        self._path = path
         self._failed = False
 
     def write(self, record: Record) -> None:
@@ -65,18 +65,16 @@ class MetricsLog:
         is lost, and the first of such losses is a warning: they must not end the training."""
         line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
         try:
-            written = self._file.write(line)
-            if written < len(line):
-                self._file.truncate(self._file.tell() - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with self._path.open("ab", buffering=0) as file:
+                written = file.write(line)
+                if written < len(line):
+                    file.truncate(file.tell() - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._failed = False
         except OSError as error:
             if not self._failed:
-                _warn(f"{self._file.name}: records are lost from step {record.get('step')} on ({error.strerror})")
+                _warn(f"{self._path}: records are lost from step {record.get('step')} on ({error.strerror})")
             self._failed = True
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _step_of(line: bytes) -> float:

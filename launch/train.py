@@ -242,7 +242,6 @@ def train(config: Config, device: torch.device) -> None:
             step, tokens, evaluated = saved["step"], saved["tokens"], saved["evaluated"]  # but not `samples`
             logged, kept = tokens, step
             if log:
-                log.close()
                 log = MetricsLog(run_dir, step)
             record({"step": step, "tokens": tokens, "rewound_from": jumped_at})
             say(f"went back from step {jumped_at} to {back}; the data read since is passed over")
@@ -260,7 +259,6 @@ def train(config: Config, device: torch.device) -> None:
         )
         say(f"--- sample\n{text}\n---")
     if log and wandb:
-        log.close()
         wandb.finish()
     if val_loss is not None:
         say(f"final val_loss {val_loss:.4f}")

@@ -31,13 +31,11 @@ def test_a_record_is_on_disk_when_write_returns(tmp_path: Path):
     log = MetricsLog(tmp_path, 0)
     log.write({"step": 1, "loss": 2.5})
     assert lines(tmp_path) == [{"step": 1, "loss": 2.5}]
-    log.close()
 
 
 def test_non_finite_numbers_become_null(tmp_path: Path):
     log = MetricsLog(tmp_path, 0)
     log.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "moe/load": [1.0, -math.inf], "lr": 0.1})
-    log.close()
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -57,12 +55,10 @@ def test_resume_drops_later_and_torn_lines_and_appends(tmp_path: Path):
     for step in (10, 20, 30):
         log.write({"step": step, "loss": 1.0})
         log.write({"step": step, "val_loss": 2.0})
-    log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2')  # what a SIGKILL leaves; read as a number it would be a step to keep
     log = MetricsLog(tmp_path, 20)
     log.write({"step": 30, "loss": 3.0})
-    log.close()
     assert lines(tmp_path) == [
         {"step": 10, "loss": 1.0},
         {"step": 10, "val_loss": 2.0},
@@ -77,13 +73,12 @@ def test_a_last_line_without_its_newline_is_kept_whole(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\x00\x00\n{"step": 2}')
     log = MetricsLog(tmp_path, 2)
     log.write({"step": 3})
-    log.close()
     assert lines(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
 def test_a_start_at_step_0_keeps_nothing(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_loss": 5.0}\n{"step": 1}\n')
-    MetricsLog(tmp_path, 0).close()
+    MetricsLog(tmp_path, 0)
     assert lines(tmp_path) == []
 
 
