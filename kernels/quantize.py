@@ -19,8 +19,8 @@
       four_six  of e4m3: of amax / 6 and amax / 4 what has the less squared error (arXiv 2512.02010)
     rounding  even         to the nearest, ties to even
               stochastic   up or down, so that the mean is right
-              eden         MS-EDEN (Quartet II, arXiv 2601.22813) on rotated e2m1 with e4m3 scales: to the nearest; then scales are
-                           multiplied by <x, x> / <x, q(x)> of each rotated run, and rounded stochastically: the mean is right
+              eden         MS-EDEN (Quartet II, arXiv 2601.22813) on rotated e2m1 with e4m3 scales: to the nearest; then scales
+                           are multiplied by <x, x> / <x, q(x)> of each rotated run, rounded stochastically: the mean is right
                            over the rotation's signs
 
 **Whatever is not finite stays visible.** An infinity or NaN makes the scale of its block NaN (and with a factor, the tensor), so
