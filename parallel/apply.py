@@ -10,7 +10,7 @@ from moesaic.moe.model import Block, Fill, Transformer, initialize
 from moesaic.parallel.cast import compute_in
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.engine import Engine
-from moesaic.parallel.fsdp import RESHARD, FSDPEngine, divide_experts, shard_block, shard_experts, shard_root
+from moesaic.parallel.fsdp import RESHARD, FSDPEngine, divide_experts, prefetch, shard_block, shard_experts, shard_root
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.remat import recompute
 from moesaic.parallel.trace import name_groups
@@ -60,6 +60,7 @@ def parallelize(
         model.head.weight = model.embedding.weight
     if fsdp:
         shard_root(model, meshes, policy, RESHARD[parallel.reshard])
+        prefetch(model)
     elif compute is not torch.float32:
         compute_in(model, compute)
     name_groups(model)

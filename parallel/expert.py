@@ -26,9 +26,10 @@ Letters: T tokens of this rank, D model width, E experts in all, e on this rank,
 leg, I inputs of a leg, R rows sent, N rows received.
 """
 
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,9 +78,11 @@ class Link:
     hops: tuple[str, ...]
     layer: str = ""
 
-    def exchange(self, rows: Tensor, send: list[int], receive: list[int], phase: str, sent: Sent | None) -> Tensor:
-        """Uneven all-to-all over dimension 0: `send[w]` rows go to rank w, `receive[w]` come from it, in rank order. Adds their
-        bytes to `sent`."""
+    def start(
+        self, rows: Tensor, send: list[int], receive: list[int], phase: str, sent: Sent | None
+    ) -> Callable[[], Tensor]:
+        """Begins an uneven all-to-all over dimension 0: `send[w]` rows go to rank w, `receive[w]` come from it, in rank order.
+        Adds their bytes to `sent`. What it returns waits for the rows that came."""
         if sent is not None:
             bytes_of_row = rows.element_size() * rows.shape[1:].numel()
             for hop, count in zip(self.hops, send, strict=True):
@@ -87,12 +90,17 @@ class Link:
                     sent[hop, phase] += count * bytes_of_row
         result = rows.new_empty(sum(receive), *rows.shape[1:])
         with trace.within(f"{self.layer} {phase}"):
-            dist.all_to_all_single(result, rows.contiguous(), receive, send, group=self.group)
-        return result
+            work = dist.all_to_all_single(result, rows.contiguous(), receive, send, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return result
+
+        return wait
 
     def tell(self, told_G: Tensor, sent: Sent | None) -> Tensor:
         """Row w of `told_G` for rank w; what they told this one."""
-        return self.exchange(told_G, [1] * len(self.hops), [1] * len(self.hops), "counts", sent)
+        return self.start(told_G, [1] * len(self.hops), [1] * len(self.hops), "counts", sent)()
 
 
 @dataclass(frozen=True)
@@ -116,24 +124,34 @@ class Leg:
     slots_in: list[int]
     sent: Sent | None
 
-    def go(self, x_ID: Tensor, phase: str) -> Tensor:
-        return self.link.exchange(x_ID.index_select(0, self.source_R), self.rows_out, self.rows_in, phase, self.sent)
+    def go(self, x_ID: Tensor, phase: str) -> Callable[[], Tensor]:
+        return self.link.start(x_ID.index_select(0, self.source_R), self.rows_out, self.rows_in, phase, self.sent)
 
     def come_back(self, y_ND: Tensor, phase: str) -> Tensor:
-        y_RD = self.link.exchange(y_ND, self.rows_in, self.rows_out, phase, self.sent)
+        y_RD = self.link.start(y_ND, self.rows_in, self.rows_out, phase, self.sent)()
         for bag, starts in self.sums:
             y_RD = sum_bags(y_RD, bag, starts)
         return y_RD
 
-    def send_slots(self, row_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor]:
+    def send_slots(self, row_S: Tensor, weights_S: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
         """Of each slot that travels: its row, counted from the first row for its target, and its weight."""
         packed_S2 = torch.stack([row_S.int(), weights_S.float().view(torch.int32)], dim=1)
-        packed_S2 = self.link.exchange(packed_S2, self.slots_out, self.slots_in, "slots", self.sent)
-        return packed_S2[:, 0].long(), packed_S2[:, 1].contiguous().view(torch.float32)
+        wait = self.link.start(packed_S2, self.slots_out, self.slots_in, "slots", self.sent)
 
-    def slots_come_back(self, values_S: Tensor) -> Tensor:
-        values_S = self.link.exchange(values_S, self.slots_in, self.slots_out, "slots_grad", self.sent)
-        return values_S.new_zeros(self.slots).index_copy_(0, self.slot_S, values_S)
+        def came() -> tuple[Tensor, Tensor]:
+            packed_S2 = wait()
+            return packed_S2[:, 0].long(), packed_S2[:, 1].contiguous().view(torch.float32)
+
+        return came
+
+    def slots_come_back(self, values_S: Tensor) -> Callable[[], Tensor]:
+        wait = self.link.start(values_S, self.slots_in, self.slots_out, "slots_grad", self.sent)
+
+        def came() -> Tensor:
+            values_S = wait()
+            return values_S.new_zeros(self.slots).index_copy_(0, self.slot_S, values_S)
+
+        return came
 
 
 def reached(target_S: Tensor, input_S: Tensor, targets: int, inputs: int) -> Tensor:
@@ -203,24 +221,25 @@ def arrived(
 
 
 class _Dispatch(torch.autograd.Function):
-    """(x_TD, weights_S) -> (x_ND, weights of the slots that arrived, which travelled already when the legs were planned)."""
+    """(x_TD, weights_S) -> (x_ND, weights of the slots that arrived, which were sent already when the legs were planned)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weights_S: Tensor, came_S: Tensor, legs: list[Leg], codec: Codec | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.legs = legs
+    def forward(ctx: Any, x_TD: Tensor, weights_S: Tensor, plan: "Plan", codec: Codec | None) -> tuple[Tensor, Tensor]:
+        ctx.legs = plan.legs
         payload = codec.encode(x_TD) if codec else [x_TD]
-        for leg in legs:
-            payload = [leg.go(part, "dispatch") for part in payload]
+        for leg in plan.legs:
+            travelling = [leg.go(part, "dispatch") for part in payload]
+            if leg is plan.legs[-1]:
+                came_S, _ = plan.arrive()
+            payload = [wait() for wait in travelling]
         return codec.decode(payload, x_TD.dtype) if codec else payload[0], came_S.clone()
 
     @staticmethod
-    def backward(ctx: Any, dx_ND: Tensor, dweights_S: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dx_ND: Tensor, dweights_S: Tensor) -> tuple[Tensor, Tensor, None, None]:
         for leg in reversed(ctx.legs):
-            dx_ND = leg.come_back(dx_ND, "dispatch_grad")
-            dweights_S = leg.slots_come_back(dweights_S)
-        return dx_ND, dweights_S, None, None, None
+            dweights = leg.slots_come_back(dweights_S)
+            dx_ND, dweights_S = leg.come_back(dx_ND, "dispatch_grad"), dweights()
+        return dx_ND, dweights_S, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -236,17 +255,17 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None]:
         for leg in ctx.legs:
-            dy_TD = leg.go(dy_TD, "combine_grad")
+            dy_TD = leg.go(dy_TD, "combine_grad")()
         return dy_TD, None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The legs of a call, the weights of the slots that came to this rank, and the rows that its experts compute."""
+    """The legs of a call; `arrive` waits for the slots that come to this rank and gives their weights, and the rows that its
+    experts compute, the same each time. Rows travel meanwhile."""
 
     legs: list[Leg]
-    weights_S: Tensor
-    rows: Rows
+    arrive: Callable[[], tuple[Tensor, Rows]]
 
 
 class AllToAllPath:
@@ -301,12 +320,13 @@ class AllToAllPath:
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         plan = once("plan", lambda: self.plan(routing, experts.training))
-        x_ND, weights_S = _Dispatch.apply(x_TD, routing.weights_S, plan.weights_S, plan.legs, self.codec)
-        y_ND = experts(x_ND, weights_S.index_select(0, plan.rows.slot_R), plan.rows)
+        x_ND, weights_S = _Dispatch.apply(x_TD, routing.weights_S, plan, self.codec)
+        _, rows = plan.arrive()
+        y_ND = experts(x_ND, weights_S.index_select(0, rows.slot_R), rows)
         return _Combine.apply(y_ND, plan.legs)
 
     def plan(self, routing: Routing, training: bool) -> Plan:
-        """Tells the others what will come, and sends the slots. Raises OverloadError where `limit` asks for it."""
+        """Tells the others what will come, and begins to send the slots. Raises OverloadError where `limit` asks for it."""
         ranks, tokens, sent = self.ranks, routing.tokens, self.sent if training else None
         counts_We = routing.counts_E.view(ranks, -1)
         experts = counts_We.shape[1]
@@ -329,11 +349,17 @@ class AllToAllPath:
             sums = [(bag, within), (torch.arange(node_rows, device=bag.device), ends(node_NT.sum(dim=0)))]
         slot_S = routing.expert_S.argsort(stable=True)[: sum(slots_out)]
         leg = Leg(self.link, source_R, sums, slot_S, rank_S.numel(), out, rows_in, slots_out, slots_in, sent)
-        row_S, weights_S = leg.send_slots(place_WT[rank_S[slot_S], routing.token_S[slot_S]], routing.weights_S[slot_S])
-        blocks = torch.arange(told_W[:, 1:].numel(), device=row_S.device)
-        row_S = absolute(row_S, rows_in_W, slots_in_W)
-        rows = arrived(row_S, blocks % experts, blocks // experts, told_W[:, 1:].flatten(), experts, sum(rows_in))
-        return Plan([leg], weights_S, rows)
+        slots = leg.send_slots(place_WT[rank_S[slot_S], routing.token_S[slot_S]], routing.weights_S[slot_S])
+
+        @functools.cache
+        def arrive() -> tuple[Tensor, Rows]:
+            row_S, weights_S = slots()
+            blocks = torch.arange(told_W[:, 1:].numel(), device=row_S.device)
+            row_S = absolute(row_S, rows_in_W, slots_in_W)
+            rows = arrived(row_S, blocks % experts, blocks // experts, told_W[:, 1:].flatten(), experts, sum(rows_in))
+            return weights_S, rows
+
+        return Plan([leg], arrive)
 
 
 def wire_figures(layers: Iterable[MoE], steps: int, device: torch.device) -> dict[str, float]:

@@ -1,8 +1,14 @@
 """FSDP2 over the two meshes of a run: dense parameters over `shard`, experts over those ranks that hold the same ones, both in
 copies where the meshes have a dimension of replicas (HSDP: gradients are summed over a copy's ranks, then over copies)."""
 
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -73,15 +79,13 @@ def divide_experts(experts: Experts, meshes: Meshes) -> None:
 
 def shard_experts(experts: Experts, meshes: Meshes, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
     """Shard over `expert_shard` what `divide_experts` left: by the first dimension that divides, so by expert, or within each."""
-    mesh, shards = meshes.expert_copies, meshes.experts["expert_shard"].size()
+    shards = meshes.experts["expert_shard"].size()
 
     def placement(weight: nn.Parameter) -> Shard:
         shape = weight.to_local().shape if isinstance(weight, DTensor) else weight.shape
         return Shard(next((d for d, size in enumerate(shape) if size % shards == 0), 0))
 
-    _sum_gradients(
-        fully_shard(experts, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=placement, mp_policy=policy)
-    )
+    _shard(experts, meshes.expert_copies, policy, reshard, placement)
 
 
 def shard_block(block: Block, meshes: Meshes, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
@@ -90,19 +94,83 @@ def shard_block(block: Block, meshes: Meshes, policy: MixedPrecisionPolicy, resh
         shard_experts(block.ffn.experts, meshes, policy, reshard)
         if policy.param_dtype is not torch.float32:
             full = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
-            _sum_gradients(
-                fully_shard(block.ffn.router, mesh=meshes.dense, reshard_after_forward=reshard, mp_policy=full)
-            )
-    _sum_gradients(fully_shard(block, mesh=meshes.dense, reshard_after_forward=reshard, mp_policy=policy))
+            _shard(block.ffn.router, meshes.dense, full, reshard)
+    _shard(block, meshes.dense, policy, reshard)
 
 
 def shard_root(model: nn.Module, meshes: Meshes, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
     """Embedding, last norm and head."""
-    _sum_gradients(fully_shard(model, mesh=meshes.dense, reshard_after_forward=reshard, mp_policy=policy))
+    _shard(model, meshes.dense, policy, reshard)
 
 
-def _sum_gradients(module: FSDPModule) -> None:
+def prefetch(model: Transformer) -> None:
+    """Let weights travel while others are in use: a block's, its router's and its experts' during the block before, in backward
+    during the block after. Else experts would be asked for after the wait for the counts of an exchange.
+
+    Two blocks are whole at a time. More would only take more memory: gathering a block takes less time than computing one, or
+    the links are the bottleneck however early one asks.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    root: list[FSDPModule] = [model]
+    units = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in model.blocks]
+    for now, later in itertools.pairwise([root, *units]):  # a block, then its router, then its experts
+        now[0].set_modules_to_forward_prefetch(later)
+    for now, later in itertools.pairwise([root, *units[::-1]]):  # a block, then its experts, then its router
+        now[0].set_modules_to_backward_prefetch([later[0], *later[:0:-1]])
+
+
+def _shard(
+    module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool | None,
+    placement: Callable[[nn.Parameter], Shard] | None = None,
+) -> None:  # fmt: skip
+    """Hand the parameters of `module` that no part of it has taken yet to FSDP2.
+
+    Not where one rank holds them all and computes with them as they are: FSDP2 would copy each weight twice a step and each
+    gradient three times.
+    """
+    if mesh.size() == 1 and policy.param_dtype is torch.float32:
+        return
+    parts = [
+        m for m in module.modules() if isinstance(m, Experts) and m is not module and not isinstance(m, FSDPModule)
+    ]
+    sharded = fully_shard(
+        module, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=placement, mp_policy=policy,
+        ignored_params={p for part in parts for p in part.parameters()},
+    )  # fmt: skip
     # The loss is divided by the tokens of the global batch before backward, so gradients of all ranks are added and divided
     # by nothing: one rule for dense and expert parameters, whatever the degrees and however unequal the ranks' batches.
-    module.set_gradient_divide_factor(1.0)
-    module.set_force_sum_reduction_for_comms(True)
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)
+    if mesh.device_type == "cpu":
+        sharded.set_custom_all_gather(GatherDirectly())  # type: ignore[arg-type]  # which has what it asks for
+        sharded.set_custom_reduce_scatter(SumDirectly())  # type: ignore[arg-type]
+
+
+class _Allocate:
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class GatherDirectly(_Allocate):
+    """All-gather as one exchange instead of gloo's ring, and while the caller computes: FSDP2 waits for what is returned."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        return dist.all_to_all_single(output_tensor, input_tensor.repeat(group.size()), group=group, async_op=True)
+
+
+class SumDirectly(_Allocate):
+    """Reduce-scatter as one exchange, with sums in the order of ranks. Gloo reduces all to all ranks: twice the bytes."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        assert op == dist.ReduceOp.SUM and not async_op, (op, async_op)
+        parts = torch.empty_like(input_tensor)
+        dist.all_to_all_single(parts, input_tensor, group=group)
+        first, *others = parts.chunk(group.size())
+        torch.add(first, others[0], out=output_tensor)
+        for part in others[1:]:
+            output_tensor += part

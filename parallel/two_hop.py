@@ -16,14 +16,17 @@ Letters: T tokens of this rank, E experts in all, e on this rank, W ranks of the
 came to this rank to be passed on.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moesaic.kernels.permute import Rows
 from moesaic.moe.router import Routing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert import (
@@ -96,7 +99,7 @@ class TwoHopPath(AllToAllPath):
         node_S, token_S = routing.expert_S[slot_S] // (experts * places), routing.token_S[slot_S]
         slots = routing.expert_S.numel()
         first = Leg(self.across, source, [(bag, starts)], slot_S, slots, out, rows_in, slots_out, slots_in, sent)
-        row_S, weights_S = first.send_slots(place_NT[node_S, token_S], routing.weights_S[slot_S])
+        row_S, weights_S = first.send_slots(place_NT[node_S, token_S], routing.weights_S[slot_S])()
 
         row_S = absolute(row_S, rows_in_N, told_NLe.sum(dim=(1, 2)))
         place_S = torch.arange(places, device=row_S.device).repeat(nodes)
@@ -104,16 +107,21 @@ class TwoHopPath(AllToAllPath):
         has_LI = reached(place_S, row_S, places, sum(rows_in))
         source, place_LI, bag, starts = fan_out(has_LI, sum(out2))
         slot_S = place_S.argsort(stable=True)
-        slots = slot_S.numel()
-        second = Leg(self.inside, source, [(bag, starts)], slot_S, slots, out2, rows_in2, slots_out2, slots_in2, sent)
-        row_S, weights_S = second.send_slots(place_LI[place_S[slot_S], row_S[slot_S]], weights_S[slot_S])
+        second = Leg(
+            self.inside, source, [(bag, starts)], slot_S, slot_S.numel(), out2, rows_in2, slots_out2, slots_in2, sent
+        )
+        slots2 = second.send_slots(place_LI[place_S[slot_S], row_S[slot_S]], weights_S[slot_S])
 
-        row_S = absolute(row_S, rows_in_L, came_LNe.sum(dim=(1, 2)))
-        block = torch.arange(came_LNe.numel(), device=row_S.device)
-        place_B, node_B, expert_B = block // (nodes * experts), block // experts % nodes, block % experts
-        source_B = node_B * places + place_B
-        rows = arrived(row_S, expert_B, source_B, came_LNe.flatten(), experts, sum(rows_in2))
-        return Plan([first, second], weights_S, rows)
+        @functools.cache
+        def arrive() -> tuple[Tensor, Rows]:
+            row_S, weights_S = slots2()
+            row_S = absolute(row_S, rows_in_L, came_LNe.sum(dim=(1, 2)))
+            block = torch.arange(came_LNe.numel(), device=row_S.device)
+            place_B, node_B, expert_B = block // (nodes * experts), block // experts % nodes, block % experts
+            source_B = node_B * places + place_B
+            return weights_S, arrived(row_S, expert_B, source_B, came_LNe.flatten(), experts, sum(rows_in2))
+
+        return Plan([first, second], arrive)
 
 
 def node_ranks(node_size: str, degree: int) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoE
@@ -118,7 +119,8 @@ class ZeroEngine:
 
     def rest(self) -> None:
         for experts in self.experts.values():
-            experts.reshard()  # type: ignore[operator]
+            if isinstance(experts, FSDPModule):
+                experts.reshard()
 
     # ---------------------------------------------------------------- tensors by name
 

@@ -103,10 +103,10 @@ def router_weights_to_other_rows() -> Patches:
 def gradients_not_summed() -> Patches:
     """The reduce-scatter of gradients gives each rank its own part."""
 
-    def wrong(output: torch.Tensor, input: torch.Tensor, group: Any, op: Any, async_op: bool = False) -> None:
-        output.copy_(input.chunk(dist.get_world_size(group))[dist.get_rank(group)])
+    def wrong(self: Any, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, **_: Any) -> None:
+        output_tensor.copy_(input_tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)])
 
-    return [patch.object(dist, "reduce_scatter_single", wrong)]
+    return [patch.object(fsdp.SumDirectly, "__call__", wrong)]
 
 
 def copies_not_summed() -> Patches:
@@ -194,7 +194,7 @@ def another_route() -> Patches:
 MUTATIONS: dict[str, tuple[Callable[[], Patches], str, dict[str, str]]] = {
     f"{make.__name__}, {layout}": (make, layout, axes)
     for make, layout, axes in (
-        (expert_gradients_divided, "EP 2", {}),
+        (expert_gradients_divided, "EP 2 x FSDP 2", {}),
         (norm_of_shards_alone, "EP 2", {}),
         (norm_averaged, "EP 2", {}),
         (norm_averaged, "ZeRO-2, EP 2", {}),
