@@ -15,7 +15,7 @@ from moesaic.moe import router
 from moesaic.moe.attention import rotary_table
 from moesaic.moe.config import ModelConfig, RouterConfig
 from moesaic.moe.model import Block, build
-from moesaic.parallel import remat
+from moesaic.parallel import fsdp, remat
 from moesaic.parallel.apply import parallelize
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.fsdp import FSDPEngine
@@ -170,19 +170,21 @@ def test_bytes_that_are_kept(d_shared: int) -> None:
 def record_collectives(monkeypatch: Any) -> list[tuple[str, Any]]:
     calls: list[tuple[str, Any]] = []
 
-    def recorded(name: str) -> Any:
-        real = getattr(dist, name)
+    def recorded(owner: Any, name: str, known_as: str) -> Any:
+        real = getattr(owner, name)
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             tensors = [a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)]
             group = keywords.get("group")
-            calls.append((name, (tensors[0].dtype, 0 if group is None else dist.get_world_size(group))))
+            calls.append((known_as, (tensors[0].dtype, 0 if group is None else dist.get_world_size(group))))
             return real(*arguments, **keywords)
 
         return call
 
-    for name in ("all_to_all_single", "all_gather_single", "reduce_scatter_single", "all_reduce"):
-        monkeypatch.setattr(dist, name, recorded(name))
+    for name in ("all_to_all_single", "all_reduce"):
+        monkeypatch.setattr(dist, name, recorded(dist, name, name))
+    for way in (fsdp.GatherDirectly, fsdp.SumDirectly):  # an all-to-all each
+        monkeypatch.setattr(way, "__call__", recorded(way, "__call__", way.__name__))
     return calls
 
 
@@ -231,7 +233,7 @@ def test_every_rank_does_the_same_and_rows_travel_as_documented(
         (none, want), (selective, got_selective), (full, got_full) = results
         for i, calls in enumerate((none, selective, full)):
             assert calls == ranks[0][i][0]  # the same, in the same order, on every rank
-        for name in ("all_reduce", "reduce_scatter_single", "all_gather_single"):
+        for name in ("all_reduce", "GatherDirectly", "SumDirectly"):
             assert count(selective, name) == count(full, name) == count(none, name) > 0, name
         # The rows' way out once more, of one layer in four passes: no counts, no router's weights, no way back.
         assert count(selective, "all_to_all_single") == count(none, "all_to_all_single")
