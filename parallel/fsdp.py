@@ -113,7 +113,7 @@ def prefetch(model: Transformer) -> None:
     if not isinstance(model, FSDPModule):
         return
     root: list[FSDPModule] = [model]
-    units = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in model.blocks]
+    units: list[list[FSDPModule]] = [[m for m in b.modules() if isinstance(m, FSDPModule)] for b in model.blocks]
     for now, later in itertools.pairwise([root, *units]):  # a block, then its router, then its experts
         now[0].set_modules_to_forward_prefetch(later)
     for now, later in itertools.pairwise([root, *units[::-1]]):  # a block, then its experts, then its router
