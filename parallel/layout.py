@@ -1,0 +1,290 @@
+"""A layout of a run, and what its ranks send each other: by formula, no process group is made.
+
+`Layout` is the knobs of a run that decide its cost, as numbers. `Load` is how an even routing spreads a rank's rows, and
+`collectives` lists what one micro-batch and one optimizer step issue, with bytes and groups. moesaic.parallel.dry_run holds this
+list to what the real model issues, to the byte.
+
+**Bytes** of a collective are those that a rank sends to others, in the cheapest algorithm: of n ranks, all-gather of a result of
+B bytes and reduce-scatter of B bytes send B (n - 1) / n, all-reduce twice that, an all-to-all what is not for itself.
+
+Letters: T tokens of a micro-batch on a rank, K experts per token, E experts in all, e on a rank, W ranks of an expert group, N
+nodes of one, L of its ranks in a node, D model width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.moe.config import ModelConfig, RouterConfig, require
+from moesaic.moe.layer import MoE
+from moesaic.moe.model import Block
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.mesh import check_degrees, expert_degree
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """world ranks, `node` of them neighbours in a node. The rest as in ParallelConfig and TrainConfig, resolved.
+
+    micro_batch   sequences of seq_len tokens of a rank's micro-batch, of which it computes micro_batches a step
+    compute       type of weights where they are used, and of activations: fp32 or bf16
+    imbalance     rows of the fullest rank's experts over those of an even load
+    """
+
+    world: int
+    node: int
+    expert: int
+    replicate: int
+    path: str
+    reshard: str
+    remat: str
+    micro_batch: int
+    micro_batches: int
+    seq_len: int
+    compute: str = "bf16"
+    imbalance: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.seq_len
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return BYTES[self.compute]
+
+    @property
+    def shard(self) -> int:
+        return self.world // self.replicate
+
+    @property
+    def expert_replicate(self) -> int:
+        return math.gcd(self.replicate, self.world // self.expert)
+
+    @property
+    def expert_shard(self) -> int:
+        return self.world // self.expert // self.expert_replicate
+
+    @property
+    def expert_node(self) -> int:
+        """L: ranks of an expert group that always share a node."""
+        return math.gcd(self.expert, self.node)
+
+    @property
+    def hops(self) -> str:
+        """How rows travel: local, all_to_all or two_hop; see moesaic.parallel.two_hop.communicating_path."""
+        if self.path != "two_hop" or self.expert_node in (1, self.expert):
+            return "local" if self.expert == 1 and self.path in ("auto", "local") else "all_to_all"
+        return "two_hop"
+
+
+def layout_of(
+    model: ModelConfig, parallel: ParallelConfig, world: int, node: int, micro_batch: int, micro_batches: int, seq_len: int,
+    compute: str,
+) -> Layout:  # fmt: skip
+    """Raises ValueError, naming the knob, where the layout can't be, or is of an engine that is not planned."""
+    require(parallel.engine == "fsdp", f"parallel.engine={parallel.engine}: only fsdp is planned")
+    local = parallel.expert_path == "local"
+    expert = expert_degree("1" if local else parallel.expert, model.n_experts, world)
+    check_degrees(expert, parallel.replicate, world)
+    if parallel.node_size != "auto":
+        node = int(parallel.node_size)
+        require(expert % node == 0 or node % expert == 0,
+                f"parallel.node_size={node}: must divide the expert degree, {expert}, or be a multiple of it")  # fmt: skip
+    return Layout(
+        world, node, expert, parallel.replicate, parallel.expert_path, parallel.reshard, parallel.remat, micro_batch,
+        micro_batches, seq_len, compute,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- rows
+
+
+def visited(router: RouterConfig, experts: int, part: int) -> float:
+    """Probability that a token has one of its K experts among `part` neighbouring ones of `experts`, under uniform routing: over
+    all, or over the groups_kept of groups that it keeps, each choice of groups as likely."""
+    group, kept, k = experts // router.groups, router.groups_kept, router.top_k
+    covered, inside = (
+        (part // group, group) if part >= group else (1, part)
+    )  # groups that hold of the part, experts in each
+
+    def missed(open_experts: int) -> float:
+        within = kept * group
+        return math.comb(within - open_experts, k) / math.comb(within, k)
+
+    return sum(
+        math.comb(covered, i) * math.comb(router.groups - covered, kept - i) / math.comb(router.groups, kept)
+        * (1 - missed(i * inside))
+        for i in range(max(0, kept - router.groups + covered), min(covered, kept) + 1)
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Load:
+    """Rows and slots of a rank's micro-batch in one layer, whole numbers, the same to and from each peer.
+
+    rows       tokens that visit a given rank of the expert group
+    node_rows  tokens that visit a given node of it
+    slots      pairs of a token and an expert that go to a given rank
+    received   rows that come to the fullest rank, `computed` the slots that it computes: `imbalance` times an even load
+    """
+
+    rows: int
+    node_rows: int
+    slots: int
+    received: int
+    computed: int
+
+
+def load_of(model: ModelConfig, layout: Layout) -> Load:
+    ranks, nodes = layout.expert, layout.expert // layout.expert_node
+    rows = round(layout.tokens * visited(model.router, model.n_experts, model.n_experts // ranks))
+    node_rows = round(layout.tokens * visited(model.router, model.n_experts, model.n_experts // nodes))
+    slots = -(-layout.tokens * model.router.top_k // ranks)
+    more = layout.imbalance
+    return Load(rows, node_rows, slots, math.ceil(rows * ranks * more), math.ceil(slots * ranks * more))
+
+
+# ---------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that FSDP2 gathers at once: `shapes` of this rank's experts or of the whole, sharded over `ranks` by the first
+    dimension that divides where `experts`, else by dimension 0 with padding."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    ranks: int
+    copies: int
+    compute: str
+    experts: bool = False
+
+    @property
+    def padded(self) -> int:
+        """Numbers of the whole group, as gathered."""
+        total = 0
+        for shape in self.shapes:
+            dim = next((d for d, size in enumerate(shape) if size % self.ranks == 0), 0) if self.experts else 0
+            total += -(-shape[dim] // self.ranks) * self.ranks * math.prod(shape) // shape[dim]
+        return total
+
+    @property
+    def held(self) -> int:
+        """Numbers that one rank keeps."""
+        return self.padded // self.ranks
+
+
+def block_groups(model: ModelConfig, layout: Layout, layer: int) -> list[Group]:
+    """The groups of a block in the order of gathering: its own, the router's where it needs another type, the experts'."""
+    with torch.device("meta"):
+        block = Block(dataclasses.replace(model, n_layers=max(model.n_dense_layers, 1) + 1), layer)
+    own, name = dict(block.named_parameters()), f"layer {layer}"
+    groups = []
+    if isinstance(block.ffn, MoE):
+        experts = [own.pop(f"ffn.experts.{n}").shape for n, _ in block.ffn.experts.named_parameters()]
+        mine = tuple((shape[0] // layout.expert, *shape[1:]) for shape in experts)
+        groups.append(
+            Group(f"{name} experts", mine, layout.expert_shard, layout.expert_replicate, layout.compute, True)
+        )
+        if layout.compute != "fp32":
+            router = tuple(tuple(own.pop(f"ffn.router.{n}").shape) for n, _ in block.ffn.router.named_parameters())
+            groups.append(Group(f"{name} router", router, layout.shard, layout.replicate, "fp32"))
+    rest = tuple(tuple(p.shape) for p in own.values())
+    return [Group(f"{name} block", rest, layout.shard, layout.replicate, layout.compute), *reversed(groups)]
+
+
+def root_group(model: ModelConfig, layout: Layout) -> Group:
+    """Embedding, last norm and head."""
+    d, v = model.d_model, model.vocab_size
+    shapes = ((v, d), (d,)) if model.tie_embeddings else ((v, d), (d,), (v, d))
+    return Group("root", shapes, layout.shard, layout.replicate, layout.compute)
+
+
+# ---------------------------------------------------------------- collectives
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`layer` -1 stands for the root. phase: forward, backward, or optimizer, once a step. size: bytes of the whole result
+    (all-gather), of the whole input (reduce-scatter, all-reduce), or of the rows for all peers, this rank among them
+    (all-to-all). `last`: issued in a step's last micro-batch alone. ranks: of the group, `stride` apart."""
+
+    layer: int
+    phase: str
+    purpose: str
+    operation: str
+    ranks: int
+    stride: int
+    size: int
+    last: bool = False
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends to others."""
+        factor = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}[self.operation]
+        return factor * self.size * (self.ranks - 1) / self.ranks
+
+    @property
+    def gathered(self) -> bool:
+        return self.operation == "all_gather"
+
+
+def collectives(model: ModelConfig, layout: Layout) -> Iterator[Collective]:
+    """What a rank issues in one micro-batch, and once a step. Sizes of one process are 0 and not issued.
+
+    Left out: the few numbers of the gradient's norm, of the loss and of figures.
+    """
+    kinds = {dense: block_groups(model, layout, 0 if dense else model.n_dense_layers)
+             for dense in {model.n_dense_layers > 0, model.n_dense_layers < model.n_layers} - {None}
+             if (0 if dense else model.n_dense_layers) < model.n_layers}  # fmt: skip
+    yield from _gathers(-1, [root_group(model, layout)], layout)
+    for layer in range(model.n_layers):
+        dense = layer < model.n_dense_layers
+        yield from _gathers(layer, kinds[dense], layout)
+        if not dense and layout.hops != "local":
+            yield from _exchanges(layer, model, layout)
+
+
+def _gathers(layer: int, groups: list[Group], layout: Layout) -> Iterator[Collective]:
+    """Of weights and gradients. Experts' groups are `expert` ranks apart, those of the rest are neighbours."""
+    for g in groups:
+        stride = layout.expert if g.experts else 1
+        if g.ranks > 1:
+            size = g.padded * BYTES[g.compute]
+            again = layout.reshard == "always" or (layout.reshard == "auto" and layer >= 0)
+            for phase in ("forward", "backward") if again else ("forward",):
+                yield Collective(layer, phase, f"weights {g.name}", "all_gather", g.ranks, stride, size)
+            yield Collective(layer, "backward", f"gradients {g.name}", "reduce_scatter", g.ranks, stride, 4 * g.padded)
+        if g.copies > 1:
+            apart = stride * g.ranks
+            yield Collective(
+                layer, "backward", f"gradients {g.name}", "all_reduce", g.copies, apart, 4 * g.held, last=True
+            )
+
+
+def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Collective]:
+    """Of rows, and of what must be known of them; see the heads of moesaic.parallel.expert and two_hop."""
+    load, row = load_of(model, layout), model.d_model * layout.width
+    e, ranks, places = model.n_experts // layout.expert, layout.expert, layout.expert_node
+    nodes = ranks // places
+    # (ranks, stride, numbers told to each, rows and slots to each)
+    legs = [(ranks, 1, e + 1, load.rows, load.slots)]
+    if layout.hops == "two_hop":
+        legs = [
+            (nodes, places, 1 + places + places * e, load.node_rows, load.slots * places),
+            (places, 1, nodes * (1 + e), load.rows * nodes, load.slots * nodes),
+        ]
+    for n, stride, told, rows, slots in legs:
+        forward = [("counts", 8 * told), ("slots", 8 * slots), ("dispatch", rows * row), ("combine", rows * row)]
+        backward = [("combine_grad", rows * row), ("dispatch_grad", rows * row), ("slots_grad", 4 * slots)]
+        if layout.remat == "full":
+            backward.insert(0, ("dispatch", rows * row))
+        for phase, parts in (("forward", forward), ("backward", backward)):
+            for purpose, size in parts:
+                yield Collective(layer, phase, purpose, "all_to_all", n, stride, n * size)
