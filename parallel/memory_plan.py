@@ -1,0 +1,207 @@
+"""Bytes that a rank needs, by category and by layer: by formula, held to moesaic.parallel.dry_run.
+
+What is kept for backward is listed tensor by tensor; the lists are those of the GPU's way with the `torch` backend, whose
+temporaries are larger than the kernels'. Temporaries are those of the places where memory peaks: the output head at the end of
+forward, and the backward of the last block while nearly everything is still kept, or of the one before it.
+
+Letters: T tokens of a micro-batch, D width, F expert width, G width of the experts' pre-activation, K experts per token, E
+experts, e on a rank, H heads, J key-value heads, C width of a head, V vocabulary, b bytes of an activation.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from moesaic.kernels.cross_entropy import CHUNK_BYTES, LEAST_ROWS
+from moesaic.moe.config import ModelConfig
+from moesaic.parallel.layout import BYTES, Group, Layout, block_groups, load_of, root_group
+
+# Of what is allocated, memory that no tensor uses: torch's allocator rounds up and splits. An allowance, not measured here.
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, the fullest.
+
+    weights, gradients, moments  fp32, this rank's shards
+    kept_LN       what each layer keeps for backward: kept[l]
+    head          what the output head and the embedding keep
+    gathered      weights of other ranks that are whole where memory peaks
+    temporary     what else lives there for a while
+    heap          of the fused expert path, see moesaic.kernels.symmetric
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    kept: tuple[int, ...]
+    head: int
+    gathered: int
+    temporary: int
+    heap: int = 0
+
+    @property
+    def tensors(self) -> int:
+        """The most that lives at once."""
+        return sum(self.categories().values()) - self.fragmentation
+
+    @property
+    def fragmentation(self) -> int:
+        parts = (self.weights, self.gradients, self.moments, sum(self.kept), self.head, self.gathered, self.temporary)
+        return round(FRAGMENTATION * sum(parts))
+
+    @property
+    def total(self) -> int:
+        return sum(self.categories().values())
+
+    def categories(self) -> dict[str, int]:
+        return {
+            "weights": self.weights, "gradients": self.gradients, "optimizer": self.moments, "activations": sum(self.kept),
+            "embedding and head": self.head, "gathered weights": self.gathered, "temporary": self.temporary,
+            "symmetric heap": self.heap, "fragmentation": self.fragmentation,
+        }  # fmt: skip
+
+
+def memory_of(model: ModelConfig, layout: Layout, heap: int = 0) -> Memory:
+    dense_layers = model.n_dense_layers
+    kinds = [dense for dense in (True, False) if (dense_layers if dense else model.n_layers - dense_layers)]
+    groups = {dense: block_groups(model, layout, 0 if dense else dense_layers) for dense in kinds}
+    root = root_group(model, layout)
+    layers = [layer < dense_layers for layer in range(model.n_layers)]
+    held = root.held + sum(g.held for dense in layers for g in groups[dense])
+    kept = [kept_by_block(model, layout, dense) for dense in layers]
+
+    never, last = layout.reshard == "never", layers[-1]
+    stay = 0 if layout.reshard == "always" else _whole([root])
+    stay += sum(_whole(groups[dense]) for dense in layers) if never else 0
+    # Of blocks: the one that computes, and the next, whose weights are on their way.
+    pair = 0 if never else sum(_whole(groups[dense]) for dense in layers[-2:])
+    # Gradients of all micro-batches but the first add up in those that are there already.
+    gradients = 4 * held if layout.micro_batches > 1 else 0
+    again, work = kept_again(model, layout, last), backward_of_block(model, layout, last)
+    summed = _whole(groups[last], 4)
+    experts = 0 if last or layout.remat == "full" else _kept_by_experts(model, layout)
+    # FSDP2 keeps the buffer in which the last group arrived, until another comes.
+    buffer = _whole([g for g in groups[last][-1:] if g.ranks > 1])
+    if layout.reshard == "always":
+        stay += _whole([root])
+    ended = _whole(groups[last])  # whose weights are let go before their gradients are summed
+    again_first = 0 if layout.remat == "selective" and not last else again  # the experts' backward comes first
+    places = {
+        "head": (stay, _at_head(model, layout) + buffer),
+        "block": (stay + pair, max(again_first + work, again)),
+        "sum": (stay + pair - ended, again - experts + _whole(groups[last], layout.width) + summed),
+        "next": (
+            stay + pair - (ended if never else 0),
+            max(again_first + work, again) + summed - kept[-1] + sum(4 * g.held for g in groups[last]),
+        ),
+    }
+    gathered, temporary = max(places.values(), key=sum)
+    head = _kept_by_head(model, layout)
+    return Memory(4 * held, gradients, 8 * held, tuple(kept), head, gathered, temporary, heap)
+
+
+def _whole(groups: list[Group], each: int | None = None) -> int:
+    """Bytes of gathered parameters, or of `each` for one. One rank that computes in fp32 uses what it keeps."""
+    return sum(g.padded * (each or BYTES[g.compute]) for g in groups if g.ranks > 1 or g.compute != "fp32")
+
+
+def _kept_by_head(model: ModelConfig, layout: Layout) -> int:
+    """The embedding's output, the head's gradients, which forward makes, and the rotary tables."""
+    t, b, d = layout.tokens, layout.width, model.d_model
+    return b * (2 * t * d + model.vocab_size * d) + 16 * layout.seq_len * model.rotary_width // 2
+
+
+def _at_head(model: ModelConfig, layout: Layout) -> int:
+    """Of a chunk its logits, these in fp32, and their gradient; of the chunk before the last two still; the normed input; the
+    weight's gradient in fp32, less what is counted as kept."""
+    t, b, d, v = layout.tokens, layout.width, model.d_model, model.vocab_size
+    rows = min(t, max(LEAST_ROWS, CHUNK_BYTES // (4 * v)))
+    chunk = 4 * rows * v if b == 4 else (8 * rows + 4 * min(rows, t - rows)) * v
+    return chunk + b * t * d + (4 - b) * v * d
+
+
+def kept_by_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
+    """Bytes that a block keeps for backward. Its input is the output of the block before, and is counted there."""
+    t, b, d = layout.tokens, layout.width, model.d_model
+    if layout.remat == "full":
+        return t * b * d + (0 if dense else _decided(model, layout) + _indices(model, layout))
+    if layout.remat == "selective" and not dense:
+        return t * b * d + _decided(model, layout) + _kept_by_experts(model, layout)
+    if layout.remat == "selective":
+        return t * b * d
+    rest = kept_by_attention(model, layout) + t * (b * d + 4)  # the norm before the feed-forward
+    if dense:
+        return rest + t * b * (d + 4 * model.d_dense)
+    shared = t * b * (d + 4 * model.d_shared) if model.d_shared else 0
+    return rest + _kept_by_router(model, layout) + shared + _kept_by_experts(model, layout)
+
+
+def kept_by_attention(model: ModelConfig, layout: Layout) -> int:
+    """Block input, its norm, projections, heads that are normed and rotated, outputs, and one number a row of each."""
+    t, b, d, h = layout.tokens, layout.width, model.d_model, model.n_heads
+    if model.attention == "mla":
+        m = model.mla
+        queries = m.q_lora_rank or 0
+        made = 2 * queries + h * m.qk_head_dim + 2 * m.kv_lora_rank + m.qk_rope_head_dim
+        made += h * (m.qk_nope_head_dim + m.v_head_dim)
+        used = 2 * h * m.qk_head_dim + h * m.v_head_dim
+        return t * (b * (2 * d + made + used) + 4 * (h + 2 + (queries > 0)))
+    c, j = model.head_width, model.kv_heads
+    norms = {"none": 0, "head": h + j, "full": 2}[model.qk_norm]
+    return t * (b * (2 * d + (h + 2 * j) * c + (h + j) * c + h * c) + 4 * (h + 1 + norms))
+
+
+def _kept_by_router(model: ModelConfig, layout: Layout) -> int:
+    """Input in fp32, logits and scores, choices, their weights, and sums of a token."""
+    k, sums = model.router.top_k, 2 + model.router.renormalize
+    scores = 3 if model.router.kind == "sigmoid_bias" else 2
+    wide = 0 if layout.compute == "fp32" and model.d_shared else 4 * model.d_model
+    return layout.tokens * (wide + 4 * scores * model.n_experts + 12 * k + 4 * sums)
+
+
+def _decided(model: ModelConfig, layout: Layout) -> int:
+    """What recomputation keeps of a layer's choices beside the numbers of rows: experts, and of slots that came, theirs, and
+    their weights."""
+    came = 0 if layout.hops == "local" else 12 * load_of(model, layout).computed
+    return layout.tokens * 8 * model.router.top_k + came
+
+
+def _indices(model: ModelConfig, layout: Layout) -> int:
+    """Row and slot numbers, int64, of the way out and back."""
+    load, k, t = load_of(model, layout), model.router.top_k, layout.tokens
+    if layout.hops == "local":
+        return 8 * 2 * t * k
+    ranks = layout.expert
+    sent = 8 * (2 * load.rows * ranks + t * k)
+    nodes = 8 * load.node_rows * (ranks // layout.expert_node) * (2 + (layout.hops == "two_hop"))
+    return sent + nodes + 8 * (3 * load.computed + load.received) + 8 * t
+
+
+def _kept_by_experts(model: ModelConfig, layout: Layout) -> int:
+    """Rows that came, the pre-activation, weights, and the numbers of rows."""
+    load, b = load_of(model, layout), layout.width
+    g = model.d_expert * (1 if model.activation == "relu2" else 2)
+    came = 0 if layout.hops == "local" else load.received * b * model.d_model
+    return came + load.computed * b * (g + 1) + _indices(model, layout)
+
+
+def kept_again(model: ModelConfig, layout: Layout, dense: bool) -> int:
+    """What one block holds while its activations are made again."""
+    if layout.remat == "none":
+        return 0
+    whole = kept_by_block(model, dataclasses.replace(layout, remat="none"), dense)
+    return whole - (_kept_by_experts(model, layout) if layout.remat == "selective" and not dense else 0)
+
+
+def backward_of_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
+    """Temporaries of a block's backward where they are most: in a dense feed-forward, or in the experts', beside the gradients
+    that come in: the rows' gradients and tensors as wide as an expert, three of them fp32, or the rows and the gradient of h."""
+    t, b, d, f = layout.tokens, layout.width, model.d_model, model.d_expert
+    if dense:
+        return b * t * (3 * d + 5 * model.d_dense)
+    load = load_of(model, layout)
+    g = f * (1 if model.activation == "relu2" else 2)
+    r, n, e = load.computed, load.received, model.n_experts // layout.expert
+    first, second = r * (d + 3 * f + 12 // b * f) + e * d * f, r * (d + g) + e * d * (g + f)
+    return b * (max(first, second) + n * d + t * d)

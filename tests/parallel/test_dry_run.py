@@ -1,0 +1,121 @@
+"""The plan's bytes against the real model's, run without memory in a process group of any size: collectives to the byte, memory
+within 5%."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moesaic.launch import cli
+from moesaic.moe.config import RouterConfig
+from moesaic.parallel.dry_run import Ledger, dry_run
+from moesaic.parallel.layout import collectives, layout_of, load_of, visited
+from moesaic.parallel.memory_plan import memory_of
+
+MLA = [
+    "recipe=olmoe_7b", "model.attention=mla", "model.qk_norm=none", "model.mla.q_lora_rank=384", "model.n_dense_layers=1",
+    "model.d_dense=3072", "model.router.kind=sigmoid_bias", "model.router.groups=8", "model.router.groups_kept=4",
+    "model.d_shared=512",
+]  # fmt: skip
+# World, ranks of a node, sequences of a micro-batch, overrides.
+CASES = [
+    (1024, 8, 2, ["recipe=7b_moe", "model.n_layers=2"]),
+    (64, 8, 1, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=32", "parallel.expert_path=two_hop", "parallel.replicate=2"]),
+    (24, 4, 3, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=1", "parallel.replicate=3", "parallel.reshard=never"]),
+    (64, 8, 2, ["recipe=olmoe_7b", "model.n_layers=3", "parallel.remat=selective", "parallel.expert=16"]),
+    (64, 8, 2, ["recipe=olmoe_7b", "model.n_layers=4", "parallel.remat=full", "parallel.reshard=always", "train.seq_len=1000"]),
+    (64, 8, 1, [*MLA, "model.n_layers=4", "parallel.expert=8"]),
+    (64, 8, 2, [*MLA, "model.n_layers=3", "parallel.remat=full", "parallel.expert=32", "parallel.expert_path=two_hop"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "node", "micro", "overrides"), CASES)
+def test_plan_and_dry_run_agree(world, node, micro, overrides):
+    config = cli.compose(overrides)
+    layout = layout_of(config.model, config.parallel, world, node, micro, 1, config.train.seq_len, "bf16")
+    counted, memory = dry_run(config.model, layout, config.parallel), memory_of(config.model, layout)
+    planned = Counter((c.phase, c.operation, c.ranks, c.size) for c in collectives(config.model, layout))
+    planned["optimizer", "all_reduce", world, 4] += 1  # the gradient's norm
+    assert counted.issued == planned
+    assert (memory.weights, memory.moments) == (counted.weights, counted.moments)
+    assert counted.gradients == memory.weights
+    assert memory.kept == pytest.approx(counted.kept, rel=0.02)
+    assert memory.tensors == pytest.approx(counted.peak, rel=0.05)
+    assert not dist.is_initialized()
+
+
+def test_the_ledger_sees_what_lives():
+    with Ledger() as ledger:
+        a = torch.ones(1000)
+        b = a * 2
+        del b
+        c = a.view(10, 100)[2:]
+        c += 1
+        assert ledger.now == 4000
+        del a, c
+        assert ledger.now == 0
+    assert ledger.peak == 8000
+
+
+@pytest.mark.parametrize(
+    ("router", "part"),
+    [
+        (RouterConfig(top_k=2), 2),
+        (RouterConfig(top_k=5), 4),
+        (RouterConfig(kind="sigmoid_bias", top_k=3, groups=4, groups_kept=2), 2),
+        (RouterConfig(kind="sigmoid_bias", top_k=3, groups=4, groups_kept=2), 4),
+        (RouterConfig(kind="sigmoid_bias", top_k=3, groups=4, groups_kept=3), 8),
+    ],
+)
+def test_visits_are_those_of_drawn_tokens(router, part):
+    """16 experts; 40,000 tokens that keep groups at random, then experts in them."""
+    generator = torch.Generator().manual_seed(part)
+    tokens, experts, group = 40_000, 16, 16 // router.groups
+    kept = torch.rand(tokens, router.groups, generator=generator).argsort(dim=1) < router.groups_kept
+    scores = torch.rand(tokens, experts, generator=generator) + kept.repeat_interleave(group, dim=1)
+    chosen = scores.topk(router.top_k, dim=1).indices
+    share = (chosen < part).any(dim=1).double().mean().item()
+    deviation = math.sqrt(share * (1 - share) / tokens)
+    assert visited(router, experts, part) == pytest.approx(share, abs=4 * deviation)
+
+
+def test_nodes_of_a_token_of_deepseek_v3():
+    """5.295 of 8 nodes with any experts (benchmarks/wire_bytes.py measures it); of 4 kept groups, each a node, uniform choice inside
+    gives 4 (1 - C(96, 8) / C(128, 8))."""
+    free, kept = RouterConfig(top_k=8), RouterConfig(kind="sigmoid_bias", top_k=8, groups=8, groups_kept=4)
+    assert 8 * visited(free, 256, 32) == pytest.approx(5.295, abs=0.01)
+    assert 8 * visited(kept, 256, 32) == pytest.approx(4 * (1 - math.comb(96, 8) / math.comb(128, 8)))
+
+
+def test_imbalance_adds_rows_to_the_fullest_rank():
+    config = cli.compose(["recipe=7b_moe"])
+    layout = layout_of(config.model, config.parallel, 64, 8, 1, 1, 4096, "bf16")
+    even, full = (load_of(config.model, dataclasses.replace(layout, imbalance=i)) for i in (1.0, 1.5))
+    assert full.computed == 1.5 * even.computed
+    assert full.received == 1.5 * even.received
+    assert memory_of(config.model, dataclasses.replace(layout, imbalance=1.5)).total > memory_of(config.model, layout).total
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["parallel.engine=deepspeed"], "parallel.engine=deepspeed: only fsdp is planned"),
+        (["parallel.expert=48", "model.n_experts=96"], "parallel.expert=48: must divide the number of ranks, 64"),
+        (["parallel.replicate=7"], "parallel.replicate=7: must divide the number of ranks, 64"),
+        (["parallel.expert=64", "parallel.node_size=24"], "parallel.node_size=24: must divide the expert degree, 64"),
+    ],
+)
+def test_a_layout_that_cannot_be(overrides, line):
+    config = cli.compose(["recipe=7b_moe", *overrides])
+    with pytest.raises(ValueError, match=line):
+        layout_of(config.model, config.parallel, 64, 8, 1, 1, 4096, "bf16")
+
+
+def test_a_dry_run_needs_bf16():
+    config = cli.compose(["recipe=7b_moe"])
+    layout = layout_of(config.model, config.parallel, 8, 8, 1, 1, 4096, "fp32")
+    with pytest.raises(ValueError, match="precision.compute=fp32: a dry run needs bf16"):
+        dry_run(config.model, layout, config.parallel)
