@@ -199,6 +199,13 @@ def block_groups(model: ModelConfig, layout: Layout, layer: int) -> list[Group]:
     return [Group(f"{name} block", rest, layout.shard, layout.replicate, layout.compute), *reversed(groups)]
 
 
+def groups_by_kind(model: ModelConfig, layout: Layout) -> dict[bool, list[Group]]:
+    """Those of a dense block (True) and of a MoE one (False), as far as the model has them."""
+    first = {True: 0, False: model.n_dense_layers}
+    last = {True: model.n_dense_layers, False: model.n_layers}
+    return {dense: block_groups(model, layout, first[dense]) for dense in first if first[dense] < last[dense]}
+
+
 def root_group(model: ModelConfig, layout: Layout) -> Group:
     """Embedding, last norm and head."""
     d, v = model.d_model, model.vocab_size
@@ -240,9 +247,7 @@ def collectives(model: ModelConfig, layout: Layout) -> Iterator[Collective]:
 
     Left out: the few numbers of the gradient's norm, of the loss and of figures.
     """
-    kinds = {dense: block_groups(model, layout, 0 if dense else model.n_dense_layers)
-             for dense in {model.n_dense_layers > 0, model.n_dense_layers < model.n_layers} - {None}
-             if (0 if dense else model.n_dense_layers) < model.n_layers}  # fmt: skip
+    kinds = groups_by_kind(model, layout)
     yield from _gathers(-1, [root_group(model, layout)], layout)
     for layer in range(model.n_layers):
         dense = layer < model.n_dense_layers

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moesaic.kernels.cross_entropy import CHUNK_BYTES, LEAST_ROWS
 from moesaic.moe.config import ModelConfig
-from moesaic.parallel.layout import BYTES, Group, Layout, block_groups, load_of, root_group
+from moesaic.parallel.layout import BYTES, Group, Layout, groups_by_kind, load_of, root_group
 
 # Of what is allocated, memory that no tensor uses: torch's allocator rounds up and splits. An allowance, not measured here.
 FRAGMENTATION = 0.05
@@ -63,9 +63,7 @@ class Memory:
 
 
 def memory_of(model: ModelConfig, layout: Layout, heap: int = 0) -> Memory:
-    dense_layers = model.n_dense_layers
-    kinds = [dense for dense in (True, False) if (dense_layers if dense else model.n_layers - dense_layers)]
-    groups = {dense: block_groups(model, layout, 0 if dense else dense_layers) for dense in kinds}
+    dense_layers, groups = model.n_dense_layers, groups_by_kind(model, layout)
     root = root_group(model, layout)
     layers = [layer < dense_layers for layer in range(model.n_layers)]
     held = root.held + sum(g.held for dense in layers for g in groups[dense])
@@ -113,11 +111,11 @@ def _kept_by_head(model: ModelConfig, layout: Layout) -> int:
 
 
 def _at_head(model: ModelConfig, layout: Layout) -> int:
-    """Of a chunk its logits, these in fp32, and their gradient; of the chunk before the last two still; the normed input; the
-    weight's gradient in fp32, less what is counted as kept."""
+    """Of a chunk its logits, these in fp32, and their gradient; of the chunk before the last two still, or a part of the weight's
+    gradient; the normed input; the weight's gradient in fp32, less what is counted as kept."""
     t, b, d, v = layout.tokens, layout.width, model.d_model, model.vocab_size
     rows = min(t, max(LEAST_ROWS, CHUNK_BYTES // (4 * v)))
-    chunk = 4 * rows * v if b == 4 else (8 * rows + 4 * min(rows, t - rows)) * v
+    chunk = 4 * rows * v if b == 4 else (8 * rows + max(4 * min(rows, t - rows), b * d)) * v
     return chunk + b * t * d + (4 - b) * v * d
 
 
@@ -143,7 +141,7 @@ def kept_by_attention(model: ModelConfig, layout: Layout) -> int:
     if model.attention == "mla":
         m = model.mla
         queries = m.q_lora_rank or 0
-        made = 2 * queries + h * m.qk_head_dim + 2 * m.kv_lora_rank + m.qk_rope_head_dim
+        made = 2 * queries + 2 * m.kv_lora_rank + m.qk_rope_head_dim
         made += h * (m.qk_nope_head_dim + m.v_head_dim)
         used = 2 * h * m.qk_head_dim + h * m.v_head_dim
         return t * (b * (2 * d + made + used) + 4 * (h + 2 + (queries > 0)))
@@ -155,16 +153,16 @@ def kept_by_attention(model: ModelConfig, layout: Layout) -> int:
 def _kept_by_router(model: ModelConfig, layout: Layout) -> int:
     """Input in fp32, logits and scores, choices, their weights, and sums of a token."""
     k, sums = model.router.top_k, 2 + model.router.renormalize
-    scores = 3 if model.router.kind == "sigmoid_bias" else 2
     wide = 0 if layout.compute == "fp32" and model.d_shared else 4 * model.d_model
-    return layout.tokens * (wide + 4 * scores * model.n_experts + 12 * k + 4 * sums)
+    return layout.tokens * (wide + 8 * model.n_experts + 12 * k + 4 * sums)
 
 
 def _decided(model: ModelConfig, layout: Layout) -> int:
     """What recomputation keeps of a layer's choices beside the numbers of rows: experts, and of slots that came, theirs, and
     their weights."""
     came = 0 if layout.hops == "local" else 12 * load_of(model, layout).computed
-    return layout.tokens * 8 * model.router.top_k + came
+    again = 2 if layout.hops == "two_hop" else 1
+    return layout.tokens * 8 * model.router.top_k * again + came
 
 
 def _indices(model: ModelConfig, layout: Layout) -> int:
@@ -175,7 +173,8 @@ def _indices(model: ModelConfig, layout: Layout) -> int:
     ranks = layout.expert
     sent = 8 * (2 * load.rows * ranks + t * k)
     nodes = 8 * load.node_rows * (ranks // layout.expert_node) * (2 + (layout.hops == "two_hop"))
-    return sent + nodes + 8 * (3 * load.computed + load.received) + 8 * t
+    again = 8 * t * k * (layout.hops == "two_hop")
+    return sent + nodes + again + 8 * (3 * load.computed + load.received) + 8 * t
 
 
 def _kept_by_experts(model: ModelConfig, layout: Layout) -> int:

@@ -243,3 +243,16 @@ def test_experts_of_every_kind_are_counted(activation: str, matrices: int, exper
     bias = (64 + (matrices - 1) * 40) * expert_bias
     assert counts.total - counts.active == 3 * (5 - 2) * (matrices * 64 * 40 + bias)
     assert flops_per_token(config, 8) - flops_per_token(small(), 8) == 6 * 3 * 2 * (matrices - 3) * 64 * 40
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    # GFLOP a token that throughputs and TFLOPS published by Megatron-Bridge come to (benchmarks/published_throughput.csv): the
+    # middle of what its rows without multi-token prediction give.
+    [("qwen3_235b", 148.0), ("deepseek_v3", 249.6)],
+)
+def test_published_flops(name, published):
+    from moesaic.launch import cli
+
+    model = cli.compose([f"recipe={name}"]).model
+    assert flops_per_token(model, 4096) / 1e9 == pytest.approx(published, rel=0.01)

@@ -20,15 +20,16 @@ MLA = [
     "model.d_dense=3072", "model.router.kind=sigmoid_bias", "model.router.groups=8", "model.router.groups_kept=4",
     "model.d_shared=512",
 ]  # fmt: skip
+TWO_HOP = ["parallel.expert_path=two_hop"]
 # World, ranks of a node, sequences of a micro-batch, overrides.
 CASES = [
     (1024, 8, 2, ["recipe=7b_moe", "model.n_layers=2"]),
-    (64, 8, 1, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=32", "parallel.expert_path=two_hop", "parallel.replicate=2"]),
+    (64, 8, 1, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=32", *TWO_HOP, "parallel.replicate=2"]),
     (24, 4, 3, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=1", "parallel.replicate=3", "parallel.reshard=never"]),
     (64, 8, 2, ["recipe=olmoe_7b", "model.n_layers=3", "parallel.remat=selective", "parallel.expert=16"]),
     (64, 8, 2, ["recipe=olmoe_7b", "model.n_layers=4", "parallel.remat=full", "parallel.reshard=always", "train.seq_len=1000"]),
     (64, 8, 1, [*MLA, "model.n_layers=4", "parallel.expert=8"]),
-    (64, 8, 2, [*MLA, "model.n_layers=3", "parallel.remat=full", "parallel.expert=32", "parallel.expert_path=two_hop"]),
+    (64, 8, 2, [*MLA, "model.n_layers=3", "parallel.remat=full", "parallel.expert=32", *TWO_HOP]),
 ]  # fmt: skip
 
 
@@ -83,8 +84,8 @@ def test_visits_are_those_of_drawn_tokens(router, part):
 
 
 def test_nodes_of_a_token_of_deepseek_v3():
-    """5.295 of 8 nodes with any experts (benchmarks/wire_bytes.py measures it); of 4 kept groups, each a node, uniform choice inside
-    gives 4 (1 - C(96, 8) / C(128, 8))."""
+    """5.295 of 8 nodes with any experts (benchmarks/wire_bytes.py measures it); of 4 kept groups, each a node, uniform choice
+    inside gives 4 (1 - C(96, 8) / C(128, 8))."""
     free, kept = RouterConfig(top_k=8), RouterConfig(kind="sigmoid_bias", top_k=8, groups=8, groups_kept=4)
     assert 8 * visited(free, 256, 32) == pytest.approx(5.295, abs=0.01)
     assert 8 * visited(kept, 256, 32) == pytest.approx(4 * (1 - math.comb(96, 8) / math.comb(128, 8)))
@@ -96,7 +97,10 @@ def test_imbalance_adds_rows_to_the_fullest_rank():
     even, full = (load_of(config.model, dataclasses.replace(layout, imbalance=i)) for i in (1.0, 1.5))
     assert full.computed == 1.5 * even.computed
     assert full.received == 1.5 * even.received
-    assert memory_of(config.model, dataclasses.replace(layout, imbalance=1.5)).total > memory_of(config.model, layout).total
+    assert (
+        memory_of(config.model, dataclasses.replace(layout, imbalance=1.5)).total
+        > memory_of(config.model, layout).total
+    )
 
 
 @pytest.mark.parametrize(
