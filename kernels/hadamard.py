@@ -39,10 +39,10 @@ def rotation(size: int, signs_n: Tensor | None, device: torch.device) -> Tensor:
 
 def rotate(x_NK: Tensor, size: int, signs_n: Tensor | None = None) -> Tensor:
     """The rotated x, fp32, its columns first padded with zeros to a multiple of n: the padding takes part in the product."""
-    x_NK = F.pad(x_NK, (0, -x_NK.shape[1] % size))
-    return (x_NK.view(-1, size) @ rotation(size, signs_n, x_NK.device)).view_as(x_NK)
+    x_NK = F.pad(x_NK, (0, -x_NK.shape[-1] % size))
+    return (x_NK.reshape(-1, size) @ rotation(size, signs_n, x_NK.device)).view_as(x_NK)
 
 
 def rotate_back(y_NK: Tensor, size: int, signs_n: Tensor | None, columns: int) -> Tensor:
     """The x of which `rotate` made y, or the gradient of x from that of y; without the padding."""
-    return (y_NK.view(-1, size) @ rotation(size, signs_n, y_NK.device).T).view_as(y_NK)[:, :columns]
+    return (y_NK.reshape(-1, size) @ rotation(size, signs_n, y_NK.device).T).view_as(y_NK)[..., :columns]

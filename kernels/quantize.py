@@ -116,17 +116,18 @@ def _mix64(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & 2**33 - 1)
 
 
-def random_bits(key: int, rows_N: Tensor, columns: int) -> Tensor:
-    """int32 (N, K), a hash of the key, the number of a row, int64, and that of a column.
+def random_bits(key: int, rows_N: Tensor, columns_K: Tensor | int) -> Tensor:
+    """int32 (N, K), a hash of the key, the number of a row, int64, and that of a column, int64 (an int: those from 0).
 
     The sum of a hash of each goes through `lowbias32` (Christopher Wellons, public domain): 32-bit arithmetic for each value.
     """
-    column_K = torch.arange(columns, device=rows_N.device)
+    if isinstance(columns_K, int):
+        columns_K = torch.arange(columns_K, device=rows_N.device)
     # The key is hashed first: else the draws of two keys could be the same numbers, shifted.
     seed, golden = _mix64(torch.tensor(key)), 0x9E3779B97F4A7C15 - 2**64
     row_N, column_K = (
         (_mix64(seed.to(ids.device) + (ids * 2 + odd) * golden) & 0xFFFFFFFF).int()
-        for ids, odd in ((rows_N, 0), (column_K, 1))
+        for ids, odd in ((rows_N, 0), (columns_K, 1))
     )
     x = row_N[:, None] + column_K
     x ^= x >> 16 & 0xFFFF
@@ -136,9 +137,9 @@ def random_bits(key: int, rows_N: Tensor, columns: int) -> Tensor:
     return x.bitwise_xor_(x >> 16 & 0xFFFF)
 
 
-def uniform(key: int, rows_N: Tensor, columns: int) -> Tensor:
+def uniform(key: int, rows_N: Tensor, columns_K: Tensor | int) -> Tensor:
     """fp32 (N, K) in [0, 1), multiples of 2^-24."""
-    return (random_bits(key, rows_N, columns) >> 8 & 0xFFFFFF).float().mul_(2.0**-24)
+    return (random_bits(key, rows_N, columns_K) >> 8 & 0xFFFFFF).float().mul_(2.0**-24)
 
 
 def random_signs(key: int, count: int, device: torch.device) -> Tensor:
@@ -178,20 +179,20 @@ class Quantized:
     trusted_NK: Tensor | None = None
 
     def values(self) -> Tensor:
-        """(N, K) fp32: codes times scales, without the factor, which a product's result is multiplied with instead. Exact, but
+        """(N, K) or (E, N, K) fp32: codes times scales, without the factor, which a product's result is multiplied with instead. Exact, but
         for scales that are neither a power of two nor e4m3."""
         return self.codes_NK * spread(self.scales, self.format.block, self.codes_NK.shape)
 
     def dequantize(self) -> Tensor:
-        return self.values() * self.factor
+        return self.values() * self.factor.view(-1, *[1] * (self.codes_NK.ndim - 1))
 
 
-def spread(scales: Tensor, block: tuple[int, int], shape: tuple[int, int] | torch.Size) -> Tensor:
+def spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
     """The scale of each value."""
-    for dim, size in enumerate(block):
+    for dim, size in zip((-2, -1), block, strict=True):
         if size > 1:
             scales = scales.repeat_interleave(size, dim)
-    return scales[: shape[0], : shape[1]]
+    return scales[..., : shape[-2], : shape[-1]]
 
 
 def blocks_of(x_NK: Tensor, block: tuple[int, int]) -> Tensor:
@@ -232,20 +233,22 @@ def power_scales(amax: Tensor, rule: str, kind: Element) -> Tensor:
 
 
 def quantize(
-    x_NK: Tensor, form: Format, key: int = 0, rows_N: Tensor | None = None, run: int = 0, amax: Tensor | None = None
-) -> Quantized:
-    """`x_NK`, of any floating type, in the format. Chance is drawn by `key` and the global numbers of the rows (default: 0 to N).
-    run: columns rotated together, for eden. amax: scalar, the largest magnitude that the factor is to be made for (default:
-    that of x)."""
+    x_NK: Tensor, form: Format, key: int = 0, rows_N: Tensor | None = None, columns_K: Tensor | None = None, run: int = 0,
+    amax: Tensor | None = None,
+) -> Quantized:  # fmt: skip
+    """`x_NK`, of any floating type, in the format. Chance is drawn by `key` and the global numbers of rows and columns (default:
+    from 0). run: columns rotated together, for eden. amax: scalar, the largest magnitude that the factor is to be made for
+    (default: that of x)."""
     x_NK, kind = x_NK.float(), ELEMENTS[form.element]
     rows_N = torch.arange(x_NK.shape[0], device=x_NK.device) if rows_N is None else rows_N
+    columns_K = torch.arange(x_NK.shape[1], device=x_NK.device) if columns_K is None else columns_K
     if form.rule == "quest":
         return _quest(x_NK, form)
     block = block_amax(x_NK, form.block)
     one = torch.ones((), device=x_NK.device)
     finite = block.isfinite()
     if form.scale == "e4m3":
-        return _two_levels(x_NK, form, block, key, rows_N, run, amax)
+        return _two_levels(x_NK, form, block, key, rows_N, columns_K, run, amax)
     if form.scale == "fp32":
         scales, factor = _not_zero(block / kind.largest), one
     else:
@@ -254,8 +257,23 @@ def quantize(
     scaled = x_NK / spread(scales, form.block, x_NK.shape)
     if form.rule == "shrink":
         scaled *= 0.75
-    random = uniform(key, rows_N, x_NK.shape[1]) if form.rounding == "stochastic" else None
+    random = uniform(key, rows_N, columns_K) if form.rounding == "stochastic" else None
     return Quantized(form, cast(scaled, form.element, random), scales, factor)
+
+
+def quantize_each(x_ENK: Tensor, form: Format, key: int = 0, rows_EN: Tensor | None = None, run: int = 0) -> Quantized:
+    """Each of E matrices by itself, with a factor of its own: codes (E, N, K), scales (E, ...), factor (E,)."""
+    e, n, _ = x_ENK.shape
+    rows_EN = torch.arange(e * n, device=x_ENK.device).view(e, n) if rows_EN is None else rows_EN
+    if form.scale != "e4m3" and n % form.block[0] == 0 and e:  # no block has rows of two, and nothing else joins them
+        q = quantize(x_ENK.flatten(0, 1), form, key, rows_EN.flatten(), run=run)
+        codes, scales = q.codes_NK.view(x_ENK.shape), q.scales.unflatten(0, (e, -1))
+        trusted = None if q.trusted_NK is None else q.trusted_NK.view(x_ENK.shape)
+        return Quantized(form, codes, scales, q.factor.expand(e), trusted)
+    parts = [quantize(x, form, key, rows, run=run) for x, rows in zip(x_ENK, rows_EN, strict=True)]
+    codes, scales, factor = (torch.stack([getattr(q, f) for q in parts]) for f in ("codes_NK", "scales", "factor"))
+    trusted = [q.trusted_NK for q in parts if q.trusted_NK is not None]
+    return Quantized(form, codes, scales, factor, torch.stack(trusted) if trusted else None)
 
 
 def _not_zero(x: Tensor) -> Tensor:
@@ -278,7 +296,7 @@ def _quest(x_NK: Tensor, form: Format) -> Quantized:
 
 
 def _two_levels(
-    x_NK: Tensor, form: Format, block: Tensor, key: int, rows_N: Tensor, run: int, amax: Tensor | None
+    x_NK: Tensor, form: Format, block: Tensor, key: int, rows_N: Tensor, columns_K: Tensor, run: int, amax: Tensor | None
 ) -> Quantized:
     """e4m3 scales over the tensor's factor (NVFP4)."""
     kind, eden = ELEMENTS[form.element], form.rounding == "eden"
@@ -302,7 +320,7 @@ def _two_levels(
         codes_NK = torch.where(spread(less, form.block, x_NK.shape), codes[1], codes[0])
         return Quantized(form, codes_NK, torch.where(less, fours, scales), factor)
     if not eden:
-        random = uniform(key, rows_N, x_NK.shape[1]) if form.rounding == "stochastic" else None
+        random = uniform(key, rows_N, columns_K) if form.rounding == "stochastic" else None
         return Quantized(form, cast(scaled, form.element, random), scales, factor)
     assert form.block[0] == 1 and run and run % form.block[1] == 0, (form, run)
     codes_NK = cast(scaled, form.element)
@@ -313,7 +331,7 @@ def _two_levels(
         blocks_of((a * b).view_as(x_NK), (1, run)).sum(dim=(1, 3)) for a, b in ((x_NK, x_NK), (x_NK, codes_NK * weight))
     )
     correction = torch.where(under > 0, over / under, 1.0).repeat_interleave(per, 1)[:, : scales.shape[1]]
-    random = uniform(key_of(key, "scales"), rows_N, scales.shape[1])
+    random = uniform(key_of(key, "scales"), rows_N, columns_K[:: form.block[1]])
     return Quantized(form, codes_NK, cast(scales * correction, "e4m3", random), factor)
 
 
@@ -322,13 +340,13 @@ def _two_levels(
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized matrix as memory and hardware have it; `shape`: (N, K). See the head of this file."""
+    """A quantized matrix as memory and hardware have it, with K columns. See the head of this file."""
 
     format: Format
     codes: Tensor
     scales: Tensor
     factor: Tensor
-    shape: tuple[int, int]
+    columns: int
 
     @property
     def nbytes(self) -> int:
@@ -337,7 +355,7 @@ class Packed:
     def unpack(self) -> Quantized:
         kind, form = self.codes.dtype, self.format
         if kind is torch.uint8:
-            codes = torch.stack((self.codes & 15, self.codes >> 4), dim=2).flatten(1)[:, : self.shape[1]]
+            codes = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(-2)[..., : self.columns]
             codes_NK = _nibbles(form.element, codes.device)[codes.long()]
         else:
             codes_NK = self.codes.float()
@@ -352,16 +370,15 @@ def pack(quantized: Quantized) -> Packed:
     if form.element in types:
         codes = (x_NK.nan_to_num(0) if form.element == "int8" else x_NK).to(types[form.element])
     else:
-        x_NK = F.pad(x_NK.nan_to_num(0), (0, x_NK.shape[1] % 2))
+        x_NK = F.pad(x_NK.nan_to_num(0), (0, x_NK.shape[-1] % 2))
         if form.element == "int4":
             nibbles = x_NK.to(torch.int8).view(torch.uint8) & 15
         else:
             table = torch.tensor([0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7], dtype=torch.uint8, device=x_NK.device)
             nibbles = table[(x_NK.abs() * 2).long()] | (x_NK.signbit().to(torch.uint8) << 3)
-        codes = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    return Packed(
-        form, codes, _stored(quantized.scales, scale), quantized.factor, (x_NK.shape[0], quantized.codes_NK.shape[1])
-    )
+        codes = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    columns = quantized.codes_NK.shape[-1]
+    return Packed(form, codes, _stored(quantized.scales, scale), quantized.factor, columns)
 
 
 def _stored(scales: Tensor, kind: torch.dtype) -> Tensor:

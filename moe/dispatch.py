@@ -45,4 +45,5 @@ class LocalPath:
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         rows = sorted_rows(routing, experts, x_TD)
-        return experts(x_TD, routing.weights_S.index_select(0, rows.slot_R), rows)
+        ids_T = experts.numbers(x_TD.shape[0], x_TD.device)
+        return experts(x_TD, routing.weights_S.index_select(0, rows.slot_R), rows, ids_T)

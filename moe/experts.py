@@ -322,7 +322,7 @@ class Experts(nn.Module):
     """The routed experts' weights, each (out, in) as of a linear layer: w_up_EGD (gate rows, then up rows), w_down_EDF, and
     biases b_up_EG, b_down_ED where `model.expert_bias` says so.
 
-    forward(x_ND, weights_R, rows) -> y_ND. A sharded weight (a DTensor over the expert dimension) is used by its local part:
+    forward(x_ND, weights_R, rows, ids_N) -> y_ND. ids_N: what `numbers` gave, of each input row. A sharded weight (a DTensor over the expert dimension) is used by its local part:
     `rows` then speaks of this rank's experts.
     """
 
@@ -334,10 +334,19 @@ class Experts(nn.Module):
         self.w_down_EDF = nn.Parameter(torch.empty(config.n_experts, config.d_model, config.d_expert))
         self.b_up_EG = nn.Parameter(torch.empty(config.n_experts, up)) if config.expert_bias else None
         self.b_down_ED = nn.Parameter(torch.empty(config.n_experts, config.d_model)) if config.expert_bias else None
+        self.low: Any = None  # moesaic.moe.low.LowExperts, where a recipe of low precision says so
 
-    def forward(self, x_ND: Tensor, weights_R: Tensor, rows: Rows) -> Tensor:
+    def numbers(self, tokens: int, device: torch.device) -> Tensor | None:
+        """int64 (T,), the numbers of the tokens of this forward pass, where the operation needs those of its rows."""
+        return self.low.numbers(tokens, device) if self.low is not None and self.training else None
+
+    def forward(self, x_ND: Tensor, weights_R: Tensor, rows: Rows, ids_N: Tensor | None = None) -> Tensor:
         parameters: Any = (self.w_up_EGD, self.w_down_EDF, self.b_up_EG, self.b_down_ED)
         w_up, w_down, b_up, b_down = (w.to_local() if hasattr(w, "to_local") else w for w in parameters)
+        if self.low is not None and self.low.active:
+            mesh = getattr(self.w_up_EGD, "device_mesh", None)
+            first = 0 if mesh is None else mesh.get_local_rank("expert") * w_up.shape[0]
+            return self.low(self, (w_up, w_down, b_up, b_down), x_ND, weights_R, rows, ids_N, first)
         backend = backend_for(self.backend, x_ND)
         if backend == "reference":
             return experts_reference(x_ND, weights_R, w_up, w_down, b_up, b_down, rows, self.activation)

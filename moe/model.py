@@ -18,6 +18,7 @@ from moesaic.moe.balance import FIGURES, pooled_balance_loss
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.experts import backend_for
 from moesaic.moe.layer import Aux, FeedForward, MoE, plainly
+from moesaic.moe.precision import Precision, PrecisionConfig
 
 IGNORED = -100
 # Writes the weights of a whole parameter or buffer, by its name in the model, into a tensor of its shape, in place.
@@ -86,6 +87,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.precision = Precision(PrecisionConfig())  # nothing quantized, until moesaic.moe.low.lower says otherwise
 
     def forward(
         self, tokens_BS: Tensor, targets_BS: Tensor | None = None, documents_BS: Tensor | None = None
