@@ -179,8 +179,8 @@ class Quantized:
     trusted_NK: Tensor | None = None
 
     def values(self) -> Tensor:
-        """(N, K) or (E, N, K) fp32: codes times scales, without the factor, which a product's result is multiplied with instead. Exact, but
-        for scales that are neither a power of two nor e4m3."""
+        """(N, K) or (E, N, K) fp32: codes times scales, without the factor, which a product's result is multiplied with
+        instead. Exact, but for scales that are neither a power of two nor e4m3."""
         return self.codes_NK * spread(self.scales, self.format.block, self.codes_NK.shape)
 
     def dequantize(self) -> Tensor:
@@ -272,8 +272,8 @@ def quantize_each(x_ENK: Tensor, form: Format, key: int = 0, rows_EN: Tensor | N
         return Quantized(form, codes, scales, q.factor.expand(e), trusted)
     parts = [quantize(x, form, key, rows, run=run) for x, rows in zip(x_ENK, rows_EN, strict=True)]
     codes, scales, factor = (torch.stack([getattr(q, f) for q in parts]) for f in ("codes_NK", "scales", "factor"))
-    trusted = [q.trusted_NK for q in parts if q.trusted_NK is not None]
-    return Quantized(form, codes, scales, factor, torch.stack(trusted) if trusted else None)
+    told = [q.trusted_NK for q in parts if q.trusted_NK is not None]
+    return Quantized(form, codes, scales, factor, torch.stack(told) if told else None)
 
 
 def _not_zero(x: Tensor) -> Tensor:
@@ -296,7 +296,14 @@ def _quest(x_NK: Tensor, form: Format) -> Quantized:
 
 
 def _two_levels(
-    x_NK: Tensor, form: Format, block: Tensor, key: int, rows_N: Tensor, columns_K: Tensor, run: int, amax: Tensor | None
+    x_NK: Tensor,
+    form: Format,
+    block: Tensor,
+    key: int,
+    rows_N: Tensor,
+    columns_K: Tensor,
+    run: int,
+    amax: Tensor | None,
 ) -> Quantized:
     """e4m3 scales over the tensor's factor (NVFP4)."""
     kind, eden = ELEMENTS[form.element], form.rounding == "eden"

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 
 from moesaic.moe.config import ModelConfig, require
+from moesaic.moe.precision import PrecisionConfig
 from moesaic.parallel.config import ParallelConfig
 
 
@@ -108,14 +109,6 @@ class DataConfig:
 
 
 @dataclass
-class PrecisionConfig:
-    """compute: the type of matrix products; weights, gradients' sums and optimizer are fp32. auto: bf16 on CUDA, fp32 on
-    a CPU."""
-
-    compute: str = "auto"
-
-
-@dataclass
 class WandbConfig:
     """mode: offline (files under run_dir/wandb, `wandb sync` sends them), online (falls back to offline), disabled."""
 
@@ -206,7 +199,7 @@ def check(c: Config) -> None:
     expert = c.parallel.expert
     require(expert == "auto" or c.model_from_init or c.model.n_experts % int(expert) == 0,
             f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
-    require(c.precision.compute in ("auto", "fp32", "bf16"),
-            f"precision.compute={c.precision.compute}: must be one of auto, fp32, bf16")  # fmt: skip
+    require(not c.precision.quantized or c.parallel.expert_path != "fused",
+            f"parallel.expert_path=fused: has no products of precision={c.precision.recipe} yet; use all_to_all")  # fmt: skip
     require(c.wandb.mode in ("offline", "online", "disabled"),
             f"wandb.mode={c.wandb.mode}: must be one of offline, online, disabled")  # fmt: skip

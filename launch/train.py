@@ -103,8 +103,9 @@ def train(config: Config, device: torch.device) -> None:
     meshes = make_meshes(device.type, expert, config.parallel.replicate)
     fill = weights.read_into if weights else None
     model = parallelize(
-        config.model, config.parallel, meshes, seed=config.train.seed, device=device, compute=compute, fill=fill
-    )
+        config.model, config.parallel, meshes, seed=config.train.seed, device=device, compute=compute, fill=fill,
+        precision=config.precision,
+    )  # fmt: skip
     engine = start_engine(config.parallel, model, make_optimizer(model, config.optim))
     torch.manual_seed(config.train.seed * 1_000_003 + rank)
     step, samples, tokens = saved["step"], saved["samples"], saved["tokens"]
@@ -151,10 +152,11 @@ def train(config: Config, device: torch.device) -> None:
         f"model: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active a token; "
         f"{config.model.n_experts} experts, {config.model.router.top_k} a token"
     )
+    quantized = f", but those of precision={config.precision.recipe} (emulated)" if config.precision.quantized else ""
     say(
         f"ranks: {world} ({device.type}), parallel.expert={expert} ({expert_path(config.parallel, meshes)}), "
         f"parallel.replicate={config.parallel.replicate}; "
-        f"{str(compute).removeprefix('torch.')} products"
+        f"{str(compute).removeprefix('torch.')} products{quantized}"
     )
     say(f"MFU is relative to {world} x {peak / 1e9:,.0f} GFLOP/s: {peak_name}")
     say(progress_header())
@@ -171,6 +173,7 @@ def train(config: Config, device: torch.device) -> None:
     meter = Meter()
     meter.start()
     while True:
+        model.precision.begin(min(step, steps - 1), steps)
         # Between steps: look at the data, evaluate, save, leave.
         ended = step >= steps
         evaluating = every.eval_every and (step % every.eval_every == 0 or ended) and evaluated != step and not asked
@@ -287,12 +290,14 @@ def train_step(
     my_batches = micro_batches(config.global_batch, config, dist.get_rank(), dist.get_world_size())
     for i, (first, count) in enumerate(my_batches, 1):
         batch = torch.from_numpy(train_batch(stream, config.seed, first_sample + first, count)).to(device)
+        engine.model.precision.tokens(first_sample + first, count, config.seq_len, device)
         out = predict(engine.model, batch, separator)
         assert out.loss is not None
         share = count * config.seq_len / global_tokens
         engine.backward(out.loss / global_tokens + out.aux * share, last=i == len(my_batches))
         parts = [out.loss.detach() / global_tokens, out.counts, out.figures]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    engine.model.precision.tokens(None)
     return sums
 
 

@@ -322,8 +322,8 @@ class Experts(nn.Module):
     """The routed experts' weights, each (out, in) as of a linear layer: w_up_EGD (gate rows, then up rows), w_down_EDF, and
     biases b_up_EG, b_down_ED where `model.expert_bias` says so.
 
-    forward(x_ND, weights_R, rows, ids_N) -> y_ND. ids_N: what `numbers` gave, of each input row. A sharded weight (a DTensor over the expert dimension) is used by its local part:
-    `rows` then speaks of this rank's experts.
+    forward(x_ND, weights_R, rows, ids_N) -> y_ND; ids_N: what `numbers` gave, of each input row. A sharded weight (a DTensor over
+    the expert dimension) is used by its local part: `rows` then speaks of this rank's experts.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -338,7 +338,7 @@ class Experts(nn.Module):
 
     def numbers(self, tokens: int, device: torch.device) -> Tensor | None:
         """int64 (T,), the numbers of the tokens of this forward pass, where the operation needs those of its rows."""
-        return self.low.numbers(tokens, device) if self.low is not None and self.training else None
+        return self.low.numbers(tokens, device) if self.low is not None else None
 
     def forward(self, x_ND: Tensor, weights_R: Tensor, rows: Rows, ids_N: Tensor | None = None) -> Tensor:
         parameters: Any = (self.w_up_EGD, self.w_down_EDF, self.b_up_EG, self.b_down_ED)

@@ -1,11 +1,11 @@
 """Layers whose products are quantized, emulated: exact products, in fp32, of what hardware would multiply.
 
-moesaic.moe.precision says what a recipe is, moesaic.kernels.quantize what a cast. Here is when each tensor is cast: once, before it is
-gathered or read by several products, and kept packed where backward reads the same cast. Sums over tokens (wgrad) go in whole
-blocks of an expert's rows, padded with zeros, so that no block mixes two experts. Not emulated: the order in which hardware
-adds up, and the bits of its accumulators.
+moesaic.moe.precision says what a recipe is, moesaic.kernels.quantize what a cast. Here is when each tensor is cast: once, before
+it is gathered or read by several products, and kept packed where backward reads the same cast. Sums over tokens (wgrad) go in
+whole blocks of an expert's rows, padded with zeros, so that no block mixes two experts. Not emulated: the order in which
+hardware adds up, and the bits of its accumulators.
 
-    linear    fprop    y  = cast(x) cast(W)^T          dgrad    dx = cast(dy) cast(W^T)^T          wgrad    dW = cast(dy^T) cast(x^T)^T
+    linear    fprop  y = cast(x) cast(W)^T      dgrad  dx = cast(dy) cast(W^T)^T      wgrad  dW = cast(dy^T) cast(x^T)^T
     experts   for row r of expert j, n its input row, w its weight:
       fprop     h_r = cast(x)_n cast(W_up[j])^T;  a_r = act(h_r);  y_r = cast(a)_r cast(W_down[j])^T;  output[n] = sum of w_r y_r
       dgrad     da_r = cast(dy)_n cast(W_down[j]^T)^T;  dw_r = <da_r, a_r>;  dh_r = act'(h_r) w_r da_r
@@ -58,39 +58,45 @@ class Weight:
         self.precision, self.name = precision, name
 
     def cast(
-        self, product: str, side: str, x: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
-    ) -> Low:
-        """x, (N, K) or (E, N, K), as this operand: rotated, then quantized. rows, columns: their global numbers."""
+        self, product: str, side: str, x: Tensor, rows: Tensor | None = None, columns: Tensor | None = None, first: int = 0
+    ) -> Low:  # fmt: skip
+        """x, (N, K) or (E, N, K), as this operand: rotated, then quantized. rows, columns: their global numbers. first: experts
+        before these."""
         p = self.precision.products[product]
-        form, last = p.sides[side].form, self.precision.last
+        form, casts = p.sides[side].form, self.precision.casts
         shared = side == "x" and product == "fprop" and form is not None and form.rounding == "even"
-        # Held by `last`, its memory can't have become another tensor's.
+        # Held by `casts`, its memory can't have become another tensor's.
         mark = (form, p.rotation, x.data_ptr(), x._version, x.shape, x.stride())
-        if shared and last and last[0] == mark:
-            return last[2]
+        for other, _, low in casts if shared else ():
+            if other == mark:
+                return low
         whole = x.float()
         if p.rotation:
-            whole = rotate(whole, p.rotation, self.signs(product))
+            whole = rotate(whole, p.rotation, self.signs(product, x.device))
             if columns is not None:  # padding has numbers that nobody else has
                 more = whole.shape[-1] - columns.numel()
                 columns = torch.cat((columns, -1 - torch.arange(more, device=x.device)))
         if form is None:
             return Low(whole, None, None)
-        key = key_of(self.name, product, side, self.precision.step) if form.rounding != "even" else 0
+        key = (
+            key_of(self.precision.seed, self.name, product, side, self.precision.step) if form.rounding != "even" else 0
+        )
         if x.ndim == 3:
+            e, n, _ = whole.shape
+            rows = torch.arange(first * n, (first + e) * n, device=x.device).view(e, n)
             low = Low.of(quantize_each(whole, form, key, rows, run=p.rotation))
         else:
             low = Low.of(quantize(whole, form, key, rows, columns, run=p.rotation))
         if shared:
-            self.precision.last = (mark, x, low)
+            casts[:] = [*casts[-1:], (mark, x, low)]
         return low
 
-    def signs(self, product: str) -> Tensor | None:
+    def signs(self, product: str, device: torch.device) -> Tensor | None:
         p = self.precision.products[product]
         if p.signs == "none":
             return None
         step = self.precision.step if p.signs == "step" else -1
-        return random_signs(key_of("signs", product, step), p.rotation, torch.device("cpu"))
+        return random_signs(key_of(self.precision.seed, "signs", product, step), p.rotation, device)
 
     def reads_fprop(self, product: str, side: str) -> bool:
         return self.precision.products[product].sides[side].source == "fprop"
@@ -109,7 +115,7 @@ class Weight:
             gradient = gradient * trusted
         rotation = self.precision.products["fprop"].rotation
         if rotation and self.reads_fprop(product, side):
-            gradient = rotate_back(gradient, rotation, self.signs("fprop"), columns)
+            gradient = rotate_back(gradient, rotation, self.signs("fprop", gradient.device), columns)
         return gradient
 
 
@@ -217,10 +223,7 @@ def low_linear(module: nn.Linear, weight: Weight, x: Tensor) -> Tensor:
     precision = weight.precision
     if precision.high:
         return F.linear(x, module.weight.to(x.dtype))
-    ids_T = precision.numbers(x.shape[:-1].numel(), x.device) if module.training else None
-    if ids_T is None:
-        ids_T = torch.arange(x.shape[:-1].numel(), device=x.device)
-    return LowLinear.apply(x, module.weight, weight, ids_T)
+    return LowLinear.apply(x, module.weight, weight, precision.numbers(x.shape[:-1].numel(), x.device))
 
 
 # ---------------------------------------------------------------- experts
@@ -237,13 +240,12 @@ class _LowExperts(torch.autograd.Function):
         source_R, w_R1 = rows.source_R[:used], weights_R[:used, None].float()
         expert_R = torch.arange(len(counts), device=x_ND.device).repeat_interleave(rows.counts_E, output_size=used)
         ids_R = ids_N[source_R] * experts + expert_R + first
-        up_EG, down_ED = (numbers(w, first) for w in (w_up, w_down))
-        xq, upq = up.cast("fprop", "x", x_ND, ids_N), up.cast("fprop", "w", w_up, up_EG)
+        xq, upq = up.cast("fprop", "x", x_ND, ids_N), up.cast("fprop", "w", w_up, first=first)
         h_RG = grouped(xq.values[source_R], xq.factor, upq, counts, expert_R)
         if b_up is not None:
             h_RG += b_up.float()[expert_R]
         a_RF = activate(activation, h_RG)
-        aq, downq = down.cast("fprop", "x", a_RF, ids_R), down.cast("fprop", "w", w_down, down_ED)
+        aq, downq = down.cast("fprop", "x", a_RF, ids_R), down.cast("fprop", "w", w_down, first=first)
         y_RD = grouped(aq.values, aq.factor, downq, counts, expert_R)
         if b_down is not None:
             y_RD += b_down.float()[expert_R]
@@ -275,7 +277,7 @@ class _LowExperts(torch.autograd.Function):
         w_R1 = weights_R[:used, None].float()
 
         dyq = down.cast("dgrad", "dy", dy_ND, ids_N)
-        w = down.again("dgrad", "w", w_down, rows=numbers_of((e, f), ctx.first, h_RG.device))
+        w = down.again("dgrad", "w", w_down, first=ctx.first)
         da_RF = grouped(dyq.values[source_R], dyq.factor, w, counts, expert_R)
         da_RF = down.straight_back(da_RF, "dgrad", "w", trusted_a, f)
         gate_RF = torch.empty_like(da_RF)
@@ -294,26 +296,14 @@ class _LowExperts(torch.autograd.Function):
             db_up, db_down = (s.new_zeros(e, s.shape[1]).index_add_(0, expert_R, s) for s in (dh_RG, dy_RD))
 
         dhq = up.cast("dgrad", "dy", dh_RG, ids_R)
-        w = up.again("dgrad", "w", w_up, rows=numbers_of((e, d), ctx.first, h_RG.device))
+        w = up.again("dgrad", "w", w_up, first=ctx.first)
         dx_RD = grouped(dhq.values, dhq.factor, w, counts, expert_R)
         dx_ND = sum_bags(F.pad(dx_RD, (0, 0, 0, weights_R.numel() - used)), bag, starts)
         dx_ND = up.straight_back(dx_ND, "dgrad", "w", trusted_x, d)
         return (dx_ND.to(dtype), dweights_R.to(weights_R.dtype), dw_up, dw_down, db_up, db_down, *[None] * 7)
 
 
-def numbers(w_ENK: Tensor, first: int) -> Tensor:
-    return numbers_of((w_ENK.shape[0], w_ENK.shape[1]), first, w_ENK.device)
-
-
-def numbers_of(shape: tuple[int, int], first: int, device: torch.device) -> Tensor:
-    """(E, N) global numbers of the rows of experts, of which `first` are before these."""
-    e, n = shape
-    return torch.arange(first * n, (first + e) * n, device=device).view(e, n)
-
-
-def grouped(
-    values_RK: Tensor, factor: Tensor | None, weights: Low, counts: list[int], expert_R: Tensor
-) -> Tensor:
+def grouped(values_RK: Tensor, factor: Tensor | None, weights: Low, counts: list[int], expert_R: Tensor) -> Tensor:
     """(R, N): each row with its expert's matrix of weights (E, N, K)."""
     out = values_RK.new_empty(values_RK.shape[0], weights.values.shape[1])
     for part, w, o in zip(values_RK.split(counts), weights.values.mT.unbind(), out.split(counts), strict=True):
@@ -373,11 +363,11 @@ class LowExperts:
 # ---------------------------------------------------------------- a model
 
 
-def lower(model: Transformer, config: PrecisionConfig) -> None:
+def lower(model: Transformer, config: PrecisionConfig, seed: int = 0) -> None:
     """Let the layers that `config` names compute by its recipe. Names and parameters stay what they are. Raises ValueError where
     no block is left, or the kernels are asked for, which have no such products."""
     blocks, backend = model.config.n_layers, model.config.experts_backend
-    model.precision = Precision(config)
+    model.precision = Precision(config, seed)
     if not config.quantized:
         return
     require(config.high_first + config.high_last < blocks,
@@ -400,4 +390,4 @@ def lower(model: Transformer, config: PrecisionConfig) -> None:
 
 
 def lower_linear(module: nn.Linear, weight: Weight) -> None:
-    module.forward = lambda x: low_linear(module, weight, x)  # type: ignore[method-assign]
+    module.forward = lambda x: low_linear(module, weight, x)  # type: ignore[assignment,method-assign]

@@ -13,6 +13,7 @@ as `compute` says. Always high: router, embeddings, head, norms, attention's own
 **Emulated**: the products multiply what hardware would, exactly, in fp32, on any device; moesaic.moe.low has them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -178,11 +179,11 @@ def _check_operand(knob: str, o: OperandConfig, product: str, side: str, p: Any,
         require(first.element is not None, f"{knob}.source=fprop: precision.fprop.{side} is not quantized")
         square = len(set(block_of(first))) == 1
         require(o.element is not None or (square and p.rotation == 0),
-                f"{knob}.element=null with source=fprop: uses the cast of precision.fprop.{side} as it is, and needs a square block "
-                f"and no rotation, not {first.block} and {p.rotation}; or an element, to cast again")  # fmt: skip
+                f"{knob}.element=null with source=fprop: uses the cast of precision.fprop.{side} as it is, and needs a square "
+                f"block and no rotation, not {first.block} and {p.rotation}; or an element, to cast again")  # fmt: skip
     elif first is not None and first.rule == "quest" and first.element:
-        require(fprop.rotation == 0, f"{knob}.source=high: must be fprop, for what precision.fprop.{side}.rule=quest clips is told "
-                f"in the space of precision.fprop.rotation={fprop.rotation}")  # fmt: skip
+        require(fprop.rotation == 0, f"{knob}.source=high: must be fprop, for what precision.fprop.{side}.rule=quest clips is "
+                f"told in the space of precision.fprop.rotation={fprop.rotation}")  # fmt: skip
     if o.element is None:
         return
     require(o.rule in SCALES[o.scale],
@@ -196,7 +197,7 @@ def _check_operand(knob: str, o: OperandConfig, product: str, side: str, p: Any,
     require(o.rule not in ("four_six", "quest") or o.rounding == "even",
             f"{knob}.rounding={o.rounding}: must be even with {knob}.rule={o.rule}")  # fmt: skip
     require(o.rounding != "stochastic" or o.rule not in CLIPS,
-            f"{knob}.rounding=stochastic: has a bias with {knob}.rule={o.rule}, which clips; ceil, rceil and shrink don't")  # fmt: skip
+            f"{knob}.rounding=stochastic: has a bias with {knob}.rule={o.rule}, which clips; shrink does not")  # fmt: skip
     if o.rounding == "eden":
         rows, columns = block_of(o)
         require(o.scale == "e4m3" and rows == 1,
@@ -235,31 +236,39 @@ def compile_product(product: Any) -> Product:
 
 
 class Precision:
-    """The recipe of a model, and where the run is: what its quantized layers share.
+    """The recipe of a model, and where the run, of `seed`, is: what its quantized layers share.
 
     `begin` tells the step, `tokens` whose they are that the next forward pass sees: chance depends on both and on nothing
     else, so that every layout draws the same.
     """
 
-    def __init__(self, config: PrecisionConfig) -> None:
-        self.config = config
+    def __init__(self, config: PrecisionConfig, seed: int = 0) -> None:
+        self.config, self.seed = config, seed
         self.products = {name: compile_product(getattr(config, name)) for name in PRODUCTS}
-        self.step, self.high = 0, not config.quantized
+        self.step, self.tail, self.high = 0, False, not config.quantized
+        self.switch: Callable[[bool], None] = lambda tail: (
+            None
+        )  # told when the high tail of a run begins, or a run goes back
         self.ids_T: Tensor | None = None
         forms = [o.form for p in self.products.values() for o in p.sides.values() if o.form]
         self.chance = any(form.rounding != "even" for form in forms)
-        self.last: Any = None  # the last cast of an input, for others that read it: see moesaic.moe.low
+        # The last two casts of inputs, for others that read them: a shared expert has two before the routed ones cast, MLA's
+        # queries two before its latent. See moesaic.moe.low.
+        self.casts: list[Any] = []
 
     def begin(self, step: int, steps: int) -> None:
         """Step `step` of `steps`, from 0, begins."""
-        self.step = step
-        self.high = not self.config.quantized or step >= round((1 - self.config.high_tail) * steps)
+        self.step, self.casts = step, []
+        tail = step >= round((1 - self.config.high_tail) * steps)
+        self.high = tail or not self.config.quantized
+        if tail != self.tail:
+            self.tail = tail
+            self.switch(tail)
 
     def tokens(self, first_sequence: int | None, sequences: int = 0, length: int = 0, device: Any = None) -> None:
         """The next forward pass is over `sequences` of `length` tokens from number `first_sequence` of the run's data on (None:
         over tokens without numbers, as in an evaluation)."""
-        self.last = None
-        self.ids_T = None
+        self.casts, self.ids_T = [], None
         if first_sequence is not None and self.chance and not self.high:
             first = first_sequence * length
             self.ids_T = torch.arange(first, first + sequences * length, device=device)

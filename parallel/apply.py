@@ -1,15 +1,21 @@
 """The one place where a model is spread over ranks."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.layer import MoE
+from moesaic.moe.low import lower
 from moesaic.moe.model import Block, Fill, Transformer, initialize
+from moesaic.moe.precision import PrecisionConfig
 from moesaic.parallel.cast import compute_in
+from moesaic.parallel.codec import codecs
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.engine import Engine
+from moesaic.parallel.expert import AllToAllPath
 from moesaic.parallel.fsdp import RESHARD, FSDPEngine, divide_experts, prefetch, shard_block, shard_experts, shard_root
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.remat import recompute
@@ -19,11 +25,11 @@ from moesaic.parallel.two_hop import communicating_path
 
 def parallelize(
     config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, *, seed: int, device: torch.device, compute: torch.dtype,
-    fill: Fill | None = None,
+    fill: Fill | None = None, precision: PrecisionConfig | None = None,
 ) -> Transformer:  # fmt: skip
     """A model with initial weights, or those that `fill` gives, spread over the ranks of `meshes`. Collective. In this order:
 
-    1. Build on the meta device: nothing is allocated.
+    1. Build on the meta device: nothing is allocated. What `precision` quantizes computes so from here on.
     2. Block by block: allocate, fill with the initial weights of (seed, name) or by `fill`, keep this rank's experts, shard
        with FSDP2 (the experts first, then the block). A rank never holds more than one whole block.
     3. The same for embedding, norm and head.
@@ -39,6 +45,8 @@ def parallelize(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     with torch.device("meta"):
         model = Transformer(config)
+    low = precision or PrecisionConfig()
+    lower(model, low, seed)
     path, fsdp = expert_path(parallel, meshes), parallel.engine == "fsdp"
     new_path = None if path == "local" else communicating_path(path, parallel, meshes)
     for i, block in enumerate(model.blocks):
@@ -63,6 +71,9 @@ def parallelize(
         prefetch(model)
     elif compute is not torch.float32:
         compute_in(model, compute)
+    if new_path:
+        model.precision.switch = switch = functools.partial(set_codecs, model, low)
+        switch(False)
     name_groups(model)
     recompute(model, parallel.remat)
     return model
@@ -79,6 +90,14 @@ def start_engine(parallel: ParallelConfig, model: Transformer, optimizer: torch.
         engine = FSDPEngine(model, optimizer)
     engine.make_moments()  # now, not in the first step: that may be left out, and be followed by a save
     return engine
+
+
+def set_codecs(model: Transformer, low: PrecisionConfig, tail: bool) -> None:
+    """Rows travel as `precision.dispatch` and `precision.combine` say, and in the high tail of a run as they are."""
+    for layer in model.moe_layers():
+        assert isinstance(layer.path, AllToAllPath)
+        both = ("high", "high") if tail else (low.dispatch, low.combine)
+        layer.path.codec, layer.path.back = codecs(*both, model.config.d_model)
 
 
 def expert_path(parallel: ParallelConfig, meshes: Meshes) -> str:

@@ -16,9 +16,10 @@ from moesaic.moe.router import Router
 
 
 def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let `module` and what lies below it compute with weights cast to `dtype`, but for routers, which need fp32, and experts,
-    which FSDP2 casts. Names, modules and parameters stay what they are."""
-    if isinstance(module, (Router, Experts)):
+    """Let `module` and what lies below it compute with weights cast to `dtype`, but for routers, which need fp32, experts, which
+    FSDP2 casts, and layers of low precision (moesaic.moe.low), which cast by themselves. Names, modules and parameters stay what
+    they are."""
+    if isinstance(module, (Router, Experts)) or "forward" in vars(module):
         return
     for child in module.children():
         compute_in(child, dtype)

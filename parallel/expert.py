@@ -54,8 +54,8 @@ def hops(ranks: Sequence[int], own: int, node_size: int) -> tuple[str, ...]:
 
 
 class Codec(Protocol):
-    """Another form of rows for the way out, such as fp8 values and their scales. The way back and gradients stay as they are:
-    the gradient passes through as if nothing had been encoded.
+    """Another form of rows for the way out, such as fp8 values and their scales, or for the way back. Gradients travel as they
+    are: as if nothing had been encoded.
 
     encode: x_TD -> payload tensors, each with T rows, of types the backend carries (fp8 viewed as uint8 for gloo); each token
     alone, for rows are picked from them. decode: those of N rows -> x_ND of type `dtype`.
@@ -127,8 +127,11 @@ class Leg:
     def go(self, x_ID: Tensor, phase: str) -> Callable[[], Tensor]:
         return self.link.start(x_ID.index_select(0, self.source_R), self.rows_out, self.rows_in, phase, self.sent)
 
-    def come_back(self, y_ND: Tensor, phase: str) -> Tensor:
-        y_RD = self.link.start(y_ND, self.rows_in, self.rows_out, phase, self.sent)()
+    def come_back(self, y_ND: Tensor, phase: str, codec: Codec | None = None) -> Tensor:
+        payload = codec.encode(y_ND) if codec else [y_ND]
+        waits = [self.link.start(part, self.rows_in, self.rows_out, phase, self.sent) for part in payload]
+        payload = [wait() for wait in waits]
+        y_RD = codec.decode(payload, y_ND.dtype) if codec else payload[0]
         for bag, starts in self.sums:
             y_RD = sum_bags(y_RD, bag, starts)
         return y_RD
@@ -246,17 +249,17 @@ class _Combine(torch.autograd.Function):
     """y_ND -> y_TD, the sum of each token's rows; the adjoint of `_Dispatch`."""
 
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, legs: list[Leg]) -> Tensor:
+    def forward(ctx: Any, y_ND: Tensor, legs: list[Leg], codec: Codec | None) -> Tensor:
         ctx.legs = legs
         for leg in reversed(legs):
-            y_ND = leg.come_back(y_ND, "combine")
+            y_ND = leg.come_back(y_ND, "combine", codec)
         return y_ND
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
         for leg in ctx.legs:
             dy_TD = leg.go(dy_TD, "combine_grad")()
-        return dy_TD, None
+        return dy_TD, None, None
 
 
 @dataclass(frozen=True)
@@ -289,6 +292,7 @@ class AllToAllPath:
     ) -> None:
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.node_size, self.codec, self.limit = node_size or self.ranks, codec, limit
+        self.back: Codec | None = None
         assert self.ranks % self.node_size == 0, (self.ranks, self.node_size)
         self.link = Link(group, hops(range(self.ranks), self.rank, self.node_size), layer)
         self.sent: Sent = Counter()
@@ -320,10 +324,13 @@ class AllToAllPath:
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         plan = once("plan", lambda: self.plan(routing, experts.training))
+        ids_N = experts.numbers(x_TD.shape[0], x_TD.device)
+        for leg in plan.legs if ids_N is not None else ():
+            ids_N = leg.go(ids_N, "dispatch")()  # type: ignore[arg-type]
         x_ND, weights_S = _Dispatch.apply(x_TD, routing.weights_S, plan, self.codec)
         _, rows = plan.arrive()
-        y_ND = experts(x_ND, weights_S.index_select(0, rows.slot_R), rows)
-        return _Combine.apply(y_ND, plan.legs)
+        y_ND = experts(x_ND, weights_S.index_select(0, rows.slot_R), rows, ids_N)
+        return _Combine.apply(y_ND, plan.legs, self.back)
 
     def plan(self, routing: Routing, training: bool) -> Plan:
         """Tells the others what will come, and begins to send the slots. Raises OverloadError where `limit` asks for it."""
