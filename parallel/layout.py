@@ -11,15 +11,13 @@ Letters: T tokens of a micro-batch on a rank, K experts per token, E experts in 
 nodes of one, L of its ranks in a node, D model width.
 """
 
-import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from moesaic.moe.config import ModelConfig, RouterConfig, require
-from moesaic.moe.layer import MoE
 from moesaic.moe.model import Block
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.mesh import check_degrees, expert_degree
@@ -182,21 +180,33 @@ class Group:
 
 def block_groups(model: ModelConfig, layout: Layout, layer: int) -> list[Group]:
     """The groups of a block in the order of gathering: its own, the router's where it needs another type, the experts'."""
-    with torch.device("meta"):
-        block = Block(dataclasses.replace(model, n_layers=max(model.n_dense_layers, 1) + 1), layer)
-    own, name = dict(block.named_parameters()), f"layer {layer}"
+    own, name = _shapes(repr(model), layer < model.n_dense_layers, model).copy(), f"layer {layer}"
     groups = []
-    if isinstance(block.ffn, MoE):
-        experts = [own.pop(f"ffn.experts.{n}").shape for n, _ in block.ffn.experts.named_parameters()]
+    experts = [own.pop(n) for n in list(own) if n.startswith("ffn.experts.")]
+    if experts:
         mine = tuple((shape[0] // layout.expert, *shape[1:]) for shape in experts)
         groups.append(
             Group(f"{name} experts", mine, layout.expert_shard, layout.expert_replicate, layout.compute, True)
         )
         if layout.compute != "fp32":
-            router = tuple(tuple(own.pop(f"ffn.router.{n}").shape) for n, _ in block.ffn.router.named_parameters())
+            router = tuple(own.pop(n) for n in list(own) if n.startswith("ffn.router."))
             groups.append(Group(f"{name} router", router, layout.shard, layout.replicate, "fp32"))
-    rest = tuple(tuple(p.shape) for p in own.values())
-    return [Group(f"{name} block", rest, layout.shard, layout.replicate, layout.compute), *reversed(groups)]
+    return [
+        Group(f"{name} block", tuple(own.values()), layout.shard, layout.replicate, layout.compute),
+        *reversed(groups),
+    ]
+
+
+_SHAPES: dict[tuple[str, bool], dict[str, tuple[int, ...]]] = {}
+
+
+def _shapes(key: str, dense: bool, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of the parameters of a block, by name: of the real one, on the meta device."""
+    if (key, dense) not in _SHAPES:
+        with torch.device("meta"):
+            block = Block(model, 0 if dense else model.n_dense_layers)
+        _SHAPES[key, dense] = {name: tuple(p.shape) for name, p in block.named_parameters()}
+    return _SHAPES[key, dense]
 
 
 def groups_by_kind(model: ModelConfig, layout: Layout) -> dict[bool, list[Group]]:
@@ -242,14 +252,14 @@ class Collective:
         return self.operation == "all_gather"
 
 
-def collectives(model: ModelConfig, layout: Layout) -> Iterator[Collective]:
-    """What a rank issues in one micro-batch, and once a step. Sizes of one process are 0 and not issued.
+def collectives(model: ModelConfig, layout: Layout, layers: Iterable[int] | None = None) -> Iterator[Collective]:
+    """What a rank issues in one micro-batch, and once a step: for the root and `layers`, or all of them.
 
     Left out: the few numbers of the gradient's norm, of the loss and of figures.
     """
     kinds = groups_by_kind(model, layout)
     yield from _gathers(-1, [root_group(model, layout)], layout)
-    for layer in range(model.n_layers):
+    for layer in range(model.n_layers) if layers is None else layers:
         dense = layer < model.n_dense_layers
         yield from _gathers(layer, kinds[dense], layout)
         if not dense and layout.hops != "local":

@@ -67,7 +67,8 @@ def memory_of(model: ModelConfig, layout: Layout, heap: int = 0) -> Memory:
     root = root_group(model, layout)
     layers = [layer < dense_layers for layer in range(model.n_layers)]
     held = root.held + sum(g.held for dense in layers for g in groups[dense])
-    kept = [kept_by_block(model, layout, dense) for dense in layers]
+    kept_by_kind = {dense: kept_by_block(model, layout, dense) for dense in groups}
+    kept = [kept_by_kind[dense] for dense in layers]
 
     never, last = layout.reshard == "never", layers[-1]
     stay = 0 if layout.reshard == "always" else _whole([root])
