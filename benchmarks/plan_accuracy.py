@@ -168,14 +168,15 @@ def main() -> None:
     absolute = sorted(abs(e) for e in errors.values())
     fitted = {name: round(math.exp(value), 3) for name, value in sorted(fit(rows).items())}
     print("factors, fitted on all rows:", json.dumps(fitted))
-    for case, value, limit in (
-        ("median error, leaving out the model", statistics.median(absolute), 0.1), ("worst error", absolute[-1], 0.1),
-    ):  # fmt: skip
-        print(json.dumps({"benchmark": "plan_accuracy", "case": f"{case}, {len(rows)} rows, simulated", "ours": round(value, 3),
-                          "peer": limit, "peer_name": "aim", "unit": "of the measured", "ratio": round(limit / value, 2)}))  # fmt: skip
-    print(json.dumps({"benchmark": "plan_accuracy", "case": "rank correlation of rows of one model and GPU, median", "ours":
-                      round(statistics.median(correlations), 3), "peer": 1.0, "peer_name": "aim", "unit": "Spearman", "ratio":
-                      round(statistics.median(correlations), 3)}))  # fmt: skip
+    unit = "of the measured"
+    for case, value, aim, what in (
+        ("median error, leaving out the model", statistics.median(absolute), 0.1, unit),
+        ("worst error", absolute[-1], 0.1, unit),
+        ("rank correlation of the rows of one model and GPU, median", statistics.median(correlations), 1.0, "Spearman"),
+    ):
+        line = {"benchmark": "plan_accuracy", "case": f"{case}; {len(rows)} rows, simulated", "ours": round(value, 3)}
+        ratio = value / aim if what == "Spearman" else aim / value
+        print(json.dumps(line | {"peer": aim, "peer_name": "aim", "unit": what, "ratio": round(ratio, 2)}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moesaic.launch import cli, options
 from moesaic.launch.schema import Config
@@ -120,9 +120,8 @@ def describe(plan: Plan, chosen: PlanOptions) -> list[str]:
     ]
     lines += [f"  {name:20} {size / GIB:8.2f}" for name, size in memory.categories().items() if size]
     dense = config.model.n_dense_layers
-    for name, part in (("dense layer", memory.kept[:dense]), ("MoE layer", memory.kept[dense:])):
-        if part:
-            lines.append(f"  kept by each {name}: {part[0] / GIB:.3f}, {len(part)} of them")
+    kinds = (("dense layer", memory.kept[:dense]), ("MoE layer", memory.kept[dense:]))
+    lines += [f"  kept by each {name}: {part[0] / GIB:.3f}, {len(part)} of them" for name, part in kinds if part]
     lines += ["", f"time of a step: {timing.step:.3f} s, MFU {timing.mfu:.1%} of the {peak_name(plan)} peak"]
     lines += time_table(timing)
     a_day = tokens / timing.step * 86400
@@ -169,30 +168,28 @@ def time_table(timing: Timing) -> list[str]:
 def advise(plan: Plan, fits: bool) -> list[str]:
     """At most three changes, each with what the simulation gives for it."""
     layout, machine = plan.layout, plan.machine
-    tried = [
-        ("parallel.remat", {"remat": "none"}), ("parallel.remat", {"remat": "selective"}), ("parallel.remat", {"remat": "full"}),
-        ("parallel.reshard", {"reshard": "never"}), ("parallel.reshard", {"reshard": "auto"}),
-        ("parallel.replicate", {"replicate": max(1, layout.world // machine.domain)}), ("parallel.replicate", {"replicate": 1}),
-    ]  # fmt: skip
+    tried: list[tuple[str, str, Any]] = [("parallel.remat", "remat", mode) for mode in ("none", "selective", "full")]
+    tried += [("parallel.reshard", "reshard", value) for value in ("auto", "never")]
+    tried += [("parallel.replicate", "replicate", copies) for copies in (1, max(1, layout.world // machine.domain))]
     if layout.expert > layout.node:
-        tried.append(("parallel.expert", {"expert": layout.node}))
-        tried.append(("parallel.expert_path", {"path": "two_hop"}))
-    layouts = [(knob, dataclasses.replace(layout, **change), next(iter(change.values()))) for knob, change in tried
-               if any(getattr(layout, name) != value for name, value in change.items())]  # fmt: skip
-    for micro in (max(1, layout.micro_batch // 2), 2 * layout.micro_batch):
-        if micro != layout.micro_batch and micro <= -(-plan.config.train.global_batch // layout.world):
-            layouts.append(("train.micro_batch", with_batch(layout, micro, plan.config.train.global_batch), micro))
+        tried += [("parallel.expert", "expert", layout.node), ("parallel.expert_path", "path", "two_hop")]
+    layouts = [(knob, value, dataclasses.replace(layout, **{name: value})) for knob, name, value in tried
+               if getattr(layout, name) != value]  # fmt: skip
+    sequences = plan.config.train.global_batch
+    layouts += [
+        ("train.micro_batch", micro, with_batch(layout, micro, sequences))
+        for micro in {max(1, layout.micro_batch // 2), 2 * layout.micro_batch} - {layout.micro_batch}
+        if micro <= -(-sequences // layout.world)
+    ]
     better = []
-    for knob, other, value in layouts:
-        if plan.config.model.n_experts % other.expert or other.world % other.replicate:
-            continue
+    for knob, value, other in layouts:
         size = memory_of(plan.config.model, other).total
-        if size > machine.memory:
+        if plan.config.model.n_experts % other.expert or other.world % other.replicate or size > machine.memory:
             continue
         step = time_of(plan.config.model, other, machine, plan.precision, efficiency=plan.efficiency).step
         if not fits or step < 0.99 * plan.timing.step:
-            told = f"{knob}={value}: {step:.3f} s a step ({step / plan.timing.step - 1:+.0%}), {size / GIB:.1f} GiB"
-            better.append((step, told))
+            change = f"{step / plan.timing.step - 1:+.0%}"
+            better += [(step, f"{knob}={value}: {step:.3f} s a step ({change}), {size / GIB:.1f} GiB")]
     return [told for _, told in sorted(better)[:3]] or [
         "nothing of one knob alone" + ("" if fits else "; search=true, or more nodes")
     ]

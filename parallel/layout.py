@@ -87,6 +87,7 @@ def layout_of(
 ) -> Layout:  # fmt: skip
     """Raises ValueError, naming the knob, where the layout can't be, or is of an engine that is not planned."""
     require(parallel.engine == "fsdp", f"parallel.engine={parallel.engine}: only fsdp is planned")
+    require(parallel.expert_path != "fused", "parallel.expert_path=fused: is not planned; all_to_all and two_hop are")
     local = parallel.expert_path == "local"
     expert = expert_degree("1" if local else parallel.expert, model.n_experts, world)
     check_degrees(expert, parallel.replicate, world)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from moesaic.moe.config import ModelConfig
 from moesaic.parallel.hardware import Hardware
@@ -52,7 +53,13 @@ def search(
         if expert > layout.node > 1:
             paths.append("two_hop")
         for path, micro in itertools.product(paths, batches):
-            changed = {"expert": expert, "replicate": replicate, "path": path, "reshard": reshard, "remat": remat}
+            changed: dict[str, Any] = {
+                "expert": expert,
+                "replicate": replicate,
+                "path": path,
+                "reshard": reshard,
+                "remat": remat,
+            }
             one = with_batch(dataclasses.replace(layout, **changed), micro, global_batch)
             memory = memory_of(model, one)
             fits = memory.total <= hardware.memory
