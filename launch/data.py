@@ -24,8 +24,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.launch.prepare import FORMAT, MANIFEST, Log, Source, expand, prepare, read_text
+from moesaic.launch.documents import MANIFEST, Log, Source, expand, identity, read_text
+from moesaic.launch.prepare import prepare
 from moesaic.launch.schema import DataConfig
+from moesaic.launch.token_shards import FORMAT
 from moesaic.launch.tokens import Tokenizer, load_tokenizer
 from moesaic.moe.config import require
 
@@ -86,11 +88,6 @@ class Shard:
     tokens: int
     documents: int
     digest: str
-
-
-def digest_of(path: Path) -> str:
-    """The hash of a shard's tokens as they are in the file now. Raises OSError, or ValueError where it holds no array."""
-    return hashlib.blake2b(np.ascontiguousarray(np.load(path, mmap_mode="r")).data, digest_size=16).hexdigest()
 
 
 Splits = dict[str, list[Shard]]  # train and val, of one prepared folder
@@ -248,7 +245,7 @@ def _open_python(config: DataConfig, tokenizer: Tokenizer, log: Log) -> Splits:
 
 def _is_text(source: Source) -> bool:
     try:
-        return any(list(read_text(source.path, "")))
+        return any(list(read_text(Path(source.path), "")))
     except (ValueError, OSError):  # a few files are in another encoding on purpose
         return False
 
@@ -267,17 +264,11 @@ def _open_text(
     The folder's name is a hash of all that decides its content, files by path, size and time of change. Processes that make it at
     the same time each write their own; the first to finish gives it the name, and the others take that one.
     """
-    try:
-        stats = [source.path.stat() for source in sources]
-    except OSError as error:
-        raise ValueError(f"{knob}={error.filename}: cannot be read ({error.strerror})") from error
-    names = [(str(source.path), source.key) for source in sources]
-    times = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    decides = [FORMAT, tokenizer.digest, config.text_key, val_fraction, names, times]
+    decides = [FORMAT, tokenizer.digest, config.text_key, val_fraction, [identity(source, knob) for source in sources]]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]
     folder = Path(config.cache).expanduser().absolute() / key
     if not (folder / MANIFEST).exists():
-        log(f"preparing {len(sources):,} files, {sum(stat.st_size for stat in stats) / 1e6:,.1f} MB, once, in {folder}")
+        log(f"preparing {len(sources):,} files, once, in {folder}")
         chosen = [source for source in sources if keep is None or keep(source)]
         try:
             prepare(chosen, folder, tokenizer, text_key=config.text_key, val_fraction=val_fraction, knob=knob, log=log)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from moesaic.launch.cli import UserError
-from moesaic.launch.data import Data, Shard, digest_of
+from moesaic.launch.data import Data, Shard
 from moesaic.launch.schema import TrainConfig
+from moesaic.launch.token_shards import digest_of
 from moesaic.parallel.apply import total
 from moesaic.parallel.clip import norm
 from moesaic.parallel.engine import Engine

@@ -1,22 +1,34 @@
 """Text to token shards, as a program and for the training program.
 
     python launch/prepare.py files='corpus/*.jsonl' out=data/corpus [tokenizer=bytes] [val_fraction=0.05] [text_key=text]
+                             [processes=0] [max_bad=0]
+    python launch/prepare.py verify=data/corpus
 
-`files` is a path, a glob pattern (** reaches into subfolders) or a list of them in brackets: [a.txt,more/*.md].
+`files` is a path, a glob pattern (** reaches into subfolders), a source of the `datasets` library, as in
+datasets:allenai/c4?name=en&split=train, or a list of them in brackets: [a.txt,more/*.md]. Text (one document a file), JSONL
+and Parquet (one a record), the first two also as .gz and .zst. `tokenizer` is bytes, a Hugging Face tokenizer.json, or bpe:N:
+N tokens learnt from the data. `processes=0` takes one for each core.
 
-A prepared folder holds `manifest.json` and, for each split (train, val), shards `train-00000.npy`, …: one-dimensional
-npy arrays of token ids, of at most 2^27 tokens. Every document is followed by the tokenizer's separator, which occurs
-nowhere else, so documents can be told apart from the tokens alone. One text file is one document; so is one record of a
-JSONL file.
+A prepared folder holds `manifest.json`, `tokenizer.json` (but for bytes) and, for each split (train, val), shards:
+one-dimensional npy arrays of token ids. Every document is followed by the tokenizer's separator, which occurs nowhere else, so
+documents can be told apart from the tokens alone.
+
+The input is cut into parts of some MB, each prepared by one process into shards of its own, `train-00012-000.npy`, and then
+recorded. So tokens and their order do not depend on the number of processes; and the same command, given again after a kill, does
+not read again what is recorded, and begins the other parts anew. Until all is done the folder is called `out`.partial.
+
+A record that can't be used is told by file and line, counted in the manifest, and passed over; more than `max_bad` of them end
+the work.
 
 Which documents are held out is decided by a hash of their text (its first 2^18 characters), so it depends neither on
 order nor on place, and copies of a document fall on the same side. Where that leaves one side empty, the document with
 the lowest (highest) hash goes there; a single document is cut in two, its last `val_fraction` held out.
 
-Documents are streamed: memory does not grow with the corpus. The folder appears under its name only when it is whole.
+Documents are streamed: memory does not grow with the corpus.
 """
 
-import glob
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -24,412 +36,443 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from moesaic.launch import documents
+from moesaic.launch.documents import MANIFEST, Log, Slice, Source, batches, expand, identity, read_slice, slices
 from moesaic.launch.options import run
-from moesaic.launch.tokens import Tokenizer, load_tokenizer
+from moesaic.launch.token_shards import FORMAT, SHARD_TOKENS, ShardWriter, hash_unit, verify, write_json
+from moesaic.launch.tokens import BYTES, Tokenizer, load_tokenizer, train_bpe
 from moesaic.moe.config import require
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-SHARD_TOKENS = 2**27
-PIECE_CHARS = 2**18  # a longer document is tokenized in pieces
-BATCH_CHARS = 2**22  # text tokenized at once; with PIECE_CHARS it bounds memory
+PART_BYTES = 2**24  # of input: what a kill costs at most, per process
+MOST_PARTS = 8192
+BPE_CHARS = 2**28  # of text that a BPE is learnt from, taken from all parts alike
+TOLD_BAD = 20  # bad records that are told; the others are counted
 PROGRESS_SECONDS = 5.0
-JSONL = (".jsonl", ".ndjson")
-
-Log = Callable[[str], None]
 
 
 def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Source(NamedTuple):
-    """A text or JSONL file. `key`: what its split is decided by (None: by the text of each document)."""
-
-    path: Path
-    key: str | None = None
+# ---------------------------------------------------------------- a part
 
 
-class Piece(NamedTuple):
-    """A part of a document. `key` decides the split and comes with the first part only; `file` counts files from 1."""
+class Extreme(NamedTuple):
+    """The document of lowest or highest hash: its place in its split's tokens of its part."""
 
-    text: str
-    key: str | None
-    last: bool
-    file: int
-
-
-# ---------------------------------------------------------------- finding and reading documents
+    unit: float
+    start: int
+    stop: int
+    part: int
 
 
-def expand(patterns: Sequence[str], knob: str, log: Log) -> tuple[list[Path], list[Path]]:
-    """The text files, and the prepared folders, that paths and glob patterns name; each once, sorted within a pattern.
+@dataclass(frozen=True)
+class Job:
+    """All that decides what a part comes to."""
 
-    Raises `ValueError` for a path that does not exist, a pattern that matches no file, and an empty file; but empty
-    files among others that match a pattern (every Python package has some) are skipped, and the log says so.
-    """
-    files: dict[Path, None] = {}
-    folders: dict[Path, None] = {}
-    for pattern in patterns:
-        where = f"{knob}={pattern}"
-        name = os.path.abspath(os.path.expanduser(pattern))
-        literal = os.path.exists(name) or not glob.has_magic(name)  # a name may have brackets in it
-        matches = [Path(name)] if literal else [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        prepared = [path for path in matches if (path / MANIFEST).is_file()]
-        plain = [path for path in matches if path.is_file()]
-        empty = [path for path in plain if path.stat().st_size == 0]
-        if not prepared and not plain:
-            require(not literal or os.path.exists(name), f"{where}: no such file")
-            require(literal, f"{where}: the pattern matches no file")
-            require(os.path.isdir(name), f"{where}: is not a regular file")
-            raise ValueError(f"{where}: a folder without {MANIFEST}, so not made by launch/prepare.py; "
-                             f"for the text files in it give {pattern.rstrip('/')}/**/*.txt")  # fmt: skip
-        require(bool(prepared) or len(empty) < len(plain), f"{where}: {empty[0] if empty else ''} is empty")
-        if empty:
-            log(f"{where}: skipped {len(empty):,} empty of {len(plain):,} files, the first is {empty[0]}")
-        files |= dict.fromkeys(path for path in plain if path not in set(empty))
-        folders |= dict.fromkeys(prepared)
-    return list(files), list(folders)
+    folder: Path
+    parts: list[list[Slice]]
+    tokenizer: Tokenizer
+    text_key: str
+    val_fraction: float
+    knob: str
+    shard_tokens: int
+    max_bad: int
+
+    def shard_name(self, split: str, part: int) -> str:
+        return f"{split}-{part:05d}"
+
+    def record(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.json"
 
 
-def read_text(path: Path, where: str) -> Iterator[str]:
-    """The text of a UTF-8 file in blocks, byte for byte (line ends are kept) but for a byte-order mark.
-
-    Raises `ValueError`, opening with `where`, at the first byte that is NUL or no UTF-8.
-    """
-    offset, pending = 0, b""
-    with path.open("rb") as file:
-        while block := file.read(PIECE_CHARS):
-            data = pending + block
-            if offset == 0 and data.startswith(b"\xef\xbb\xbf"):
-                offset, data = 3, data[3:]
-            nul = data.find(b"\0")
-            require(nul < 0, f"{where}: not a text file, byte {offset + nul} is NUL")
-            try:
-                end = len(data)
-                text = data.decode()
-            except UnicodeDecodeError as error:
-                end = error.start  # a character cut by the block's end is taken up with the next block
-                cut = error.end == len(data) and error.reason == "unexpected end of data"
-                require(cut, f"{where}: not a UTF-8 text file, byte {offset + end} is invalid")
-                text = data[:end].decode()
-            offset, pending = offset + end, data[end:]
-            yield text
-    require(not pending, f"{where}: not a UTF-8 text file, or truncated: its end cuts the character at byte {offset}")
+def make_parts(sources: Sequence[Source], knob: str) -> list[list[Slice]]:
+    """Consecutive slices of the sources, in groups of about PART_BYTES, or more where that makes too many."""
+    total = sum(one.size for source in sources for one in slices(source, knob, 2**30))
+    size = max(PART_BYTES, total // MOST_PARTS)
+    parts: list[list[Slice]] = []
+    filled = size
+    for source in sources:
+        for one in slices(source, knob, size):
+            if filled + one.size > size:
+                parts.append([])
+                filled = 0
+            parts[-1].append(one)
+            filled += one.size
+    return parts
 
 
-def read_jsonl(path: Path, text_key: str, where: str, text_key_knob: str) -> Iterator[str]:
-    """The text of each record of a JSONL file; blank lines are passed over.
+def tokenize_part(job: Job, part: int, tick: Callable[[int, int], bool]) -> dict[str, Any]:
+    """Write the shards of a part, and then its record, which is returned: shards by split, bytes of text, its documents of lowest
+    and highest hash, bad records. `tick` is told of bytes and tokens, and stops it by returning False.
 
-    Raises `ValueError` naming file and line where a line is no JSON object, or its `text_key` is missing or no string.
-    """
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw.decode())
-            except (ValueError, RecursionError) as error:  # ValueError: of JSON and of UTF-8
-                what = f"byte {error.start} is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-                last = "" if file.read(1) else "; this is the last line, the file may be truncated"
-                raise ValueError(f"{where}:{number}: not valid JSON ({what}){last}") from error
-            at = f"{path}:{number}"
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}:{number}: must be a JSON object, not {str(record)[:40]!r}")
-            if text_key not in record:
-                fields = ", ".join(record)[:200]
-                raise ValueError(f"{text_key_knob}={text_key}: {at} has no such field, only {fields or 'none'}")
-            text = record[text_key]
-            if not isinstance(text, str):
-                raise ValueError(f"{text_key_knob}={text_key}: must be a string, {at} has {str(text)[:40]!r}")
-            try:
-                text.encode()
-            except UnicodeEncodeError:  # JSON can write half a surrogate pair, and text from the web does
-                text = text.encode("utf-8", "replace").decode()
-            yield text
+    Raises `ValueError` past `max_bad` bad records."""
+    writers = {
+        split: ShardWriter(job.folder, job.shard_name(split, part), job.tokenizer, job.shard_tokens)
+        for split in ("train", "val")
+    }
+    lowest, highest = Extreme(2.0, 0, 0, part), Extreme(-1.0, 0, 0, part)
+    separator = np.array([job.tokenizer.separator], job.tokenizer.dtype)
+    totals = dict.fromkeys(writers, 0)
+    split, unit, start, text_bytes = "train", 0.0, 0, 0
+    bad: list[str] = []
 
+    def note(line: str) -> None:
+        bad.append(line)
+        check_bad(bad, len(bad), job)
 
-def cut(text: str) -> int:
-    """Where to end a first piece of `text`, at most PIECE_CHARS characters.
-
-    Best before a line end that follows a letter or digit: there the usual pre-tokenizers (GPT-2's, Llama 3's, Qwen's)
-    divide anyhow, so that the pieces have the tokens of the whole. Else before a space, else anywhere.
-    """
-    at = PIECE_CHARS
-    while (at := text.rfind("\n", 1, at)) > 0:
-        if text[at - 1].isalnum():
-            return at
-    at = text.rfind(" ", 1, PIECE_CHARS)
-    return at if at > 0 else PIECE_CHARS
-
-
-def blocks(text: str) -> Iterator[str]:
-    return (text[at : at + PIECE_CHARS] for at in range(0, len(text), PIECE_CHARS))
-
-
-def split_document(parts: Iterable[str], key: str | None, file: int) -> Iterator[Piece]:
-    """One document, given in parts, as pieces of at most PIECE_CHARS characters; none when it is empty."""
-    rest, first = "", True
-    for part in parts:
-        rest += part
-        while len(rest) > PIECE_CHARS:
-            at = cut(rest)
-            yield Piece(rest[:at], (key or rest[:PIECE_CHARS]) if first else None, False, file)
-            rest, first = rest[at:], False
-    if rest:
-        yield Piece(rest, (key or rest) if first else None, True, file)
+    pieces = (piece for one in job.parts[part] for piece in read_slice(one, job.text_key, job.knob, note))
+    for batch in batches(pieces):
+        arrays: dict[str, list[np.ndarray]] = {name: [] for name in writers}  # one write a batch: documents are short
+        size = tokens = 0
+        for piece, ids in zip(batch, job.tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
+            if piece.key is not None:
+                unit = hash_unit(piece.key)
+                split = "val" if unit < job.val_fraction else "train"
+                start = totals[split]
+            arrays[split].append(ids)
+            totals[split] += ids.size
+            size += len(piece.text.encode())
+            tokens += ids.size + piece.last
+            if piece.last:
+                arrays[split].append(separator)
+                totals[split] += 1
+                document = Extreme(unit, start, totals[split], part)
+                lowest = document if unit < lowest.unit else lowest
+                highest = document if unit > highest.unit else highest
+        for name, parts in arrays.items():
+            if parts:
+                writers[name].append(np.concatenate(parts))
+        text_bytes += size
+        if not tick(size, tokens):
+            raise ValueError("stopped")
+    result = {"splits": {name: writer.close() for name, writer in writers.items()}, "text_bytes": text_bytes,
+              "lowest": lowest, "highest": highest, "bad": len(bad), "told": bad[:TOLD_BAD]}  # fmt: skip
+    write_json(job.record(part), result)
+    return result
 
 
-def read_sources(sources: Sequence[Source], text_key: str, knob: str) -> Iterator[Piece]:
-    """Every document of every source in order. Raises `ValueError` naming the file that has none or cannot be read."""
-    for file, (path, key) in enumerate(sources, start=1):
-        where = f"{knob}={path}"
-        empty = True
+def check_bad(told: Sequence[str], count: int, job: Job) -> None:
+    if count > job.max_bad:
+        raise ValueError(
+            told[-1] + (f"; that makes {count:,} bad records, max_bad={job.max_bad}" if job.max_bad else "")
+        )
+
+
+def recorded(job: Job, part: int) -> dict[str, Any] | None:
+    """The record of a part, if it is done and its shards are there."""
+    try:
+        result = json.loads(job.record(part).read_text())
+        shards = [shard for split in result["splits"].values() for shard in split]
+        whole = all((job.folder / shard["file"]).stat().st_size == shard["bytes"] for shard in shards)
+        return result if whole else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+# ---------------------------------------------------------------- many parts
+
+
+class Progress:
+    """A bar on a terminal, else a line to `log` every few seconds."""
+
+    def __init__(self, job: Job, log: Log) -> None:
+        self.log, self.parts = log, len(job.parts)
+        self.sizes = [sum(one.size for one in part) for part in job.parts]
+        self.began = self.said = time.monotonic()
+        self.done = self.text_bytes = self.tokens = 0
+        shown = log is to_stderr and sys.stderr.isatty()
+        self.bar = tqdm(total=sum(self.sizes), unit="B", unit_scale=True, disable=not shown)
+
+    def tick(self, text_bytes: int = 0, tokens: int = 0) -> bool:
+        self.text_bytes += text_bytes
+        self.tokens += tokens
+        now = time.monotonic()
+        rate = f"{self.tokens:,} tokens, {self.tokens / max(now - self.began, 1e-9):,.0f} tokens/s"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(rate)
+        elif now - self.said >= PROGRESS_SECONDS:
+            self.said = now
+            self.log(
+                f"preparing: {self.done:,} of {self.parts:,} parts, {self.text_bytes / 1e6:,.1f} MB of text, {rate}"
+            )
+        return True
+
+    def end_part(self, part: int) -> None:
+        self.done += 1
+        self.bar.update(self.sizes[part])
+
+
+def tokenize_parts(job: Job, processes: int, log: Log) -> list[dict[str, Any]]:
+    """The records of all parts, those that are not there yet made by so many processes."""
+    results = [recorded(job, part) for part in range(len(job.parts))]
+    progress = Progress(job, log)
+    bad, told = 0, 0
+
+    def take(part: int, result: dict[str, Any]) -> None:
+        nonlocal bad, told
+        results[part] = result
+        bad += result["bad"]
+        for line in result["told"][: TOLD_BAD - told]:
+            log(f"passed over: {line}")
+            told += 1
+        if result["bad"]:
+            check_bad(result["told"], bad, job)
+        progress.end_part(part)
+
+    with contextlib.closing(progress.bar):
+        for part, result in enumerate(results):
+            if result is not None:
+                take(part, result)
+        todo = [part for part, result in enumerate(results) if result is None]
+        if todo and len(todo) < len(results):
+            log(f"going on: {len(results) - len(todo):,} of {len(results):,} parts are done")
+        for part in todo:
+            for old in job.folder.glob(f"*-{part:05d}-*.npy"):
+                old.unlink()
+        if min(processes, len(todo)) <= 1:
+            for part in todo:
+                take(part, tokenize_part(job, part, progress.tick))
+        else:
+            for part, result in in_processes(job, todo, processes, progress):
+                take(part, result)
+    return results  # type: ignore[return-value]
+
+
+def in_processes(job: Job, todo: list[int], processes: int, progress: Progress) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not forked: a fork copies the locks of whatever threads tokenizers and Arrow have at that moment.
+    context = get_context("spawn")
+    text_bytes, tokens, stop = context.Value("q"), context.Value("q"), context.Event()
+    start = (job, text_bytes, tokens, stop, os.getpid())
+    with ProcessPoolExecutor(min(processes, len(todo)), context, _start_worker, start) as pool:
         try:
-            if path.suffix in JSONL:
-                documents = read_jsonl(path, text_key, where, knob[: knob.rfind(".") + 1] + "text_key")
-                pieces: Iterator[Piece] = (
-                    piece for text in documents for piece in split_document(blocks(text), key, file)
-                )
-            else:
-                pieces = split_document(read_text(path, where), key, file)
-            for piece in pieces:
-                empty = False
-                yield piece
-        except OSError as error:
-            raise ValueError(f"{where}: cannot be read ({error.strerror})") from error
-        require(not empty, f"{where}: is empty, it holds no text")
+            waiting = iter(todo)
+            running = {pool.submit(_work, part): part for part in islice(waiting, 2 * processes)}
+            while running:
+                ended, _ = wait(running, 0.5, FIRST_COMPLETED)
+                progress.tick(text_bytes.value - progress.text_bytes, tokens.value - progress.tokens)
+                for future in ended:
+                    yield running.pop(future), future.result()
+                    running |= {pool.submit(_work, part): part for part in islice(waiting, 1)}
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "processes: one was killed, perhaps for want of memory; the same command goes on"
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Groups of pieces worth tokenizing at once."""
-    batch: list[Piece] = []
-    chars = 0
-    for piece in pieces:
-        batch.append(piece)
-        chars += len(piece.text) + 64  # the last term: small pieces cost memory too
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+_worker: Any = None
 
 
-# ---------------------------------------------------------------- writing shards
+def _start_worker(job: Job, text_bytes: Any, tokens: Any, stop: Any, parent: int) -> None:
+    global _worker
+    job = replace(
+        job, tokenizer=load_tokenizer(job.tokenizer.spec)
+    )  # one that was sent here has forgotten its settings
+    documents.end_with(parent)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+
+    def tick(more_bytes: int, more_tokens: int) -> bool:
+        for total, more in ((text_bytes, more_bytes), (tokens, more_tokens)):
+            with total.get_lock():
+                total.value += more
+        return not stop.is_set()
+
+    _worker = (job, tick)
 
 
-class ShardWriter:
-    """Appends the tokens of one split to shards `{split}-00000.npy`, … of at most `limit` tokens.
-
-    Tokens go straight to the file; the npy header, whose length does not depend on the count, is completed at the end.
-    """
-
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, limit: int) -> None:
-        self.folder, self.split, self.tokenizer, self.limit = folder, split, tokenizer, limit
-        self.total = 0
-        self.open_document = False  # the last token written is not a separator
-        self.shards: list[dict[str, Any]] = []
-        self._file: Any = None
-        self._count = self._documents = 0
-
-    def append(self, ids: np.ndarray) -> None:
-        while ids.size:
-            if self._file is None:
-                self._file = (self.folder / f"{self.split}-{len(self.shards):05d}.npy").open("wb")
-                self._hash = hashlib.blake2b(digest_size=16)
-                self._count = self._documents = 0
-                self._header_size = self._header()
-            part = ids[: self.limit - self._count]
-            raw = part.astype(self.tokenizer.dtype, copy=False).tobytes()
-            self._file.write(raw)
-            self._hash.update(raw)
-            self._count += part.size
-            self._documents += int(np.count_nonzero(part == self.tokenizer.separator))
-            self.total += part.size
-            self.open_document = bool(part[-1] != self.tokenizer.separator)
-            ids = ids[part.size :]
-            if self._count == self.limit:
-                self._end_shard()
-
-    def end_document(self) -> None:
-        if self.open_document:
-            self.append(np.array([self.tokenizer.separator]))
-
-    def close(self) -> list[dict[str, Any]]:
-        """Complete the last shard. The manifest's entries: file, tokens, documents that end in it, bytes, hash of tokens."""
-        if self._file is not None:
-            self._end_shard()
-        return self.shards
-
-    def _header(self) -> int:
-        self._file.seek(0)
-        header = {"descr": self.tokenizer.dtype.str, "fortran_order": False, "shape": (self._count,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-        return int(self._file.tell())
-
-    def _end_shard(self) -> None:
-        assert self._header() == self._header_size
-        # On disk before the folder gets its name: a power cut must not leave a whole-looking folder.
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        path = Path(self._file.name)
-        self.shards.append({"file": path.name, "tokens": self._count, "documents": self._documents,
-                            "bytes": path.stat().st_size, "hash": self._hash.hexdigest()})  # fmt: skip
-        self._file = None
+def _work(part: int) -> dict[str, Any]:
+    job, tick = _worker
+    return tokenize_part(job, part, tick)
 
 
-def hash_unit(key: str) -> float:
-    """A number in [0, 1) that depends on `key` only."""
-    return (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 11) / 2**53
+# ---------------------------------------------------------------- the whole
 
 
 def prepare(
     sources: Sequence[Source],
     out: Path,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | int,
     *,
     text_key: str = "text",
     val_fraction: float = 0.05,
     knob: str = "data.files",
     log: Log = to_stderr,
     shard_tokens: int = SHARD_TOKENS,
+    processes: int = 1,
+    max_bad: int = 0,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Tokenize `sources` into the new folder `out`, return its manifest. `val_fraction=0`: all documents are in train.
+    """Tokenize `sources` into the new folder `out`, return its manifest. `val_fraction=0`: all documents are in train. A number
+    as the tokenizer: so many tokens of BPE are learnt first.
 
-    Raises `ValueError` for bad input (the message opens with `knob`) and `OSError` when the folder cannot be written or
-    `out` is there already, not empty. No half-made folder remains, unless the process is killed.
+    With `resume`, what an earlier call left unfinished in `out`.partial is gone on with; without, nothing half-made remains,
+    unless the process is killed. Raises `ValueError` for bad input (the message opens with `knob`) and `OSError` when the folder
+    cannot be written or `out` is there already, not empty.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex[:12]}")
-    folder.mkdir()
-    try:
-        writers = {split: ShardWriter(folder, split, tokenizer, shard_tokens) for split in ("train", "val")}
-        extremes, text_bytes = _tokenize(sources, writers, tokenizer, text_key, val_fraction, knob, log)
-        if val_fraction > 0 and min(writer.total for writer in writers.values()) == 0:
-            _fill_empty_split(folder, writers, extremes, val_fraction, tokenizer, shard_tokens)
-        manifest = {
-            "format": FORMAT,
-            "tokenizer": {
-                "spec": tokenizer.spec,
-                "hash": tokenizer.digest,
-                "vocab_size": tokenizer.vocab_size,
-                "separator": tokenizer.separator,
-            },
-            "dtype": tokenizer.dtype.name,
-            "text_bytes": text_bytes,
-            "val_fraction": val_fraction,
-            "text_key": text_key,
-            "splits": {split: writer.close() for split, writer in writers.items()},
-            "sources": [{"path": str(path), "bytes": path.stat().st_size} for path, _ in sources],
-        }
-        with (folder / MANIFEST).open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+    folder = out.with_name(f"{out.name}.partial" + ("" if resume else f"-{uuid.uuid4().hex[:12]}"))
+    folder.mkdir(exist_ok=resume)
+    with contextlib.ExitStack() as stack:
+        if resume:
+            stack.enter_context(alone_in(folder))
+            stack.callback(remove_if_begun, folder)
+        else:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        who = tokenizer.digest if isinstance(tokenizer, Tokenizer) else f"bpe:{tokenizer}"
+        decides = [FORMAT, who, text_key, val_fraction, shard_tokens, [identity(source, knob) for source in sources]]
+        check_plan(folder, hashlib.sha256(json.dumps(decides).encode()).hexdigest())
+        if not (folder / MANIFEST).exists():
+            parts = make_parts(sources, knob)
+            tokenizer = keep_tokenizer(folder, tokenizer, parts, text_key, knob, max_bad, log)
+            job = Job(folder, parts, tokenizer, text_key, val_fraction, knob, shard_tokens, max_bad)
+            results = tokenize_parts(job, processes, log)
+            require(any(shard["tokens"] for one in results for split in one["splits"].values() for shard in split),
+                    f"{knob}={sources[0].path}: holds no text, nor does any other file")  # fmt: skip
+            splits = joined(job, results)
+            write_json(folder / MANIFEST, {
+                "format": FORMAT,
+                "tokenizer": {
+                    "spec": BYTES if tokenizer.backend is None else str(out / "tokenizer.json"),
+                    "hash": tokenizer.digest,
+                    "vocab_size": tokenizer.vocab_size,
+                    "separator": tokenizer.separator,
+                },
+                "dtype": tokenizer.dtype.name,
+                "text_bytes": sum(one["text_bytes"] for one in results),
+                "val_fraction": val_fraction,
+                "text_key": text_key,
+                "splits": splits,
+                "sources": [described(source, parts) for source in sources],
+                "bad": {"records": sum(one["bad"] for one in results),
+                        "told": [line for one in results for line in one["told"]][:TOLD_BAD]},
+            })  # fmt: skip
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        keep = {MANIFEST, "tokenizer.json", *(one["file"] for split in manifest["splits"].values() for one in split)}
+        for path in folder.iterdir():
+            if path.name not in keep:
+                path.unlink()
         os.rename(folder, out)  # fails where another process has put a folder meanwhile
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 
-class Extreme(NamedTuple):
-    """The document of lowest or highest hash: its place in its split's tokens."""
-
-    unit: float
-    start: int
-    stop: int
+def described(source: Source, parts: list[list[Slice]]) -> dict[str, Any]:
+    if isinstance(source.path, Path):
+        return {"path": str(source.path), "bytes": source.path.stat().st_size}
+    return {"path": source.path, "bytes": sum(one.size for part in parts for one in part if one.source == source)}
 
 
-def _tokenize(
-    sources: Sequence[Source],
-    writers: dict[str, ShardWriter],
-    tokenizer: Tokenizer,
-    text_key: str,
-    val_fraction: float,
-    knob: str,
-    log: Log,
-) -> tuple[tuple[Extreme, Extreme], int]:
-    """Write every document to its split. Returns the documents of lowest and highest hash, and the bytes of text."""
-    lowest, highest = Extreme(2.0, 0, 0), Extreme(-1.0, 0, 0)
-    separator = np.array([tokenizer.separator], tokenizer.dtype)
-    totals = dict.fromkeys(writers, 0)
-    split, unit, start, text_bytes = "train", 0.0, 0, 0
-    began = said = time.monotonic()
-    for batch in batches(read_sources(sources, text_key, knob)):
-        arrays: dict[str, list[np.ndarray]] = {name: [] for name in writers}  # one write a batch: documents are short
-        for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
-            if piece.key is not None:
-                unit = hash_unit(piece.key)
-                split = "val" if unit < val_fraction else "train"
-                start = totals[split]
-            arrays[split].append(ids)
-            totals[split] += ids.size
-            text_bytes += len(piece.text.encode())
-            if piece.last:
-                arrays[split].append(separator)
-                totals[split] += 1
-                document = Extreme(unit, start, totals[split])
-                lowest = document if unit < lowest.unit else lowest
-                highest = document if unit > highest.unit else highest
-        for name, parts in arrays.items():
-            if parts:
-                writers[name].append(np.concatenate(parts))
-        now = time.monotonic()
-        if now - said >= PROGRESS_SECONDS:
-            said = now
-            tokens = sum(totals.values())
-            log(f"preparing: file {batch[-1].file:,} of {len(sources):,}, {text_bytes / 1e6:,.1f} MB of text, "
-                f"{tokens:,} tokens, {tokens / (now - began):,.0f} tokens/s")  # fmt: skip
-    return (lowest, highest), text_bytes
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises `ValueError` while another process is at work in `folder`."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"out: {folder} is being written by another process") from error
+    finally:
+        os.close(held)
 
 
-def _fill_empty_split(
-    folder: Path,
-    writers: dict[str, ShardWriter],
-    extremes: tuple[Extreme, Extreme],
-    val_fraction: float,
-    tokenizer: Tokenizer,
-    shard_tokens: int,
-) -> None:
-    """All documents fell on one side: move one, or the end of a single one, to the other, by copying their tokens."""
-    full = "train" if writers["train"].total else "val"
-    total = writers[full].total
-    lowest, highest = extremes
-    if lowest.unit == highest.unit:  # a single text
-        start, stop, target = total - min(max(1, round(total * val_fraction)), total - 1), total, "val"
-    elif full == "train":
-        start, stop, target = lowest.start, lowest.stop, "val"
+def remove_if_begun(folder: Path) -> None:
+    """Remove a folder in which nothing is done yet that another call could use."""
+    if folder.exists() and not any(folder.glob("part-*.json")) and not (folder / MANIFEST).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_plan(folder: Path, decides: str) -> None:
+    plan = folder / "plan.json"
+    if plan.exists():
+        require(json.loads(plan.read_text()) == decides, f"out: {folder} holds the beginning of another preparation: files, "
+                "tokenizer or options are not those it began with; remove it")  # fmt: skip
     else:
-        start, stop, target = highest.start, highest.stop, "train"
+        write_json(plan, decides)
+
+
+def keep_tokenizer(
+    folder: Path, tokenizer: Tokenizer | int, parts: list[list[Slice]], text_key: str, knob: str, max_bad: int, log: Log
+) -> Tokenizer:
+    """The tokenizer as the prepared folder will carry it; learnt from the beginning of every part where it is a number."""
+    path = folder / "tokenizer.json"
+    if isinstance(tokenizer, Tokenizer):
+        if tokenizer.backend is not None:
+            shutil.copyfile(tokenizer.spec, path)
+            return load_tokenizer(str(path))
+        return tokenizer
+    if not path.exists():
+        began = time.monotonic()
+        bad: list[str] = []
+
+        def texts() -> Iterator[str]:
+            for part in parts:
+                left = BPE_CHARS // len(parts)
+                for piece in (piece for one in part for piece in read_slice(one, text_key, knob, bad.append)):
+                    yield piece.text[:left]
+                    left -= len(piece.text)
+                    if left <= 0:
+                        break
+
+        log(f"learning {tokenizer:,} tokens from up to {BPE_CHARS / 1e6:,.0f} million characters")
+        train_bpe(texts(), tokenizer, path)
+        log(f"learnt in {time.monotonic() - began:.0f} s")
+    return load_tokenizer(str(path))
+
+
+def joined(job: Job, results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The shards of all parts, by split. Where a split has none, a document of the other one becomes its own."""
+    splits = {split: [shard for one in results for shard in one["splits"][split]] for split in ("train", "val")}
+    if job.val_fraction == 0 or all(splits.values()):
+        return splits
+    lowest = min((Extreme(*one["lowest"]) for one in results), key=lambda document: document.unit)
+    highest = max((Extreme(*one["highest"]) for one in results), key=lambda document: document.unit)
+    full = "train" if splits["train"] else "val"
+    total = sum(shard["tokens"] for shard in results[lowest.part]["splits"][full])
+    if lowest.unit == highest.unit and sum(shard["documents"] for shard in splits[full]) == 1:
+        cut = total - min(max(1, round(total * job.val_fraction)), total - 1)
+        document, target = lowest._replace(start=cut, stop=total), "val"
+    else:
+        document, target = (lowest, "val") if full == "train" else (highest, "train")
+    moved = move_document(job, results[document.part]["splits"][full], document, target)
     other = "train" if target == "val" else "val"
-    old = []
-    for shard in writers[full].close():
-        path = folder / f"old-{shard['file']}"
-        (folder / shard["file"]).rename(path)
-        old.append(path)
-    for split in writers:
-        writers[split] = ShardWriter(folder, split, tokenizer, shard_tokens)
+    splits[full] = [shard for one in results[: document.part] for shard in one["splits"][full]]
+    splits[full] += moved[other] + [shard for one in results[document.part + 1 :] for shard in one["splits"][full]]
+    splits[target] = moved[target]
+    return splits
+
+
+def move_document(job: Job, shards: list[dict[str, Any]], document: Extreme, target: str) -> dict[str, list[Any]]:
+    """The tokens of `shards` written again, those of the document to `target`, the others to the other split."""
+    writers = {
+        split: ShardWriter(job.folder, f"{job.shard_name(split, document.part)}-moved", job.tokenizer, job.shard_tokens)
+        for split in ("train", "val")
+    }
+    other = "train" if target == "val" else "val"
     offset = 0
-    for path in old:
-        tokens = np.load(path, mmap_mode="r").view(np.ndarray)
-        first, last = (min(max(edge - offset, 0), tokens.size) for edge in (start, stop))
+    for shard in shards:
+        tokens = np.load(job.folder / shard["file"], mmap_mode="r").view(np.ndarray)
+        first, last = (min(max(edge - offset, 0), tokens.size) for edge in (document.start, document.stop))
         for begin, end, split in ((0, first, other), (first, last, target), (last, tokens.size, other)):
-            for at in range(begin, end, BATCH_CHARS):
-                writers[split].append(tokens[at : min(at + BATCH_CHARS, end)])
+            for at in range(begin, end, documents.BATCH_CHARS):
+                writers[split].append(tokens[at : min(at + documents.BATCH_CHARS, end)])
         offset += tokens.size
-        path.unlink()
     for writer in writers.values():
         writer.end_document()
+    return {split: writer.close() for split, writer in writers.items()}
 
 
 # ---------------------------------------------------------------- the program
@@ -444,29 +487,52 @@ class Options:
     tokenizer: str = "bytes"
     val_fraction: float = 0.05
     text_key: str = "text"
+    processes: int = 0
+    max_bad: int = 0
+    verify: str = ""
+
+
+def counts(manifest: dict[str, Any]) -> str:
+    train, val = (sum(shard["tokens"] for shard in manifest["splits"][split]) for split in ("train", "val"))
+    number = sum(shard["documents"] for shards in manifest["splits"].values() for shard in shards)
+    return f"{number:,} documents, {train + val:,} tokens (train {train:,}, val {val:,})"
 
 
 def main(options: Options) -> None:
     """Prepare and print a summary. Raises `ValueError`, or `OSError` when `out` cannot be written."""
+    if options.verify:
+        print(f"{options.verify}: whole, {counts(verify(Path(options.verify).expanduser(), 'verify'))}")
+        return
     for name in ("files", "out"):
         require(getattr(options, name) != "", f"{name}=: must be given, as in files='corpus/*.jsonl' out=data/corpus")
     require(0 <= options.val_fraction < 1, f"val_fraction={options.val_fraction}: must be at least 0 and below 1")
+    for name in ("processes", "max_bad"):
+        require(getattr(options, name) >= 0, f"{name}={getattr(options, name)}: must not be negative")
     out = Path(options.out).expanduser().resolve()
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(free, f"out={options.out}: exists already; must be a new or an empty folder")
-    tokenizer = load_tokenizer(options.tokenizer, "tokenizer")
     listed = options.files
     patterns = [one.strip() for one in listed[1:-1].split(",")] if listed.startswith("[") else [listed]
     files, folders = expand(patterns, "files", to_stderr)
     require(not folders, f"files={listed}: {folders[0] if folders else ''} is prepared already")
     began = time.monotonic()
-    manifest = prepare([Source(path) for path in files], out, tokenizer, knob="files",
-                       text_key=options.text_key, val_fraction=options.val_fraction)  # fmt: skip
-    seconds = time.monotonic() - began
-    train, val = (sum(shard["tokens"] for shard in manifest["splits"][split]) for split in ("train", "val"))
-    documents = sum(shard["documents"] for shards in manifest["splits"].values() for shard in shards)
-    print(f"prepared {documents:,} documents, {train + val:,} tokens (train {train:,}, val {val:,}), "
-          f"{manifest['text_bytes']:,} bytes of text, {(train + val) / seconds:,.0f} tokens/s, in {out}")  # fmt: skip
+    manifest = prepare(
+        [Source(path) for path in files], out, chosen_tokenizer(options.tokenizer), knob="files", text_key=options.text_key,
+        val_fraction=options.val_fraction, processes=options.processes or os.cpu_count() or 1, max_bad=options.max_bad,
+        resume=True,
+    )  # fmt: skip
+    bad = manifest["bad"]["records"]
+    print(f"prepared {counts(manifest)}, {manifest['text_bytes']:,} bytes of text, "
+          f"{f'{bad:,} bad records passed over, ' if bad else ''}{time.monotonic() - began:.1f} s, in {out}")  # fmt: skip
+
+
+def chosen_tokenizer(spec: str) -> Tokenizer | int:
+    """What `tokenizer=` names; of bpe:N the number."""
+    if not spec.startswith("bpe:"):
+        return load_tokenizer(spec, "tokenizer")
+    size = spec.removeprefix("bpe:")
+    require(size.isdecimal() and int(size) > 256 + 1, f"tokenizer={spec}: must be bpe: and a number above 257")
+    return int(size)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ document's end.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +98,22 @@ def load_tokenizer(spec: str, knob: str = "data.tokenizer") -> Tokenizer:
     # Ids may have gaps, so the number of tokens is not enough.
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     return Tokenizer(str(path), vocab_size, special[name], hashlib.sha256(content).hexdigest(), backend)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Learn a byte-level BPE (GPT-2's kind: any text has tokens, and comes back the same) of `vocab_size` tokens, the separator
+    among them, or fewer where the text has no more pairs; write it to `path`, whole or not at all."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[SEPARATORS[0]], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    partial = path.with_suffix(".new")
+    backend.save(str(partial))
+    partial.rename(path)
 
 
 def check_vocab(model_vocab: int, tokenizer: Tokenizer) -> None:

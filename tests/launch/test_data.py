@@ -25,8 +25,10 @@ from moesaic.launch.data import (
     train_batch,
     val_batch,
 )
-from moesaic.launch.prepare import Source, hash_unit, prepare
+from moesaic.launch.documents import Source
+from moesaic.launch.prepare import prepare
 from moesaic.launch.schema import DataConfig
+from moesaic.launch.token_shards import hash_unit
 from moesaic.launch.tokens import load_tokenizer
 
 SEEDS = st.integers(0, 2**70)
@@ -319,7 +321,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     prepare([source], folder, load_tokenizer("bytes"), val_fraction=0.4)
     config = configured(tmp_path, folder)
     data: Data = open_data(config, 4)
-    manifest, shard = folder / "manifest.json", folder / "train-00000.npy"
+    manifest, shard = folder / "manifest.json", folder / "train-00000-000.npy"
     whole, raw = json.loads(manifest.read_text()), shard.read_bytes()
     size = len(raw)
     for content, what in (raw[:-3], "missing or truncated"), (b"", "missing or truncated"), (raw + b"x", "damaged"):
@@ -332,7 +334,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     with shard.open("wb") as file:  # a header that lies, the size being right
         np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (3,)})
         file.write(raw[128:])
-    with pytest.raises(ValueError, match=r"train-00000\.npy has shape \(3,\), its manifest\.json says"):
+    with pytest.raises(ValueError, match=r"train-00000-000\.npy has shape \(3,\), its manifest\.json says"):
         train_batch(open_data(config, 4).train, 0, 0, 1)
     shard.write_bytes(raw)
     assert fingerprint(open_data(config, 4)) == fingerprint(data)

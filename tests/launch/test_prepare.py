@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from moesaic.launch import documents as documents_module
 from moesaic.launch import prepare as prepare_module
-from moesaic.launch.prepare import Source, expand, hash_unit, main, prepare
+from moesaic.launch.documents import Source, expand
+from moesaic.launch.prepare import main, prepare
+from moesaic.launch.token_shards import hash_unit
 from moesaic.launch.tokens import Tokenizer, check_vocab, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -132,8 +135,8 @@ def test_tokenizer_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch", [1, 500, 2**22])
 @pytest.mark.parametrize("piece", [13, 2**18])
 def test_documents_keep_text_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, piece: int) -> None:
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", batch)
-    monkeypatch.setattr(prepare_module, "PIECE_CHARS", piece)
+    monkeypatch.setattr(documents_module, "BATCH_CHARS", batch)
+    monkeypatch.setattr(documents_module, "PIECE_CHARS", piece)
     rng = random.Random(0)
     texts = ["".join(rng.choices("ab \n漢é🙂", k=rng.randrange(1, 60))) for _ in range(300)]
     jsonl = write_jsonl(tmp_path / "a.jsonl", texts)
@@ -142,7 +145,7 @@ def test_documents_keep_text_and_order(tmp_path: Path, monkeypatch: pytest.Monke
     out, manifest = run(tmp_path, jsonl, plain, val_fraction=0.2, shard_tokens=97)
     for split in ("train", "val"):
         shards = manifest["splits"][split]
-        assert [shard["file"] for shard in shards] == [f"{split}-{i:05d}.npy" for i in range(len(shards))]
+        assert [shard["file"] for shard in shards] == [f"{split}-00000-{i:03d}.npy" for i in range(len(shards))]
         assert all(shard["tokens"] == 97 for shard in shards[:-1]) and 0 < shards[-1]["tokens"] <= 97
         for shard in shards:
             assert (out / shard["file"]).stat().st_size == shard["bytes"]
@@ -163,8 +166,8 @@ def test_long_documents_are_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, bom: bytes, bpe: Tokenizer
 ) -> None:
     """Small blocks cut characters and lines everywhere; the document is the same, and so are its tokens."""
-    monkeypatch.setattr(prepare_module, "PIECE_CHARS", 61)
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 200)
+    monkeypatch.setattr(documents_module, "PIECE_CHARS", 61)
+    monkeypatch.setattr(documents_module, "BATCH_CHARS", 200)
     rng = random.Random(1)
     words = ["the", "naïve", "漢字", "🙂", "def", "x1", "(", "    ", "\n\n"]
     text = "".join("".join(rng.choices(words, k=rng.randrange(1, 9))) + "end\n" for _ in range(100)) + "ü"
@@ -173,13 +176,13 @@ def test_long_documents_are_read_in_pieces(
     path.write_bytes(bom + record)
     for tokenizer in BYTES, bpe:
         out, manifest = run(tmp_path, path, tokenizer=tokenizer, val_fraction=0)
-        tokens = np.load(out / "train-00000.npy")
+        tokens = np.load(out / "train-00000-000.npy")
         assert tokens.tolist() == [*tokenizer.encode(text), tokenizer.separator]
         assert manifest["text_bytes"] == len(text.encode())
 
 
 def test_pieces_without_good_places_to_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "PIECE_CHARS", 7)
+    monkeypatch.setattr(documents_module, "PIECE_CHARS", 7)
     for i, text in enumerate(("x" * 50, "\n" * 50, " " * 50, "a b" * 20, "\n" + "y" * 30, ".\n" * 30)):
         path = tmp_path / f"{i}.txt"
         path.write_text(text)
@@ -206,7 +209,9 @@ def test_one_document_is_split_by_position(tmp_path: Path) -> None:
     [train], [val] = documents(out, "train"), documents(out, "val")
     assert train + val == text and len(val) == 999  # of 10,002 tokens 1,000, a separator among them
     assert [sum(one["documents"] for one in manifest["splits"][split]) for split in ("train", "val")] == [1, 1]
-    assert not list(out.glob("old*"))
+    assert sorted(os.listdir(out)) == sorted(
+        ["manifest.json", *(one["file"] for split in manifest["splits"].values() for one in split)]
+    )
 
 
 @pytest.mark.parametrize(("fraction", "moved"), [(1e-9, "val"), (1 - 1e-9, "train")])
@@ -373,7 +378,7 @@ def test_program_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "PROGRESS_SECONDS", 0.0)
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 1)
+    monkeypatch.setattr(documents_module, "BATCH_CHARS", 1)
     lines: list[str] = []
     run(tmp_path, write_jsonl(tmp_path / "a.jsonl", ["one", "two"]), log=lines.append)
-    assert len(lines) == 2 and lines[1].startswith("preparing: file 1 of 1, 0.0 MB of text, 8 tokens, ")
+    assert len(lines) == 2 and lines[1].startswith("preparing: 0 of 1 parts, 0.0 MB of text, 8 tokens, ")
