@@ -165,7 +165,8 @@ def load_set(spec: str, knob: str, streaming: bool = False) -> Any:
         found = datasets.load_dataset(path, streaming=streaming, **options)
     except Exception as error:  # of any kind: it may run into whatever files and networks do
         raise ValueError(f"{where}: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}") from error
-    require(not isinstance(found, dict), f"{where}: must choose a split, with ?split={'|'.join(found)}")
+    if isinstance(found, dict):
+        raise ValueError(f"{where}: must choose a split, with ?split={'|'.join(found)}")
     return found
 
 
@@ -224,12 +225,11 @@ def read_jsonl(one: Slice, text_key: str, where: str, text_key_knob: str, bad: B
         if one.start:
             file.seek(one.start - 1)
             file.readline()
-        at, number = (file.tell() if one.start else 0), 0
+        first = at = file.tell() if one.start else 0
+        number = 0
 
         def line() -> int:
-            return number + (
-                lines_before(path, one.start) if one.start else 0
-            )  # counted only if there is something to tell
+            return number + lines_before(path, first)  # read again, but only where there is something to tell
 
         while at < one.stop and (raw := file.readline()):
             number += 1

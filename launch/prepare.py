@@ -272,7 +272,7 @@ def in_processes(job: Job, todo: list[int], processes: int, progress: Progress) 
             ) from error
         finally:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 _worker: Any = None
