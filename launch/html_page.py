@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 # Okabe and Ito's colours, which most of the colour-blind tell apart, and three more (jfly.uni-koeln.de/color).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933", "#882255", "#44aa99", "#777777")
@@ -111,6 +112,12 @@ def text(*paragraphs: str) -> str:
 
 def points(lines: Iterable[str]) -> str:
     return f"<ol>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ol>\n"
+
+
+def links(targets: Mapping[str, str]) -> str:
+    """A list of names that lead to files, given by paths relative to the page."""
+    items = (f'<li><a href="{escape(quote(path))}">{escape(name)}</a></li>' for name, path in targets.items())
+    return f"<ul>{''.join(items)}</ul>\n"
 
 
 def number(value: Any) -> str:

@@ -1,8 +1,8 @@
 """What a run reports: metrics.jsonl, W&B, the progress line, and the clock and peak rate behind tokens/s and MFU.
 
 A record is a flat dict. Training records hold step (steps done), tokens (seen so far), loss, grad_norm, lr,
-tokens_per_s, mfu (0..1) and moe/... figures, of which the progress line shows moe/load_max_over_mean: rows of the
-busiest expert over the mean. Evaluation records hold step and val_loss.
+tokens_per_s, mfu (0..1), memory_gib (of the rank that has held most) and moe/... figures, of which the progress line
+shows moe/load_max_over_mean: rows of the busiest expert over the mean. Evaluation records hold step and val_loss.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import resource
 import secrets
 import signal
 import sys
@@ -57,15 +58,23 @@ class MetricsLog:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, path)
-        self._path = path
+        self._path, self._events = path, run_dir / "events.jsonl"
         self._failed = False
 
     def write(self, record: Record) -> None:
         """Append `record`. NaN and infinities, which JSON cannot hold, become null. Where it can't be written, on a full disk, it
         is lost, and the first of such losses is a warning: they must not end the training."""
+        self._append(self._path, record)
+
+    def note(self, event: str, step: int, **more: Any) -> None:
+        """Append to run_dir/events.jsonl that `event` happened now, after `step` steps. Nothing is ever dropped from that file:
+        it tells how the run went, also what was done again."""
+        self._append(self._events, {"time": time.time(), "event": event, "step": step, **more})
+
+    def _append(self, path: Path, record: Record) -> None:
         line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
         try:
-            with self._path.open("ab", buffering=0) as file:
+            with path.open("ab", buffering=0) as file:
                 written = file.write(line)
                 if written < len(line):
                     file.truncate(file.tell() - written)
@@ -73,7 +82,7 @@ class MetricsLog:
             self._failed = False
         except OSError as error:
             if not self._failed:
-                _warn(f"{self._path}: records are lost from step {record.get('step')} on ({error.strerror})")
+                _warn(f"{path}: records are lost from step {record.get('step')} on ({error.strerror})")
             self._failed = True
 
 
@@ -290,6 +299,15 @@ class Meter:
         if running:
             self.start()
         return seconds
+
+
+def memory_gib(device: torch.device) -> torch.Tensor:
+    """The most memory that this process has held, GiB: of the GPU's, what tensors took; on a CPU, all of the process's."""
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.tensor(held, dtype=torch.float64, device=device)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -26,10 +26,18 @@ import torch.distributed as dist
 
 from moesaic.kernels import autotune
 from moesaic.kernels.tiles import TILES, known_tile, rounding_tile
-from moesaic.launch import cli, guards
+from moesaic.launch import cli, guards, report
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
 from moesaic.launch.generate import sample_text
-from moesaic.launch.metrics import Meter, MetricsLog, peak_flops, progress_header, progress_line, start_wandb
+from moesaic.launch.metrics import (
+    Meter,
+    MetricsLog,
+    memory_gib,
+    peak_flops,
+    progress_header,
+    progress_line,
+    start_wandb,
+)
 from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
 from moesaic.launch.schema import Config, TrainConfig
 from moesaic.launch.tokens import check_vocab
@@ -40,7 +48,7 @@ from moesaic.moe.hf import Checkpoint
 from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint, storage, trace
-from moesaic.parallel.apply import expert_path, parallelize, start_engine, total
+from moesaic.parallel.apply import expert_path, greatest, parallelize, start_engine, total
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
 from moesaic.parallel.mesh import check_degrees, end_with_parent, expert_degree, leave_after, make_meshes, start
@@ -131,6 +139,11 @@ def train(config: Config, device: torch.device) -> None:
             log.write(figures)
             wandb.log(figures)
 
+    def note(event: str, **more: Any) -> None:
+        if log and wandb:
+            log.note(event, step, **more)
+            wandb.log({"step": step, f"event/{event}": 1})
+
     def last_good() -> str:
         complete = checkpoint.complete_checkpoints(checkpoints)
         return f"the last checkpoint is {complete[-1]}" if complete else "there is no checkpoint yet"
@@ -160,6 +173,7 @@ def train(config: Config, device: torch.device) -> None:
     )
     say(f"MFU is relative to {world} x {peak / 1e9:,.0f} GFLOP/s: {peak_name}")
     say(progress_header())
+    note("start", ranks=world, source=source or "")
 
     # --- the loop
     steps = every.steps
@@ -194,6 +208,7 @@ def train(config: Config, device: torch.device) -> None:
             with trace.unhurried():
                 saver.save(step, engine, state, wait=ended or asked)
             kept = step
+            note("checkpoint")
         if ended or asked:
             break
         meter.start()
@@ -222,14 +237,17 @@ def train(config: Config, device: torch.device) -> None:
             figures |= {"skipped": health.skipped, "spikes": health.spikes}
             figures |= load_figures(rows_LE.cpu(), figures_LF.cpu())
             figures |= wire_figures(model.moe_layers(), steps_since, device)
+            figures |= {"memory_gib": greatest(memory_gib(device)).item()}
             record(figures)
             say(progress_line(figures, steps))
         if not finite:
             what = "gradient" if math.isfinite(loss) else "loss"
             say(f"warning: step {step} is left out on all ranks: its {what} is not finite")
+            note("skipped", what=what)
             health.check(step, last_good)
         if jump:
             say(f"warning: step {step}: its loss, {loss:.4f}, is a jump: {jump:.0f} deviations above those before")
+            note("spike", loss=loss)
         if jump and every.on_spike == "rewind":
             with trace.unhurried():
                 saver.finish()
@@ -247,6 +265,7 @@ def train(config: Config, device: torch.device) -> None:
             if log:
                 log = MetricsLog(run_dir, step)
             record({"step": step, "tokens": tokens, "rewound_from": jumped_at})
+            note("rewind", jumped_at=jumped_at)
             say(f"went back from step {jumped_at} to {back}; the data read since is passed over")
 
     trace.unwatch()
@@ -261,12 +280,16 @@ def train(config: Config, device: torch.device) -> None:
             engine.model, data.tokenizer, "", every.sample, every.seq_len, seed=every.seed, device=device
         )
         say(f"--- sample\n{text}\n---")
+    note("stopped" if asked and not ended else "end")
     if log and wandb:
+        report.at_end(run_dir)
         wandb.finish()
     if val_loss is not None:
         say(f"final val_loss {val_loss:.4f}")
     elsewhere = f"; {checkpoints}" if every.checkpoint_dir else ""
-    say(f"files: {run_dir}/metrics.jsonl, config.yaml, {'' if elsewhere else 'checkpoints/, '}wandb/{elsewhere}")
+    say(
+        f"files: {run_dir}/metrics.jsonl, report.html, config.yaml, {'' if elsewhere else 'checkpoints/, '}wandb/{elsewhere}"
+    )
 
 
 def train_step(

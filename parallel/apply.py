@@ -114,3 +114,10 @@ def total(value: torch.Tensor) -> torch.Tensor:
     value = value.clone()
     dist.all_reduce(value)
     return value
+
+
+def greatest(value: torch.Tensor) -> torch.Tensor:
+    """The greatest over all ranks, a new tensor. Collective."""
+    value = value.clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value

@@ -100,7 +100,12 @@ def test_a_run_whose_checkpoints_are_elsewhere(
     assert f"resumed from {where}/step_00000020: step 20" in capsys.readouterr().out
     assert [step for step, *_ in losses(tmp_path / "run")] == list(range(1, STEPS + 1))
     assert checkpoint.complete_checkpoints(where) == [f"{where}/step_00000020", f"{where}/step_00000040"]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.yaml",
+        "events.jsonl",
+        "metrics.jsonl",
+        "report.html",
+    ]
     program.list_checkpoints(program.Options(str(tmp_path / "run")))
     assert f"{where}/step_00000040: step 40" in capsys.readouterr().out
     here(*place.knobs(tmp_path / "other", f"resume={where}/step_00000020", "train.eval_every=0"))
