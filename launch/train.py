@@ -49,6 +49,7 @@ from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint, storage, trace
 from moesaic.parallel.apply import expert_path, greatest, parallelize, start_engine, total
+from moesaic.parallel.deoscillate import Deoscillation
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
 from moesaic.parallel.mesh import check_degrees, end_with_parent, expert_degree, leave_after, make_meshes, start
@@ -174,6 +175,9 @@ def train(config: Config, device: torch.device) -> None:
     say(f"MFU is relative to {world} x {peak / 1e9:,.0f} GFLOP/s: {peak_name}")
     say(progress_header())
     note("start", ranks=world, source=source or "")
+    deoscillation = Deoscillation(model, engine) if config.precision.deosc_period else None
+    if deoscillation:
+        deoscillation.start(step)
 
     # --- the loop
     steps = every.steps
@@ -220,6 +224,8 @@ def train(config: Config, device: torch.device) -> None:
         loss, asked = guards.agree(my_loss, guards.asked())
         norm = engine.step(config.optim.clip, skip=not math.isfinite(loss)).item()
         finite = math.isfinite(loss) and math.isfinite(norm)
+        if deoscillation and (snapped := deoscillation.after(step + 1)) is not None:
+            say(f"step {step + 1}: {snapped:,} weights that hopped between two values were put on one")
         if config.model.router.kind == "sigmoid_bias" and finite:
             update_bias(model, total(rows_LE))
         step += 1
@@ -260,6 +266,8 @@ def train(config: Config, device: torch.device) -> None:
             with trace.unhurried():
                 checkpoint.load(back, engine)
             health.restore(saved["health"])
+            if deoscillation:
+                deoscillation.start(saved["step"])
             step, tokens, evaluated = saved["step"], saved["tokens"], saved["evaluated"]  # but not `samples`
             logged, kept = tokens, step
             if log:

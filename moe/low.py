@@ -30,7 +30,7 @@ from moesaic.kernels.permute import Rows, sum_bags
 from moesaic.kernels.quantize import Format, Packed, Quantized, key_of, pack, quantize, quantize_each, random_signs
 from moesaic.moe.config import require
 from moesaic.moe.experts import Experts, activate, activate_backward
-from moesaic.moe.layer import FeedForward, MoE
+from moesaic.moe.layer import MoE
 from moesaic.moe.model import Transformer
 from moesaic.moe.precision import Precision, PrecisionConfig
 
@@ -381,12 +381,14 @@ def lower(model: Transformer, config: PrecisionConfig, seed: int = 0) -> None:
         if isinstance(block.ffn, MoE):
             parts["dense"] = block.ffn.shared
             if "experts" in config.layers:
-                block.ffn.experts.low = LowExperts(model.precision, f"blocks.{i}.ffn.experts", model.config.n_experts)
-        for kind, part in parts.items():
-            assert part is None or kind == "attention" or isinstance(part, FeedForward)
-            for name, module in part.named_modules() if part is not None and kind in config.layers else ():
-                if isinstance(module, nn.Linear):
-                    lower_linear(module, Weight(model.precision, f"blocks.{i}.{kind}.{name}"))
+                name = f"blocks.{i}.ffn.experts"
+                block.ffn.experts.low = low = LowExperts(model.precision, name, model.config.n_experts)
+                model.precision.weights |= {f"{name}.w_up_EGD": low.up, f"{name}.w_down_EDF": low.down}
+        chosen = {id(m) for kind in config.layers if parts.get(kind) is not None for m in parts[kind].modules()}
+        for name, module in block.named_modules(prefix=f"blocks.{i}"):
+            if isinstance(module, nn.Linear) and id(module) in chosen:
+                weight = model.precision.weights[f"{name}.weight"] = Weight(model.precision, name)
+                lower_linear(module, weight)
 
 
 def lower_linear(module: nn.Linear, weight: Weight) -> None:

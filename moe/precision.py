@@ -255,6 +255,9 @@ class Precision:
         # The last two casts of inputs, for others that read them: a shared expert has two before the routed ones cast, MLA's
         # queries two before its latent. See moesaic.moe.low.
         self.casts: list[Any] = []
+        self.weights: dict[
+            str, Any
+        ] = {}  # moesaic.moe.low.Weight of each parameter that is cast, by its name in the model
 
     def begin(self, step: int, steps: int) -> None:
         """Step `step` of `steps`, from 0, begins."""

@@ -15,7 +15,9 @@ from moesaic.moe.low import lower
 from moesaic.moe.model import build
 from moesaic.parallel.apply import parallelize, start_engine
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.deoscillate import Deoscillation
 from moesaic.parallel.mesh import make_meshes
+from moesaic.parallel.shards import parts
 from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -100,3 +102,57 @@ def test_layouts_agree(tmp_path: Path) -> None:
             for name, gradient in expected.items():
                 least = 100 if same_rows else BLOCKS[recipe] if ".experts." in name else ROW_WISE.get(recipe, 100)
                 assert snr(gradients[name], gradient) > least, (recipe, layout, name)
+
+
+def deoscillate() -> dict[str, tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
+    """Six steps by hand: a weight that crosses a boundary at each, one that moves away, the rest at rest."""
+    found = {}
+    for layout, knobs in LAYOUTS.items():
+        if "remat" in layout:
+            continue
+        parallel = ParallelConfig(**knobs)
+        meshes = make_meshes("cpu", int(parallel.expert), 1)
+        c = config("mxfp4_deosc", "precision.deosc_period=6", "precision.deosc_start=2", "precision.deosc_ratio=16")
+        model = parallelize(c.model, parallel, meshes, seed=0, device=CPU, compute=torch.float32, precision=c.precision)
+        engine = start_engine(parallel, model, make_optimizer(model, c.optim))
+        model.precision.begin(0, 100)
+        deoscillation = Deoscillation(model, engine)
+        weights = {n: t for n, t in engine.weights().items() if n in NAMES}
+        whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for n, t in weights.items()}
+        deoscillation.start(0)
+        for step in range(1, 9):
+            for name, t in weights.items():
+                for piece, values in parts(name, t):
+                    box = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
+                    values.copy_(moved(whole[name], step)[box])
+            engine.loaded(engine.steps())
+            snapped = deoscillation.after(step)
+            assert (snapped is None) == (step != 8), step
+        assert snapped is not None
+        after = {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in weights.items()}
+        found[layout] = (snapped, {n: moved(w, 8) for n, w in whole.items()}, after)
+    return found
+
+
+NAMES = ("blocks.0.attention.wo.weight", "blocks.1.ffn.experts.w_down_EDF")
+
+
+def moved(w: Tensor, step: int) -> Tensor:
+    """Of block (0, 0): (0, 0) sets the scale, (1, 1) hops about a boundary, (2, 2) grows."""
+    w = w.clone()
+    for matrix in w.view(-1, *w.shape[-2:]):
+        matrix[:32, :32] = 0.0
+        matrix[0, 0] = 6.0
+        matrix[1, 1] = 2.5 + 0.001 * (-1) ** step  # 2 or 3
+        matrix[2, 2] = 0.3 * step
+    return w
+
+
+def test_weights_that_hop_are_put_on_a_value(tmp_path: Path) -> None:
+    for layout, (snapped, before, after) in run_ranks(deoscillate, 2, tmp_path)[0].items():
+        assert snapped == 1 + 6, layout  # one of each matrix; six experts
+        for name, w in before.items():
+            for old, new in zip(w.view(-1, *w.shape[-2:]), after[name].view(-1, *w.shape[-2:]), strict=True):
+                expected = old.clone()
+                expected[1, 1] = 3.0
+                assert torch.equal(new, expected), (layout, name)
