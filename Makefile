@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Computed once, so that every rank and every restart of one `make train` writes to the same folder.
 RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install train test check kernels test-gpu bench bench-gpu parity reshard chaos study-rounding clean
+.PHONY: help install train test check kernels test-gpu bench bench-gpu parity reshard chaos study-rounding study-precision clean
 
 help:
 	@echo "make install   make .venv and install Moesaic with its development tools (once; PYTHON=python3.12 chooses the Python)"
@@ -20,6 +20,8 @@ help:
 	@echo "make chaos     FAULTS=200 faults of SEED=0, each met by a small run that must go on as if nothing had happened; FROM=n goes on"
 	@echo "               where a campaign was left, ONLY='kind,kind' chooses; some 3 s a fault on one core"
 	@echo "make study-rounding   what token rounding costs in quality, over seeds; about half an hour on two cores"
+	@echo "make study-precision  what each recipe of low precision costs in quality, over seeds; hours on two cores, goes on where it"
+	@echo "               stopped; ARGS='tokens=3000000 seeds=3 runs=main'"
 	@echo "make clean     remove .venv, caches and build products; runs/ stays"
 
 install: .venv/installed
@@ -88,6 +90,9 @@ chaos: install
 
 study-rounding: install
 	$(BIN)/python benchmarks/study_rounding.py $(ARGS)
+
+study-precision: install
+	$(BIN)/python benchmarks/study_precision.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
