@@ -3,8 +3,9 @@
     python benchmarks/study_precision.py [tokens=3000000] [seeds=3] [runs=main] [jobs=2] [data=]      (`make study-precision`)
 
 runs: `main`, the shipped recipes; `causes`, recipes with one thing changed, which tell what a gap comes from; `all`; or names
-with commas. data: text files, a glob pattern (default: the Python standard library). Every run is `launch/train.py recipe=tiny_moe`
-(1.7M active parameters) in one process of one thread; runs of a seed start from the same weights and see the same batches.
+with commas. data: text files, a glob pattern (default: the Python standard library). Every run is `launch/train.py
+recipe=tiny_moe` (1.7M active parameters) in one process of one thread; runs of a seed start from the same weights and see the
+same batches.
 
 One file a run in benchmarks/results/precision/, so that a study goes on where it stopped, and more seeds and tokens add to it;
 a run that is interrupted goes on from its last checkpoint, in runs/study_precision/. The summary, with its curves, is
@@ -29,7 +30,7 @@ from moesaic.launch import options
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "precision"
 WORK = ROOT / "runs" / "study_precision"
-STEP_TOKENS, POINTS = 8 * 256, 20
+STEP_TOKENS, POINTS = 8 * 256, 12
 
 P = "precision"
 HIGH_BACKWARD = [f"{P}.{product}.{side}.element=null" for product, side in (
@@ -107,7 +108,7 @@ def run(name: str, seed: int, choice: Options) -> None:
     every = max(1, steps // POINTS)
     knobs = [
         "recipe=tiny_moe", f"run_dir={folder}", *RUNS[name], f"train.seed={seed}", f"train.steps={steps}", "wandb.mode=disabled",
-        "train.sample=0", f"train.eval_every={every}", f"train.checkpoint_every={every}", f"train.log_every={max(1, every // 5)}",
+        "train.sample=0", "train.eval_batches=16", f"train.eval_every={every}", f"train.checkpoint_every={every}", f"train.log_every={max(1, every // 5)}",
         f"optim.warmup={max(1, steps // 20)}",
     ]  # fmt: skip
     if choice.data:
