@@ -108,7 +108,8 @@ def run(name: str, seed: int, choice: Options) -> None:
     every = max(1, steps // POINTS)
     knobs = [
         "recipe=tiny_moe", f"run_dir={folder}", *RUNS[name], f"train.seed={seed}", f"train.steps={steps}", "wandb.mode=disabled",
-        "train.sample=0", "train.eval_batches=16", f"train.eval_every={every}", f"train.checkpoint_every={every}", f"train.log_every={max(1, every // 5)}",
+        "train.sample=0", "train.eval_batches=16",
+        f"train.eval_every={every}", f"train.checkpoint_every={every}", f"train.log_every={max(1, every // 5)}",
         f"optim.warmup={max(1, steps // 20)}",
     ]  # fmt: skip
     if choice.data:
