@@ -108,6 +108,22 @@ def _activation(gate, KIND: tl.constexpr):
 
 
 @jit
+def store_activated(
+    gate_MN, up_MN, h_RG, a_RF, rows, exists, fs, F, G, KIND: tl.constexpr, PAIR: tl.constexpr
+):  # fmt: skip
+    """Columns fs of h, and of a as it follows from h as it is stored, where they exist."""
+    places = h_RG + rows[:, None] * G + fs[None, :]
+    gate = gate_MN.to(h_RG.dtype.element_ty)
+    tl.store(places, gate, mask=exists)
+    a_MN, _ = _activation(gate.to(tl.float32), KIND)
+    if PAIR:
+        up = up_MN.to(h_RG.dtype.element_ty)
+        tl.store(places + F, up, mask=exists)
+        a_MN *= up.to(tl.float32)
+    tl.store(a_RF + rows[:, None] * F + fs[None, :], a_MN.to(a_RF.dtype.element_ty), mask=exists)
+
+
+@jit
 def _up_kernel(
     x_ND, source_R, w_up, b_up_EG, h_RG, a_RF, counts_E, starts_E, tile_ends_E, E, F, D, G, stride_x, stride_e, stride_r,
     KIND: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
@@ -124,20 +140,12 @@ def _up_kernel(
         )
         fs = f + tl.arange(0, BN)
         exists = real[:, None] & (fs < F)[None, :]
-        places = h_RG + rows[:, None] * G + fs[None, :]
         if b_up_EG is not None:
             biases = b_up_EG + expert.to(tl.int64) * G + fs
             gate_MN += tl.load(biases, mask=fs < F, other=0.0).to(tl.float32)[None, :]
             if PAIR:
                 up_MN += tl.load(biases + F, mask=fs < F, other=0.0).to(tl.float32)[None, :]
-        gate = gate_MN.to(h_RG.dtype.element_ty)
-        tl.store(places, gate, mask=exists)
-        a_MN, _ = _activation(gate.to(tl.float32), KIND)
-        if PAIR:
-            up = up_MN.to(h_RG.dtype.element_ty)
-            tl.store(places + F, up, mask=exists)
-            a_MN *= up.to(tl.float32)
-        tl.store(a_RF + rows[:, None] * F + fs[None, :], a_MN.to(a_RF.dtype.element_ty), mask=exists)
+        store_activated(gate_MN, up_MN, h_RG, a_RF, rows, exists, fs, F, G, KIND, PAIR)
 
 
 @jit
@@ -172,6 +180,25 @@ def _dact_columns(
 
 
 @jit
+def dact_quarters(
+    da_MN, w_M1, h, dh, a, count, f, F, G, KIND: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """`_dact_columns` of a whole tile, a few columns at a time: for all at once, what is around the product doesn't fit into
+    registers."""
+    part_M = tl.zeros([BM], tl.float32)
+    low, high = _halves(da_MN, BM, BN)
+    for half in tl.static_range(2):
+        one, two = _halves(high if half else low, BM, BN // 2)
+        for quarter in tl.static_range(2):
+            part_M += _dact_columns(
+                two if quarter else one, w_M1, h, dh, a, count, f + (2 * half + quarter) * (BN // 4), F, G, KIND, PAIR, BM,
+                BN // 4, WHOLE,
+            )  # fmt: skip
+    return part_M
+
+
+@jit
 def _dact_kernel(
     dy_ND, source_R, w_down, b_down_ED, h_RG, weights_R, dh_RG, a_RF, parts_RP, counts_E, starts_E, tile_ends_E,
     E, F, D, G, stride_dy, stride_e, stride_r,
@@ -189,16 +216,10 @@ def _dact_kernel(
             dy_M1, w_down, expert, f, f, F, D, stride_e, stride_r, BM, BN, BK, False, True, DESCRIBED, EVEN, PRECISION
         )
         w_M1 = tl.load(weights_R + rows, mask=real, other=0.0)[:, None]
-        # A few columns at a time: for all at once, what is around the product doesn't fit into registers.
-        part_M, count = tl.zeros([BM], tl.float32), (end - row).to(tl.int32)
-        low, high = _halves(da_MN, BM, BN)
-        for half in tl.static_range(2):
-            one, two = _halves(high if half else low, BM, BN // 2)
-            for quarter in tl.static_range(2):
-                part_M += _dact_columns(
-                    two if quarter else one, w_M1, h_RG + row * G, dh_RG + row * G, a_RF + row * F, count,
-                    f + (2 * half + quarter) * (BN // 4), F, G, KIND, PAIR, BM, BN // 4, WHOLE,
-                )  # fmt: skip
+        part_M = dact_quarters(
+            da_MN, w_M1, h_RG + row * G, dh_RG + row * G, a_RF + row * F, (end - row).to(tl.int32), f, F, G, KIND, PAIR, BM, BN,
+            WHOLE,
+        )  # fmt: skip
         if b_down_ED is not None and n_tile == 0:
             for k in range(0, D, BK):
                 dy_MK = load_rows(dy_M1, k, D, BK, EVEN).to(tl.float32)

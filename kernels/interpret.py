@@ -18,6 +18,7 @@ What the interpreter cannot show: what happens at the same time. It runs the pro
 """
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +169,15 @@ def _make_exact() -> None:
 if INTERPRET:
     _interpret_library()
     _make_exact()
+
+
+def _rest() -> None:
+    time.sleep(1e-4)  # another process, that this one waits for, may need the processor
+
+
+def _nothing():  # type: ignore[no-untyped-def]
+    pass
+
+
+# Called by kernels that wait for another rank, once a poll.
+pause = _rest if INTERPRET else jit(_nothing)

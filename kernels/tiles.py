@@ -47,6 +47,7 @@ _GPU = {
     "varlen_m": Tile(128, 128, 64),
     "varlen_m_narrow": Tile(128, 64, 64),
     "varlen_k": Tile(128, 128, 64),
+    "fused": Tile(128, 64, 64),
     "dense": Tile(128, 128, 64),
     "dense_small": Tile(64, 64, 32, warps=4, stages=2),
 }
@@ -58,6 +59,7 @@ _CPU = {
     "varlen_m": Tile(16, 64, 32),
     "varlen_m_narrow": Tile(16, 32, 32),
     "varlen_k": Tile(64, 64, 16),
+    "fused": Tile(16, 128, 128),
     "dense": Tile(32, 64, 32),
     "dense_small": Tile(32, 64, 32),
 }
@@ -80,6 +82,12 @@ def dense_tile(target: str | torch.device, large: bool) -> Tile:
     """The tile of a product without groups; the small one is for fp32, and for rows that don't begin at multiples of 16 bytes,
     whose addresses and masks take registers."""
     return TILES[target_name(target)]["dense" if large else "dense_small"]
+
+
+def fused_tile(target: str | torch.device) -> Tile:
+    """The tile of all products of the fused kernels (moesaic.kernels.fused_ep), with the M of the others'. The interpreter takes
+    as long for a small tile as for a large one."""
+    return TILES[target_name(target)]["fused"]
 
 
 def product_precision(target: str | torch.device, dtype: torch.dtype) -> str:

@@ -1,0 +1,482 @@
+"""Dispatch, experts and combine of a layer whose experts live on several ranks: one persistent kernel, one launch.
+
+    for slot s of a token and expert x, sorted by expert, of every source rank:
+      dispatch    row of x's owner = X[token of s]                     stored into the owner's memory
+      up          h = W_up[x] row;  a = act(h)                         h is kept for backward
+      down        slots of the source[s] = W_down[x] a                 stored into the source's memory
+      combine     y[t] = sum over the slots of token t, in slot order, of weight[s] * slots[s]
+
+Programs take tasks from one queue, in that order, and wait for each other by flags: docs/fused.md has the protocol. Products and
+epilogues are those of moesaic.kernels.grouped_gemm and experts, which read operands by `load_rows` and `multiply`. Rows that
+arrive during the launch are read through pointers alone, weights also by TMA. No gradient path here: moesaic.parallel.fused.
+
+Bytes that go to other ranks are counted by (rank, phase), `PHASES`: what the profiler reads.
+
+Letters: T tokens, D model width, F expert width, G width of h, E experts in all, e on a rank, W ranks, S slots, R rows there is room
+for on a rank, P phases.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moesaic.kernels.experts import store_activated
+from moesaic.kernels.fused_protocol import (
+    ALIAS,
+    BACK,
+    CONTROL,
+    COMBINE,
+    DISPATCH,
+    DOWN,
+    EPOCH,
+    NONE,
+    ORIGIN,
+    ARRIVED,
+    PLAN,
+    PLANNED,
+    QUEUE,
+    READY,
+    ROWS,
+    SLOTS,
+    UP,
+    address,
+    count_bytes,
+    expert_of,
+    finish,
+    firsts,
+    fragments,
+    has_failed,
+    meet,
+    once,
+    places,
+    publish,
+    raise_flags,
+    record,
+    regions,
+    scan,
+    sources_of,
+    tables_size,
+    wait_for,
+    wait_ready,
+    wait_rows,
+)
+from moesaic.kernels.grouped_gemm import describe, launch_options, rows_by_weight
+from moesaic.kernels.interpret import jit
+from moesaic.kernels.permute import Rows
+from moesaic.kernels.symmetric import Heap, starts
+from moesaic.kernels.tiles import Tile, fused_tile, processors
+
+# Of the byte counters: per-expert counts; row values; origin, alias and weight of rows; returned rows (backward: and dS); flags.
+PHASES = ("counts", "dispatch", "slots", "combine", "flags")
+N_PHASES = tl.constexpr(len(PHASES))
+
+
+# ---------------------------------------------------------------- parts of both kernels
+
+
+@jit
+def begin(table, me, spins, first, W: tl.constexpr, BW: tl.constexpr):
+    """(run, the pointer to this rank's words, the first task, whether no rank has failed)."""
+    control = address(table, CONTROL, me, W, tl.int32)
+    program = tl.program_id(0) + first
+    run = (table, me, tl.load(control + EPOCH) + 1, spins, program)
+    return run, control, take(control), 1 - has_failed(run, W, BW).to(tl.int32)
+
+
+@jit
+def take(control):
+    return tl.atomic_add(control + QUEUE, 1, sem="relaxed", scope="gpu")
+
+
+@jit
+def planned(control, run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
+    """Wait for this rank's plan."""
+    _, me, _, _, _ = run
+    one, none = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32) - 1
+    return wait_for(control + PLANNED + one, one == 0, 1, 5, none, none, one + me, run, W, BW, TRACE)
+
+
+@jit
+def fragment(task, tables, me, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
+    """Of a dispatch task: (owner, row tile there, places in it, which are this rank's, their slots)."""
+    e: tl.constexpr = E // W
+    x = tl.arange(0, BE)
+    upto = tl.load(fragments(tables, E) + x, mask=x < E, other=2**31 - 1)
+    i = tl.sum((upto <= task).to(tl.int32), axis=0)
+    begun = tl.max(tl.where(x < i, upto, 0), axis=0)
+    expert = (me * e + i) % E
+    place = tl.load(places(tables, E) + expert)
+    first = tl.load(firsts(tables, E) + expert)
+    end = place + tl.load(firsts(tables, E) + expert + 1) - first
+    tile = place // BM + task - begun
+    rows = tile * BM + tl.arange(0, BM)
+    real = (rows >= place) & (rows < end)
+    return expert // e, tile, rows, real, tl.where(real, first + rows - place, 0)
+
+
+@jit
+def bag_of(token, known, starts, K):
+    """(where the slots of tokens begin in `bag`, how many there are)."""
+    if starts is None:
+        low, n = token * K, tl.where(known, K, 0)
+    else:
+        low = tl.load(starts + token, mask=known, other=0)
+        n = tl.load(starts + token + 1, mask=known, other=0) - low
+    return low, n.to(tl.int32)
+
+
+@jit
+def holders(
+    owner, rows, real, slot, token, expert_R, bag, starts, K, tables, E: tl.constexpr, W: tl.constexpr, ONCE: tl.constexpr
+):  # fmt: skip
+    """(the place at the owner that holds the values of each row, which rows' values travel)."""
+    if ONCE:
+        e: tl.constexpr = E // W
+        low = tl.load(firsts(tables, E) + owner * e)
+        high = tl.load(firsts(tables, E) + owner * e + e)
+        at, n = bag_of(token, real, starts, K)
+        best = slot
+        for k in range(tl.max(n, axis=0)):
+            other = tl.load(bag + at + k, mask=real & (k < n), other=2**31 - 1).to(tl.int32)
+            best = tl.where((other >= low) & (other < high), tl.minimum(best, other), best)
+        expert = tl.load(expert_R + best, mask=real, other=0)
+        holder = tl.load(places(tables, E) + expert) + best - tl.load(firsts(tables, E) + expert)
+        carried = real & (best == slot)
+        holder = tl.where(real, holder, rows)
+    else:
+        holder, carried = rows, real
+    return holder, carried
+
+
+@jit
+def send_rows(x, token, stride, to, rows, carried, D, BM: tl.constexpr, BK: tl.constexpr):
+    """x[token] to places `rows` of `to`."""
+    for d in range(0, D, BK):
+        ds = d + tl.arange(0, BK)
+        mask = carried[:, None] & (ds < D)[None, :]
+        values = tl.load(x + token.to(tl.int64)[:, None] * stride + ds[None, :], mask=mask, other=0.0)
+        tl.store(to + rows.to(tl.int64)[:, None] * D + ds[None, :], values, mask=mask)
+
+
+@jit
+def send_places(owner, rows, real, slot, holder, run, W: tl.constexpr):
+    table, me, _, _, _ = run
+    origin = (tl.zeros_like(slot) + me).to(tl.int64) * 4294967296 + slot
+    tl.store(address(table, ORIGIN, owner, W, tl.int64) + rows, origin, mask=real)
+    tl.store(address(table, ALIAS, owner, W, tl.int32) + rows, holder, mask=real)
+
+
+@jit
+def raise_arrived(owner, tile, run, W: tl.constexpr, TRACE: tl.constexpr):
+    table, me, _, _, _ = run
+    word = address(table, ARRIVED, owner, W, tl.int32) + tile * W + me + tl.arange(0, 1)
+    raise_flags(word, once(), 6, tile, -1, owner, run, W, TRACE)
+
+
+@jit
+def raise_ready(tile, f, FT, run, W: tl.constexpr, TRACE: tl.constexpr):
+    table, me, _, _, _ = run
+    word = address(table, READY, me, W, tl.int32) + tile * FT + f + tl.arange(0, 1)
+    raise_flags(word, once(), 8, tile, f, me, run, W, TRACE)
+
+
+@jit
+def wave_task(task, tiles, FT, NT, WAVE):
+    """(whether it is an up task, its row tile, its column tile) of the task-th task of the waves."""
+    per_wave = WAVE * (FT + NT)
+    wave = task // per_wave
+    height = tl.minimum(WAVE, tiles - wave * WAVE)
+    task -= wave * per_wave
+    is_up = task < height * FT
+    local = tl.where(is_up, task, task - height * FT)
+    return is_up, wave * WAVE + local % height, local // height
+
+
+@jit
+def row_return(
+    values_MN, tile, n, end, rank, rows_of_rank, sent_WP, size, NT, TILES, D, run,
+    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Store columns n of a tile's results into the slots they belong to, wherever; raise `back` there."""
+    table, me, _, _, _ = run
+    place = tile * BM + tl.arange(0, BM)
+    ns = n * BN + tl.arange(0, BN)
+    origin = tl.load(address(table, ORIGIN, me, W, tl.int64) + tl.minimum(place, end - 1), cache_modifier=".cg")
+    to = address(table, SLOTS, origin >> 32, W, TYPE) + (origin & 4294967295) * D
+    tl.store(to[:, None] + ns[None, :], values_MN.to(TYPE), mask=(place < end)[:, None] & (ns < D)[None, :])
+    raise_back(tile, n, rank, rows_of_rank, NT, TILES, run, W, TRACE)
+    width = tl.minimum(BN, D - n * BN) * size
+    others = (rows_of_rank > 0) & (rank != me)
+    count_bytes(sent_WP, rank, 3, rows_of_rank * width, others, P)
+    count_bytes(sent_WP, rank, 4, rows_of_rank * 0 + 4, others, P)
+
+
+@jit
+def raise_back(tile, n, rank, rows_of_rank, NT, TILES, run, W: tl.constexpr, TRACE: tl.constexpr):
+    table, me, _, _, _ = run
+    need = rows_of_rank > 0
+    words = address(table, BACK, tl.where(need, rank, 0), W, tl.int32) + (me * TILES + tile) * NT + n
+    raise_flags(words, need, 10, tile, n, rank, run, W, TRACE)
+
+
+@jit
+def wait_back(
+    slot, expert_R, n, need, tables, NT, TILES, run, W: tl.constexpr, E: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
+    TRACE: tl.constexpr,
+):  # fmt: skip
+    """Until columns n of slots are there."""
+    table, me, _, _, _ = run
+    expert = tl.load(expert_R + slot, mask=need, other=0).to(tl.int32)
+    owner = expert // (E // W)
+    place = tl.load(places(tables, E) + expert) + slot - tl.load(firsts(tables, E) + expert)
+    tile = tl.where(need, place // BM, 0)
+    words = address(table, BACK, me, W, tl.int32) + (owner * TILES + tile) * NT + n
+    return wait_for(words, need, 4, 11, tile, tl.zeros_like(tile) + n, owner, run, W, BW, TRACE)
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+@jit
+def _fused_forward_kernel(
+    x_TD, w_up, w_down, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF, kept_RD, y_TD, table, tables, sent_WP,
+    T, K, D, F, G, stride_x, stride_ue, stride_ur, stride_de, stride_dr, me, TILES, spins, programs, first,
+    W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
+    UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
+    PRECISION: tl.constexpr, TRACE: tl.constexpr,
+):  # fmt: skip
+    TYPE: tl.constexpr = x_TD.dtype.element_ty
+    SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
+    BU: tl.constexpr = BN // 2 if PAIR else BN
+    FT, NT = tl.cdiv(F, BU), tl.cdiv(D, BN)
+    run, control, task, alive = begin(table, me, spins, first, W, BW)
+    if task == 0:
+        if alive != 0:
+            record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
+            publish(counts_E, run, W, E, BE)
+            rank = tl.arange(0, BW)
+            others = (rank < W) & (rank != me)
+            count_bytes(sent_WP, rank, 0, rank * 0 + 4 * E, others, N_PHASES)
+            count_bytes(sent_WP, rank, 4, rank * 0 + 4, others, N_PHASES)
+            fine = meet(run, W, BW, TRACE)
+            if fine:
+                record(1, -1, -1, -1, PLAN, once(), run, W, TRACE)
+                fine = scan(tables, TILES, run, W, E, BE, BM, TRACE)
+            if fine:
+                raise_flags(control + PLANNED + tl.arange(0, 1), once(), 4, -1, -1, me, run, W, TRACE)
+        task = take(control)
+    if alive != 0:
+        alive = planned(control, run, W, BW, TRACE).to(tl.int32)
+    sending, tiles = 0, 0
+    if alive != 0:
+        sending, tiles = tl.load(tables), tl.load(tables + 1)
+    up_down = 1 + sending
+    combining = up_down + tiles * (FT + NT)
+    end_of_queue = combining + tl.cdiv(T, BT) * NT
+    while (task < end_of_queue) & (alive != 0):
+        if task < up_down:
+            record(0, -1, task, -1, DISPATCH, once(), run, W, TRACE)
+            owner, tile, rows, real, slot = fragment(task - 1, tables, me, W, E, BE, BM)
+            token = tl.load(source_S + slot, mask=real, other=0)
+            holder, carried = holders(owner, rows, real, slot, token, expert_S, bag, starts, K, tables, E, W, ONCE)
+            record(1, tile, -1, owner, DISPATCH, once(), run, W, TRACE)
+            send_rows(x_TD, token, stride_x, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
+            send_places(owner, rows, real, slot, holder, run, W)
+            raise_arrived(owner, tile, run, W, TRACE)
+            count_bytes(sent_WP, owner, 1, tl.sum(carried.to(tl.int32), axis=0) * D * SIZE, owner != me, N_PHASES)
+            count_bytes(sent_WP, owner, 2, tl.sum(real.to(tl.int32), axis=0) * 12, owner != me, N_PHASES)
+            count_bytes(sent_WP, owner, 4, task * 0 + 4, owner != me, N_PHASES)
+        elif task < combining:
+            is_up, tile, column = wave_task(task - up_down, tiles, FT, NT, WAVE)
+            if is_up:
+                record(0, -1, task, -1, UP, once(), run, W, TRACE)
+                fine, j, holder, end = wait_rows(tile, tables, run, W, E, BE, BW, BM, ONCE, TRACE)
+                alive = fine.to(tl.int32)
+                if fine:
+                    record(1, tile, column, -1, UP, once(), run, W, TRACE)
+                    rows_RD = address(table, ROWS, me, W, TYPE)
+                    x_M1 = rows_RD + holder.to(tl.int64)[:, None] * D
+                    f = column * BU
+                    gate_MN, up_MN = rows_by_weight(
+                        x_M1, w_up, j, f, F + f, G, D, stride_ue, stride_ur, BM, BU, BK, PAIR, False, UP_DESCRIBED, EVEN_D,
+                        PRECISION,
+                    )  # fmt: skip
+                    rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
+                    fs = f + tl.arange(0, BU)
+                    exists = (rows < end)[:, None] & (fs < F)[None, :]
+                    if kept_RD is not None:
+                        if column == 0:
+                            send_rows(rows_RD, holder, D, kept_RD, rows, rows < end, D, BM, BK)
+                    store_activated(gate_MN, up_MN, h_RG, a_RF, rows, exists, fs, F, G, KIND, PAIR)
+                    raise_ready(tile, column, FT, run, W, TRACE)
+            else:
+                record(0, -1, task, -1, DOWN, once(), run, W, TRACE)
+                fine = wait_ready(tile, FT, run, W, BW, BF, TRACE)
+                alive = fine.to(tl.int32)
+                if fine:
+                    record(1, tile, column, -1, DOWN, once(), run, W, TRACE)
+                    j = expert_of(tile, tables, E // W, E, BE)
+                    rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
+                    rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
+                    y_MN, _ = rows_by_weight(
+                        a_RF + rows[:, None] * F, w_down, j, column * BN, column * BN, D, F, stride_de, stride_dr, BM, BN, BK,
+                        False, False, DOWN_DESCRIBED, EVEN_F, PRECISION,
+                    )  # fmt: skip
+                    row_return(
+                        y_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, NT, TILES, D, run, W, BM, BN, TRACE,
+                        N_PHASES, TYPE,
+                    )  # fmt: skip
+        else:
+            record(0, -1, task, -1, COMBINE, once(), run, W, TRACE)
+            local = task - combining
+            tile, column = local // NT, local % NT
+            token = tile * BT + tl.arange(0, BT)
+            ns = column * BN + tl.arange(0, BN)
+            at, n = bag_of(token, token < T, starts, K)
+            total_TN = tl.zeros([BT, BN], tl.float32)
+            slots = address(table, SLOTS, me, W, TYPE)
+            most = tl.max(n, axis=0)
+            for k in range(most):
+                if alive != 0:
+                    need = k < n
+                    slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
+                    alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(tl.int32)
+                    weight = tl.load(weights_S + slot, mask=need, other=0.0)
+                    mask = need[:, None] & (ns < D)[None, :]
+                    values = tl.load(slots + slot.to(tl.int64)[:, None] * D + ns[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+                    total_TN += weight[:, None] * values.to(tl.float32)
+            if alive != 0:
+                record(1, tile, column, -1, COMBINE, once(), run, W, TRACE)
+            to = y_TD + token.to(tl.int64)[:, None] * D + ns[None, :]
+            tl.store(to, total_TN.to(TYPE), mask=(token < T)[:, None] & (ns < D)[None, :])
+        task = take(control)
+    record(0, -1, task, -1, NONE, once(), run, W, TRACE)
+    finish(run, programs, W, TRACE)
+
+
+# ---------------------------------------------------------------- launcher
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What launches of a path share. tile: of the products; m rows a row tile. once: a row crosses once to a rank, however many of
+    its experts it visits there. spins: polls of a wait before it gives up. programs: of the grid, at most. wave: row tiles whose
+    down tasks follow their up tasks."""
+
+    heap: Heap
+    experts: int
+    tile: Tile
+    once: bool = True
+    spins: int = 1_000_000
+    programs: int = 1
+    wave: int = 32
+    trace: int = 0
+
+
+def room(ranks: int, experts: int, rows: int, m: int) -> int:
+    """Row tiles that `rows` rows on a rank may take: the last tile of each expert may be cut short."""
+    return rows // m + experts // ranks
+
+
+def grid_programs(device: torch.device, spared: int) -> int:
+    """Programs of the persistent grid: one for each multiprocessor, which their registers fill, but `spared`, which collectives of
+    other streams need. Raises ValueError where none is left."""
+    if device.type == "cpu":
+        return 1  # the interpreter runs them one after another
+    have = processors(device)
+    if spared >= have:
+        raise ValueError(f"parallel.comm_sms={spared}: must be below the multiprocessors of the device, {have}")
+    return have - spared
+
+
+def fused_options(setting: Setting, x: Tensor, *weights: Tensor) -> dict[str, Any]:
+    heap, (_, shared) = setting.heap, launch_options(setting.tile, x, *weights)
+    options = {name: shared[name] for name in ("BM", "BN", "BK", "PRECISION", "num_warps", "num_stages")}
+    assert options["BM"] == setting.tile.m
+    return options | {
+        "W": heap.ranks, "E": setting.experts, "BE": triton.next_power_of_2(setting.experts),
+        "BW": triton.next_power_of_2(heap.ranks), "WAVE": setting.wave, "ONCE": setting.once, "TRACE": setting.trace,
+    }  # fmt: skip
+
+
+def columns(width: int, tile: Tile, pair: bool = False) -> int:
+    """Column tiles of a result."""
+    return triton.cdiv(width, tile.n // 2 if pair else tile.n)
+
+
+def forward(
+    x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting,
+    sent_WP: Tensor, keep: bool = False, first: int = 0, grid: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(y_TD, h_RG, tables, the rows that came, if `keep`). Every rank of the group calls it, with its tokens and its experts; rows are sorted by all E experts.
+
+    x_TD and weights of one type, bf16, fp16 or fp32, as the heap's; weights_S fp32, int64 sent_WP, to which bytes are added. `first`
+    and `grid`, for tests: run `grid` of the setting's programs, from that number on. Whether it went well, the heap's `failed` says.
+    """
+    heap, pair, (n_experts, g, d), f = setting.heap, activation != "relu2", w_up_eGD.shape, w_down_eDF.shape[2]
+    (capacity, width), dtype = heap.regions["rows"]
+    assert x_TD.dtype == dtype == w_up_eGD.dtype == w_down_eDF.dtype and width == d, (x_TD.dtype, dtype, width, d)
+    assert n_experts * heap.ranks == setting.experts == rows.counts_E.numel(), (n_experts, setting.experts)
+    options = fused_options(setting, x_TD, w_up_eGD, w_down_eDF)
+    bn, bk, m = options["BN"], options["BK"], options["BM"]
+    w_up, up_described = describe(w_up_eGD, bn // 2 if pair else bn, bk)
+    w_down, down_described = describe(w_down_eDF, bn, bk)
+    h_RG, a_RF = x_TD.new_empty(capacity, g), x_TD.new_empty(capacity, f)
+    y_TD, kept_RD = torch.empty_like(x_TD), x_TD.new_empty(capacity, d) if keep else None
+    tables = torch.empty(tables_size(heap.ranks, setting.experts), dtype=torch.int32, device=x_TD.device)
+    k = rows.bag.shape[1] if rows.starts is None else 0
+    _fused_forward_kernel[(grid or setting.programs,)](
+        x_TD, w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E, h_RG, a_RF, kept_RD, y_TD,
+        heap.table, tables, sent_WP, x_TD.shape[0], k, d, f, g, x_TD.stride(0), *w_up_eGD.stride()[:2], *w_down_eDF.stride()[:2],
+        heap.rank, capacity // m, setting.spins, setting.programs, first,
+        BF=triton.next_power_of_2(columns(f, setting.tile, pair)), BT=m, KIND=activation, PAIR=pair, UP_DESCRIBED=up_described,
+        DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0, **options,
+    )  # fmt: skip
+    return y_TD, h_RG, tables, kept_RD
+
+
+
+# ---------------------------------------------------------------- ahead of time
+
+
+def compile_setting(target: str, d: int, f: int, dtype: torch.dtype, once: bool) -> tuple[Setting, dict[str, Any]]:
+    """A setting of 8 ranks and 64 experts, and what a rank of them has, on the meta device."""
+    from moesaic.kernels.targets import meta
+
+    ranks, n_experts, tokens, k, tile = 8, 64, 4096, 8, fused_tile(target)
+    tiles = room(ranks, n_experts, 2 * tokens * k, tile.m)
+    shapes = regions(ranks, n_experts, d, dtype, tokens * k, tiles, tile.m, columns(d, tile), columns(f, tile, True), True)
+    table = meta(len(shapes), ranks, dtype=torch.int64)
+    heap = Heap(0, ranks, shapes, meta(starts(shapes)[1], dtype=torch.uint8), [], table)
+    index, rows_R = meta(tokens * k, dtype=torch.int64), tiles * tile.m
+    rows = Rows(index, index, index, meta(tokens, k, dtype=torch.int64), None, meta(n_experts, dtype=torch.int64))
+    e = n_experts // ranks
+    return Setting(heap, n_experts, tile, once, programs=100), {
+        "x": meta(tokens, d, dtype=dtype), "weights": meta(tokens * k, dtype=torch.float32), "rows": rows,
+        "up": meta(e, 2 * f, d, dtype=dtype), "down": meta(e, d, f, dtype=dtype), "sent": meta(ranks, len(PHASES), dtype=torch.int64),
+        "h": meta(rows_R, 2 * f, dtype=dtype), "kept": meta(rows_R, d, dtype=dtype),
+        "tables": meta(tables_size(ranks, n_experts), dtype=torch.int32),
+    }  # fmt: skip
+
+
+COMPILED: dict[str, tuple[int, int, torch.dtype, bool]] = {
+    "D 2048, F 1024, bf16": (2048, 1024, torch.bfloat16, True),
+    "D 2048, F 1024, bf16, every row": (2048, 1024, torch.bfloat16, False),
+    "D 2048, F 1024, fp32": (2048, 1024, torch.float32, True),
+}
+
+
+def compile_cases(target: str) -> Any:
+    """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
+
+    def case(d: int, f: int, dtype: torch.dtype, once: bool) -> None:
+        s, g = compile_setting(target, d, f, dtype, once)
+        forward(g["x"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", s, g["sent"], keep=not once)
+
+    return {name: functools.partial(case, *sizes) for name, sizes in COMPILED.items()}

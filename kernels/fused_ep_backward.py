@@ -1,0 +1,302 @@
+"""Backward of moesaic.kernels.fused_ep: one persistent kernel, one launch, the same queue and flags.
+
+    dispatch    row of x's owner = dO[token of s], and X[token of s] again, unless forward kept the rows that came
+    up          da = W_down[x]^T row;  a again from h;  a' = weight a;  dh = act'(h) weight da;  parts of dS = <da, a>
+    down        slots of the source[s] = W_up[x]^T dh;  dS[s], the sum of its parts, to the source too
+    weight      dW_down[x] = sum over its rows of dO a'^T;  dW_up[x] = sum of dh X^T       in the order of rows
+    combine     dX[t] = sum over the slots of token t, in slot order, of slots[s]
+
+Where rows go was decided in forward, whose tables are kept. Letters as there.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moesaic.kernels.experts import dact_quarters
+from moesaic.kernels.fused_ep import (
+    COMPILED,
+    N_PHASES,
+    Setting,
+    bag_of,
+    begin,
+    compile_setting,
+    fragment,
+    fused_options,
+    holders,
+    planned,
+    raise_arrived,
+    raise_ready,
+    row_return,
+    send_places,
+    send_rows,
+    take,
+    wait_back,
+    wave_task,
+)
+from moesaic.kernels.fused_protocol import (
+    AGAIN,
+    ALIAS,
+    COMBINE,
+    DISPATCH,
+    DOWN,
+    NONE,
+    ORIGIN,
+    PLAN,
+    PLANNED,
+    ROWS,
+    SLOT_GRADS,
+    SLOTS,
+    UP,
+    WEIGHT,
+    WEIGHTS,
+    address,
+    begins,
+    count_bytes,
+    expert_of,
+    finish,
+    meet,
+    once,
+    raise_flags,
+    record,
+    sources_of,
+    tile_ends,
+    wait_ready,
+    wait_rows,
+)
+from moesaic.kernels.grouped_gemm import describe, rows_by_weight
+from moesaic.kernels.interpret import jit
+from moesaic.kernels.permute import Rows
+
+
+@jit
+def _rows_of(holder_R, start, r, count, BK: tl.constexpr, ONCE: tl.constexpr):
+    """(BK rows of an expert from its r-th on, which exist, the places that hold their values)."""
+    row = r + tl.arange(0, BK)
+    real = row < count
+    row = start + tl.where(real, row, 0)
+    holder = tl.load(holder_R + row, cache_modifier=".cg") if ONCE else row
+    return row.to(tl.int64), real, holder.to(tl.int64)
+
+
+@jit
+def weight_tile(
+    left, right, out, holder_R, start, count, p, q, P, Q, left_held, right_held,
+    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BP x BN of an expert's sum over rows of left^T right, of P and Q columns; of which one is read through `holder_R`."""
+    ps, qs = p * BP + tl.arange(0, BP), q * BN + tl.arange(0, BN)
+    acc = tl.zeros([BP, BN], tl.float32)
+    for r in range(0, count, BK):
+        row, real, holder = _rows_of(holder_R, start, r, count, BK, ONCE)
+        l_row, r_row = tl.where(left_held, holder, row), tl.where(right_held, holder, row)
+        l_KP = tl.load(left + l_row[:, None] * P + ps[None, :], mask=real[:, None] & (ps < P)[None, :], other=0.0)
+        r_KN = tl.load(right + r_row[:, None] * Q + qs[None, :], mask=real[:, None] & (qs < Q)[None, :], other=0.0)
+        acc = tl.dot(l_KP.T, r_KN, acc, input_precision=PRECISION)
+    to = out + ps.to(tl.int64)[:, None] * Q + qs[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=(ps < P)[:, None] & (qs < Q)[None, :])
+
+
+@jit
+def return_grads(parts_RP, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr):
+    """dS of a tile's rows, to their sources."""
+    table, me, _, _, _ = run
+    place = tile * BM + tl.arange(0, BM)
+    f = tl.arange(0, BF)
+    real = place < end
+    mask = real[:, None] & (f < FT)[None, :]
+    parts = tl.load(parts_RP + place.to(tl.int64)[:, None] * FT + f[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    origin = tl.load(address(table, ORIGIN, me, W, tl.int64) + tl.minimum(place, end - 1), cache_modifier=".cg")
+    to = address(table, SLOT_GRADS, origin >> 32, W, tl.float32) + (origin & 4294967295)
+    tl.store(to, tl.sum(parts, axis=1), mask=real)
+
+
+@jit
+def _fused_backward_kernel(
+    dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S, counts_E, dh_RG, a_RF, parts_RP,
+    dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
+    T, K, D, F, G, stride_dy, stride_x, stride_ue, stride_ur, stride_de, stride_dr, me, TILES, spins, programs, first,
+    W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr,
+    PAIR: tl.constexpr, ONCE: tl.constexpr, UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr,
+    EVEN_G: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, TRACE: tl.constexpr,
+):  # fmt: skip
+    TYPE: tl.constexpr = x_TD.dtype.element_ty
+    SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
+    e: tl.constexpr = E // W
+    FT, NT = tl.cdiv(F, BN), tl.cdiv(D, BN)
+    run, control, task, alive = begin(table, me, spins, first, W, BW)
+    if task == 0:
+        if alive != 0:
+            record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
+            fine = meet(run, W, BW, TRACE)
+            rank = tl.arange(0, BW)
+            count_bytes(sent_WP, rank, 4, rank * 0 + 4, (rank < W) & (rank != me), N_PHASES)
+            if fine:
+                record(1, -1, -1, -1, PLAN, once(), run, W, TRACE)
+                raise_flags(control + PLANNED + tl.arange(0, 1), once(), 4, -1, -1, me, run, W, TRACE)
+        task = take(control)
+    if alive != 0:
+        alive = planned(control, run, W, BW, TRACE).to(tl.int32)
+    sending, tiles = tl.load(tables), tl.load(tables + 1)
+    down_tiles = tl.cdiv(D, BP) * FT  # of dW_down
+    of_expert = down_tiles + tl.cdiv(G, BP) * NT
+    up_down = 1 + sending
+    weighing = up_down + tiles * (FT + NT)
+    combining = weighing + e * of_expert
+    end_of_queue = combining + tl.cdiv(T, BT) * NT
+    while (task < end_of_queue) & (alive != 0):
+        if task < up_down:
+            record(0, -1, task, -1, DISPATCH, once(), run, W, TRACE)
+            owner, tile, rows, real, slot = fragment(task - 1, tables, me, W, E, BE, BM)
+            token = tl.load(source_S + slot, mask=real, other=0)
+            holder, carried = holders(owner, rows, real, slot, token, expert_S, bag, starts, K, tables, E, W, ONCE)
+            record(1, tile, -1, owner, DISPATCH, once(), run, W, TRACE)
+            copies: tl.constexpr = 2 if kept_RD is None else 1
+            send_rows(dy_TD, token, stride_dy, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
+            if kept_RD is None:
+                send_rows(x_TD, token, stride_x, address(table, AGAIN, owner, W, TYPE), rows, carried, D, BM, BK)
+            weight = tl.load(weights_S + slot, mask=real, other=0.0)
+            tl.store(address(table, WEIGHT, owner, W, tl.float32) + rows, weight, mask=real)
+            send_places(owner, rows, real, slot, holder, run, W)
+            raise_arrived(owner, tile, run, W, TRACE)
+            sent = tl.sum(carried.to(tl.int32), axis=0) * (D * SIZE * copies)
+            count_bytes(sent_WP, owner, 1, sent, owner != me, N_PHASES)
+            count_bytes(sent_WP, owner, 2, tl.sum(real.to(tl.int32), axis=0) * 16, owner != me, N_PHASES)
+            count_bytes(sent_WP, owner, 4, task * 0 + 4, owner != me, N_PHASES)
+        elif task < weighing:
+            is_up, tile, column = wave_task(task - up_down, tiles, FT, NT, WAVE)
+            if is_up:
+                record(0, -1, task, -1, UP, once(), run, W, TRACE)
+                fine, j, holder, end = wait_rows(tile, tables, run, W, E, BE, BW, BM, ONCE, TRACE)
+                alive = fine.to(tl.int32)
+                if fine:
+                    record(1, tile, column, -1, UP, once(), run, W, TRACE)
+                    dy_M1 = address(table, ROWS, me, W, TYPE) + holder.to(tl.int64)[:, None] * D
+                    f, row = column * BN, (tile * BM).to(tl.int64)
+                    da_MN, _ = rows_by_weight(
+                        dy_M1, w_down, j, f, f, F, D, stride_de, stride_dr, BM, BN, BK, False, True, DOWN_DESCRIBED, EVEN_D,
+                        PRECISION,
+                    )  # fmt: skip
+                    rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1)
+                    w_M1 = tl.load(address(table, WEIGHT, me, W, tl.float32) + rows, cache_modifier=".cg")[:, None]
+                    part_M = dact_quarters(
+                        da_MN, w_M1, h_RG + row * G, dh_RG + row * G, a_RF + row * F, end - tile * BM, f, F, G, KIND, PAIR, BM,
+                        BN, WHOLE,
+                    )  # fmt: skip
+                    rows = tile * BM + tl.arange(0, BM)
+                    tl.store(parts_RP + rows.to(tl.int64) * FT + column, part_M, mask=rows < end)
+                    raise_ready(tile, column, FT, run, W, TRACE)
+            else:
+                record(0, -1, task, -1, DOWN, once(), run, W, TRACE)
+                fine = wait_ready(tile, FT, run, W, BW, BF, TRACE)
+                alive = fine.to(tl.int32)
+                if fine:
+                    record(1, tile, column, -1, DOWN, once(), run, W, TRACE)
+                    j = expert_of(tile, tables, e, E, BE)
+                    rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
+                    rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
+                    dx_MN, _ = rows_by_weight(
+                        dh_RG + rows[:, None] * G, w_up, j, column * BN, column * BN, D, G, stride_ue, stride_ur, BM, BN, BK,
+                        False, True, UP_DESCRIBED, EVEN_G, PRECISION,
+                    )  # fmt: skip
+                    if column == 0:
+                        return_grads(parts_RP, tile, end, FT, run, W, BM, BF)
+                        count_bytes(sent_WP, rank, 3, rows_of_rank * 4, (rows_of_rank > 0) & (rank != me), N_PHASES)
+                    row_return(
+                        dx_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, NT, TILES, D, run, W, BM, BN, TRACE,
+                        N_PHASES, TYPE,
+                    )  # fmt: skip
+        elif task < combining:
+            record(0, -1, task, -1, WEIGHTS, once(), run, W, TRACE)
+            j, local = (task - weighing) // of_expert, (task - weighing) % of_expert
+            upto = tl.load(tile_ends(tables, E) + j)
+            start = tl.load(begins(tables, E) + j * (W + 1))
+            count = tl.load(begins(tables, E) + j * (W + 1) + W) - start
+            for tile in range(start // BM, upto):
+                if alive != 0:
+                    alive = wait_ready(tile, FT, run, W, BW, BF, TRACE).to(tl.int32)
+            if alive != 0:
+                record(1, j, local, -1, WEIGHTS, once(), run, W, TRACE)
+                held = address(table, ALIAS, me, W, tl.int32)
+                if local < down_tiles:
+                    weight_tile(
+                        address(table, ROWS, me, W, TYPE), a_RF, dw_down + j.to(tl.int64) * D * F, held, start, count,
+                        local // FT, local % FT, D, F, True, False, BP, BN, BR, ONCE, PRECISION,
+                    )  # fmt: skip
+                else:
+                    local -= down_tiles
+                    x_RD = address(table, AGAIN, me, W, TYPE) if kept_RD is None else kept_RD
+                    weight_tile(
+                        dh_RG, x_RD, dw_up + j.to(tl.int64) * G * D, held, start, count,
+                        local // NT, local % NT, G, D, False, kept_RD is None, BP, BN, BR, ONCE, PRECISION,
+                    )  # fmt: skip
+        else:
+            record(0, -1, task, -1, COMBINE, once(), run, W, TRACE)
+            tile, column = (task - combining) // NT, (task - combining) % NT
+            token = tile * BT + tl.arange(0, BT)
+            ns = column * BN + tl.arange(0, BN)
+            at, n = bag_of(token, token < T, starts, K)
+            total_TN = tl.zeros([BT, BN], tl.float32)
+            slots = address(table, SLOTS, me, W, TYPE)
+            for k in range(tl.max(n, axis=0)):
+                if alive != 0:
+                    need = k < n
+                    slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
+                    alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(tl.int32)
+                    mask = need[:, None] & (ns < D)[None, :]
+                    places = slots + slot.to(tl.int64)[:, None] * D + ns[None, :]
+                    total_TN += tl.load(places, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+                    if column == 0:
+                        grads = address(table, SLOT_GRADS, me, W, tl.float32) + slot
+                        tl.store(dweights_S + slot, tl.load(grads, mask=need, other=0.0, cache_modifier=".cg"), mask=need)
+            if alive != 0:
+                record(1, tile, column, -1, COMBINE, once(), run, W, TRACE)
+            to = dx_TD + token.to(tl.int64)[:, None] * D + ns[None, :]
+            tl.store(to, total_TN.to(TYPE), mask=(token < T)[:, None] & (ns < D)[None, :])
+        task = take(control)
+    record(0, -1, task, -1, NONE, once(), run, W, TRACE)
+    finish(run, programs, W, TRACE)
+
+
+def backward(
+    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor | None, tables: Tensor, weights_S: Tensor, w_up_eGD: Tensor,
+    w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting, sent_WP: Tensor, first: int = 0, grid: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx_TD, dweights_S, dw_up_eGD, dw_down_eDF), of what `forward` took and returned. Every rank of the group calls it."""
+    heap, g, (n_experts, d, f) = setting.heap, w_up_eGD.shape[1], w_down_eDF.shape
+    options = fused_options(setting, dy_TD, w_up_eGD, w_down_eDF)
+    bn, bk, m = options["BN"], options["BK"], options["BM"]
+    w_up, up_described = describe(w_up_eGD, bk, bn)
+    w_down, down_described = describe(w_down_eDF, bk, bn)
+    ft = triton.cdiv(f, bn)
+    dh_RG, a_RF = torch.empty_like(h_RG), h_RG.new_empty(h_RG.shape[0], f)
+    parts_RP = weights_S.new_empty(h_RG.shape[0], ft)
+    dx_TD, dweights_S = torch.empty_like(x_TD), torch.zeros_like(weights_S)  # unused slots have no gradient
+    dw_up, dw_down = torch.empty_like(w_up_eGD), torch.empty_like(w_down_eDF)
+    k = rows.bag.shape[1] if rows.starts is None else 0
+    _fused_backward_kernel[(grid or setting.programs,)](
+        dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
+        dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
+        x_TD.shape[0], k, d, f, g, dy_TD.stride(0), x_TD.stride(0), *w_up_eGD.stride()[:2], *w_down_eDF.stride()[:2],
+        heap.rank, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
+        BF=triton.next_power_of_2(ft), BT=m, BP=max(m, bn), BR=max(bk, 16), KIND=activation, PAIR=activation != "relu2",
+        UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_G=g % bk == 0, WHOLE=f % bn == 0,
+        **options,
+    )  # fmt: skip
+    return dx_TD, dweights_S, dw_up, dw_down
+
+
+def compile_cases(target: str) -> Any:
+    """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
+
+    def case(d: int, f: int, dtype: torch.dtype, once: bool) -> None:
+        s, g = compile_setting(target, d, f, dtype, once)
+        kept = None if once else g["kept"]
+        backward(g["x"], g["x"], g["h"], kept, g["tables"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", s, g["sent"])
+
+    return {name: functools.partial(case, *sizes) for name, sizes in COMPILED.items()}
