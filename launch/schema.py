@@ -201,5 +201,7 @@ def check(c: Config) -> None:
             f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
     require(not c.precision.quantized or c.parallel.expert_path != "fused",
             f"parallel.expert_path=fused: has no products of precision={c.precision.recipe} yet; use all_to_all")  # fmt: skip
+    require(c.parallel.expert_path != "fused" or not c.model.expert_bias,
+            "model.expert_bias=true: must be false with parallel.expert_path=fused")  # fmt: skip
     require(c.wandb.mode in ("offline", "online", "disabled"),
             f"wandb.mode={c.wandb.mode}: must be one of offline, online, disabled")  # fmt: skip

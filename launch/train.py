@@ -113,7 +113,7 @@ def train(config: Config, device: torch.device) -> None:
     fill = weights.read_into if weights else None
     model = parallelize(
         config.model, config.parallel, meshes, seed=config.train.seed, device=device, compute=compute, fill=fill,
-        precision=config.precision,
+        precision=config.precision, tokens=most_tokens(config.train),
     )  # fmt: skip
     engine = start_engine(config.parallel, model, make_optimizer(model, config.optim))
     torch.manual_seed(config.train.seed * 1_000_003 + rank)
@@ -353,6 +353,14 @@ def micro_batches(sequences: int, config: TrainConfig, rank: int, world: int) ->
     return [
         (min(first + i * micro, end), max(0, min(micro, end - first - i * micro))) for i in range(-(-largest // micro))
     ]
+
+
+def most_tokens(config: TrainConfig) -> int:
+    """Tokens of a micro-batch, at most, in training and evaluation, whatever remains for the last batch."""
+    micro = config.micro_batch
+    if micro is None:
+        micro = min(config.global_batch, max(1, MICRO_BATCH_TOKENS // config.seq_len))
+    return micro * config.seq_len
 
 
 @torch.no_grad()

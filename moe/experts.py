@@ -323,7 +323,8 @@ class Experts(nn.Module):
     biases b_up_EG, b_down_ED where `model.expert_bias` says so.
 
     forward(x_ND, weights_R, rows, ids_N) -> y_ND; ids_N: what `numbers` gave, of each input row. A sharded weight (a DTensor over
-    the expert dimension) is used by its local part: `rows` then speaks of this rank's experts.
+    the expert dimension) is used by its local part: `rows` then speaks of this rank's experts. `operation`, of a path that has its
+    own, is called with the weights too.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -340,9 +341,14 @@ class Experts(nn.Module):
         """int64 (T,), the numbers of the tokens of this forward pass, where the operation needs those of its rows."""
         return self.low.numbers(tokens, device) if self.low is not None else None
 
-    def forward(self, x_ND: Tensor, weights_R: Tensor, rows: Rows, ids_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_ND: Tensor, weights_R: Tensor, rows: Rows, ids_N: Tensor | None = None,
+        operation: Callable[..., Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         parameters: Any = (self.w_up_EGD, self.w_down_EDF, self.b_up_EG, self.b_down_ED)
         w_up, w_down, b_up, b_down = (w.to_local() if hasattr(w, "to_local") else w for w in parameters)
+        if operation:
+            return operation(x_ND, weights_R, rows, w_up, w_down, b_up, b_down, self.activation)
         if self.low is not None and self.low.active:
             mesh = getattr(self.w_up_EGD, "device_mesh", None)
             first = 0 if mesh is None else mesh.get_local_rank("expert") * w_up.shape[0]

@@ -1,12 +1,14 @@
 """The one place where a model is spread over ranks."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moesaic.moe.config import ModelConfig
+from moesaic.moe.dispatch import ExpertPath
 from moesaic.moe.layer import MoE
 from moesaic.moe.low import lower
 from moesaic.moe.model import Block, Fill, Transformer, initialize
@@ -17,6 +19,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import AllToAllPath
 from moesaic.parallel.fsdp import RESHARD, FSDPEngine, divide_experts, prefetch, shard_block, shard_experts, shard_root
+from moesaic.parallel.fused import fused_paths
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.remat import recompute
 from moesaic.parallel.trace import name_groups
@@ -25,7 +28,7 @@ from moesaic.parallel.two_hop import communicating_path
 
 def parallelize(
     config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, *, seed: int, device: torch.device, compute: torch.dtype,
-    fill: Fill | None = None, precision: PrecisionConfig | None = None,
+    fill: Fill | None = None, precision: PrecisionConfig | None = None, tokens: int | None = None,
 ) -> Transformer:  # fmt: skip
     """A model with initial weights, or those that `fill` gives, spread over the ranks of `meshes`. Collective. In this order:
 
@@ -39,7 +42,8 @@ def parallelize(
        batch go through; then what `parallel.remat` says into every block.
 
     Gradients are sums over ranks: divide the loss by the tokens of the global batch. `compute` is the type of matrix
-    products; parameters, gradients and their sums are fp32.
+    products; parameters, gradients and their sums are fp32. `tokens`: those of a forward pass, at most, on any rank, for which
+    expert_path=fused makes room (None: as many as the first one has).
     """
     # Inputs are not cast: a block's are in `compute` already, but for the rotary tables, whose angles need fp32.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -48,7 +52,11 @@ def parallelize(
     low = precision or PrecisionConfig()
     lower(model, low, seed)
     path, fsdp = expert_path(parallel, meshes), parallel.engine == "fsdp"
-    new_path = None if path == "local" else communicating_path(path, parallel, meshes)
+    new_path: Callable[[str], ExpertPath] | None = None
+    if path == "fused":
+        new_path = fused_paths(config, parallel, meshes, compute, device, tokens)
+    elif path != "local":
+        new_path = communicating_path(path, parallel, meshes)
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         initialize(block, f"blocks.{i}.", config, seed, device, fill)

@@ -15,7 +15,8 @@ class ParallelConfig:
     replicate     copies of the dense parameters, each sharded over world / replicate neighbouring ranks; experts are copied as
                   far as `expert` allows, see moesaic.parallel.mesh
     expert_path   local: every rank computes all experts, and expert is 1; all_to_all: tokens travel to their experts;
-                  two_hop: the same, but between nodes once for each node; auto: local where expert comes to 1, else all_to_all
+                  two_hop: the same, but between nodes once for each node; fused: one kernel forward and one backward stores rows
+                  into the other ranks' memory, see moesaic.parallel.fused; auto: local where expert comes to 1, else all_to_all
     node_size     neighbouring ranks in one node, with fast links; must divide the expert degree, or be a multiple of it.
                   auto: what torchrun started on this machine
     reshard       whether weights gathered for forward are let go before backward, which then gathers them again. auto: those of
@@ -25,6 +26,9 @@ class ParallelConfig:
     max_recv_tokens_factor   most rows that a rank's experts may get in a call of a layer, in training, as a multiple of an even
                   load, see moesaic.parallel.overload (null: any number; of no effect with expert_path=local)
     overload      what is above it. error: the run ends with a line; drop: rows of the lowest router weights are left out
+    fused_once    fused: a row crosses once to each rank that needs it, however many experts it visits there; false: once for each
+    fused_keep    fused: rows that came are kept for backward, else they are sent again
+    comm_sms      fused: multiprocessors that its persistent kernels leave to the collectives of FSDP (of no effect on a CPU)
     timeout       seconds without the begin or end of a collective, on any rank, after which the run ends and says who waits for
                   whom, see moesaic.parallel.trace
     """
@@ -39,6 +43,9 @@ class ParallelConfig:
     remat: str = "none"
     max_recv_tokens_factor: float | None = None
     overload: str = "error"
+    fused_once: bool = True
+    fused_keep: bool = False
+    comm_sms: int = 16
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
@@ -59,8 +66,9 @@ class ParallelConfig:
                 f"parallel.reshard={self.reshard}: must be one of auto, always, never")  # fmt: skip
         require(self.remat in ("none", "selective", "full"),
                 f"parallel.remat={self.remat}: must be one of none, selective, full")  # fmt: skip
-        require(path in ("auto", "local", "all_to_all", "two_hop"),
-                f"parallel.expert_path={path}: must be one of auto, local, all_to_all, two_hop")  # fmt: skip
+        require(path in ("auto", "local", "all_to_all", "two_hop", "fused"),
+                f"parallel.expert_path={path}: must be one of auto, local, all_to_all, two_hop, fused")  # fmt: skip
+        require(self.comm_sms >= 0, f"parallel.comm_sms={self.comm_sms}: must not be negative")
         node = self.node_size
         require(node == "auto" or (node.isdecimal() and int(node) >= 1),
                 f"parallel.node_size={node}: must be auto or a positive number")  # fmt: skip

@@ -1,0 +1,292 @@
+"""The fused expert path: dispatch, experts and combine of a layer in one persistent kernel, forward and backward (docs/fused.md).
+
+    1. sort this rank's slots by expert, as the local path does
+    2. one launch: rows travel into the memory of the ranks that hold their experts, are computed there, and travel back
+    3. autograd calls the other one, with where the rows went, h, and the rows that came, if `parallel.fused_keep`
+
+All layers of a run use one symmetric heap for each expert group, in the order in which they run. It has room for what a call may bring at
+most; nothing is dropped, and the host waits for nothing. The other collectives of the run never wait inside a launch: every rank
+issues both in the same order.
+
+**Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert: `FusedPath.sent`.
+
+Letters: T tokens of this rank, D model width, E experts in all, e on this rank, W ranks of the group, S slots, P phases.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesaic.kernels.permute import Rows
+from moesaic.kernels.symmetric import Exchange, make_heap, shared_memory
+from moesaic.kernels.tiles import fused_tile, rounding_tile
+from moesaic.moe.config import ModelConfig
+from moesaic.moe.dispatch import sorted_rows
+from moesaic.moe.experts import Experts
+from moesaic.moe.router import Routing
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.expert import AllToAllPath, Sent
+from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.overload import Limit
+from moesaic.parallel.two_hop import node_ranks
+
+POLLS = {"cpu": 2_000, "cuda": 1_000_000}  # of a wait, a second, about: an interpreted one, and one of an L2 cache
+
+
+def most_slots(config: ModelConfig, tokens: int, tile: int) -> int:
+    """Slots that a router makes of `tokens` at most."""
+    router, experts = config.router, config.n_experts
+    slots = tokens * router.top_k
+    if router.kind == "expert_choice":
+        slots = min(tokens, -(-slots // experts)) * experts
+    elif router.rounding != "none":
+        slots = min(tokens * experts, slots + experts * (tile - 1))
+    return slots
+
+
+class Space:
+    """The heap of an expert group, and what all launches in it share."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, config: ModelConfig, parallel: ParallelConfig, compute: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        from moesaic.kernels.fused_ep import grid_programs  # only here: without a GPU it starts Triton's interpreter
+
+        self.group, self.config, self.parallel, self.compute, self.device = group, config, parallel, compute, device
+        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.programs = grid_programs(device, parallel.comm_sms)
+        self.tokens, self.setting = -1, None
+        self.watched: list[tuple[Any, Tensor, str]] = []
+
+    def reserve(self, tokens: int) -> None:
+        """Room for calls of `tokens` on any rank, the largest number that one of them gives. Collective; no call may be under way, and
+        none between its forward and its backward."""
+        from moesaic.kernels import fused_ep
+        from moesaic.kernels.fused_protocol import regions
+
+        tokens = max(self.exchange(tokens))
+        if tokens <= self.tokens:
+            return
+        config, tile, factor = self.config, fused_tile(self.device), self.parallel.max_recv_tokens_factor
+        d, f, gated = config.d_model, config.d_expert, config.activation != "relu2"
+        slots = most_slots(config, tokens, rounding_tile(self.device, config.router.rounding_tile))
+        rows = self.ranks * min(slots, tokens * config.n_experts // self.ranks)
+        if factor is not None:
+            rows = min(rows, int(factor * slots) + 1)
+        tiles = fused_ep.room(self.ranks, config.n_experts, rows, tile.m)
+        shapes = regions(
+            self.ranks, config.n_experts, d, self.compute, slots, tiles, tile.m, fused_ep.columns(d, tile),
+            fused_ep.columns(f, tile, gated), not self.parallel.fused_keep,
+        )  # fmt: skip
+        allocate = shared_memory if self.device.type == "cpu" else self.device_memory
+        heap = make_heap(self.rank, shapes, self.exchange, allocate)
+        spins = min(int(self.parallel.timeout * POLLS[self.device.type]), 2**31 - 1)
+        self.setting = fused_ep.Setting(heap, config.n_experts, tile, self.parallel.fused_once, spins, self.programs)
+        self.tokens = tokens
+
+    def exchange(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def device_memory(self, size: int, exchange: Exchange) -> tuple[Tensor, list[Any], list[int]]:
+        """What moesaic.kernels.symmetric.shared_memory gives, of memory that GPUs map over NVLink."""
+        if self.ranks == 1:
+            memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            return memory, [memory], [memory.data_ptr()]
+        import torch.distributed._symmetric_memory as symmetric
+
+        memory = symmetric.empty(size, dtype=torch.uint8, device=self.device)
+        handle = symmetric.rendezvous(memory, self.group)
+        memory.zero_()
+        torch.cuda.synchronize(self.device)
+        exchange(None)  # nobody stores before everybody's memory is zero
+        return memory, [handle], list(handle.buffer_ptrs)
+
+    def check(self, what: str) -> None:
+        """Raises FusedError on every rank if a rank waited in vain: on a CPU in this launch, on CUDA in one that has ended."""
+        from moesaic.kernels.fused_protocol import FusedError, failures
+
+        failed = self.setting.heap.view("failed")
+        event = None
+        if failed.is_cuda:
+            failed, event = failed.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        self.watched.append((event, failed, what))
+        while self.watched and (self.watched[0][0] is None or self.watched[0][0].query()):
+            _, failed, what = self.watched.pop(0)
+            if failed[:, 0].any():
+                told = "; ".join(str(failure) for failure in failures(failed))
+                raise FusedError(f"parallel.expert_path=fused, {what}: {told}")
+
+
+class _Sent(Sent):
+    """Bytes by (hop, phase), read from the kernels' counters; to clear it clears them."""
+
+    def __init__(self, counters_WP: Tensor, own: int) -> None:
+        from moesaic.kernels.fused_ep import PHASES
+
+        super().__init__()
+        self.counters_WP = counters_WP
+        others = counters_WP.sum(dim=0) - counters_WP[own]
+        self.update({("intra", phase): count for phase, count in zip(PHASES, others.tolist(), strict=True) if count})
+
+    def clear(self) -> None:
+        super().clear()
+        self.counters_WP.zero_()
+
+
+class FusedPath(AllToAllPath):
+    """Experts divided over the ranks of a group that can store into each other's memory, rank w holding experts w * e to (w + 1) * e.
+
+    Every rank of the group must call it equally often, with a batch of any size that the heap has room for, even an empty one. The first
+    call reserves room, if nobody did before. Raises ValueError for more tokens than that, and FusedError, on all ranks, where one
+    of them waited in vain for `parallel.timeout` seconds.
+    """
+
+    def __init__(self, space: Space, limit: Limit | None = None, layer: str = "") -> None:
+        self.space, self.layer, self.number, self.counting = space, layer, next(_numbers), True
+        super().__init__(space.group, limit=limit, layer=layer)
+        _paths[self.number] = self
+
+    # `AllToAllPath.__init__` sets it; here the kernels count.
+    @property  # type: ignore[override]
+    def sent(self) -> Sent:
+        return _Sent(self.counters_WP, self.rank)
+
+    @sent.setter
+    def sent(self, value: Sent) -> None:
+        from moesaic.kernels.fused_ep import PHASES
+
+        self.counters_WP = torch.zeros(self.space.ranks, len(PHASES), dtype=torch.int64, device=self.space.device)
+        self.uncounted_WP = torch.zeros_like(self.counters_WP)
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        if self.space.tokens < 0:
+            self.space.reserve(routing.tokens)
+        if routing.tokens > self.space.tokens:
+            raise ValueError(
+                f"parallel.expert_path=fused: {routing.tokens:,} tokens in a call of {self.layer}, its memory is made for "
+                f"{self.space.tokens:,}; reserve more, on all ranks"
+            )
+        rows = sorted_rows(routing, experts, x_TD)
+        weights_S = routing.weights_S.index_select(0, rows.slot_R)
+        self.counting = experts.training
+        return experts(x_TD, weights_S, rows, operation=self.fused)
+
+    def fused(
+        self, x_TD: Tensor, weights_S: Tensor, rows: Rows, w_up: Tensor, w_down: Tensor, b_up: Tensor | None,
+        b_down: Tensor | None, activation: str,
+    ) -> Tensor:  # fmt: skip
+        assert b_up is None and b_down is None, "refused with the knobs"
+        return _op(
+            x_TD.contiguous(), weights_S.float().contiguous(), w_up.contiguous(), w_down.contiguous(), rows.source_R,
+            rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number,
+        )[0]  # fmt: skip
+
+
+def fused_paths(
+    config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, compute: torch.dtype, device: torch.device,
+    tokens: int | None,
+) -> Callable[[str], FusedPath]:  # fmt: skip
+    """What makes the path of each layer, given the layer's name. Collective.
+
+    tokens: of a call of any rank, at most; None: of the first call. Raises ValueError where the ranks of an expert group are in several nodes.
+    """
+    degree = meshes.expert_parallel
+    node = node_ranks(parallel.node_size, degree)
+    if node < degree:
+        raise ValueError(
+            f"parallel.expert_path=fused: parallel.expert={degree} must be within a node, of {node} ranks (parallel.node_size)"
+        )
+    space = Space(meshes.experts.get_group("expert"), config, parallel, compute, device)
+    if tokens is not None:
+        space.reserve(tokens)
+    factor = parallel.max_recv_tokens_factor
+    return lambda layer: FusedPath(space, None if factor is None else Limit(factor, parallel.overload, layer), layer)
+
+
+# ---------------------------------------------------------------- one operation for autograd and FSDP
+
+_numbers = itertools.count()
+_paths: weakref.WeakValueDictionary[int, "FusedPath"] = weakref.WeakValueDictionary()  # an operation takes their numbers
+
+
+def _rows(source: Tensor, expert: Tensor, bag: Tensor, starts: Tensor | None, counts: Tensor) -> Rows:
+    return Rows(source, source, expert, bag, starts, counts)
+
+
+def _forward(
+    x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
+    starts: Tensor | None, counts_E: Tensor, activation: str, path: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from moesaic.kernels.fused_ep import forward
+
+    caller = _paths[path]
+    sent = caller.counters_WP if caller.counting else caller.uncounted_WP
+    y_TD, h_RG, tables, kept_RD = forward(
+        x_TD, weights_S, w_up_eGD, w_down_eDF, _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting,
+        sent, caller.space.parallel.fused_keep,
+    )  # fmt: skip
+    caller.space.check(f"forward of {caller.layer}")
+    return y_TD, h_RG, tables, x_TD.new_empty(0) if kept_RD is None else kept_RD
+
+
+def _backward(
+    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor, tables: Tensor, weights_S: Tensor, w_up_eGD: Tensor,
+    w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor, starts: Tensor | None, counts_E: Tensor, activation: str,
+    path: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from moesaic.kernels.fused_ep_backward import backward
+
+    caller = _paths[path]
+    grads = backward(
+        dy_TD, x_TD, h_RG, kept_RD if kept_RD.numel() else None, tables, weights_S, w_up_eGD, w_down_eDF,
+        _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
+    )  # fmt: skip
+    caller.space.check(f"backward of {caller.layer}")
+    return grads
+
+
+_op = torch.library.custom_op("moesaic::fused_experts", _forward, mutates_args=())
+_op_backward = torch.library.custom_op("moesaic::fused_experts_backward", _backward, mutates_args=())
+
+
+@_op.register_fake
+def _(x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from moesaic.kernels.fused_protocol import tables_size
+
+    space = _paths[rest[-1]].space
+    rows, width = space.setting.heap.regions["rows"][0]
+    tables = weights_S.new_empty(tables_size(space.ranks, space.config.n_experts), dtype=torch.int32)
+    kept = x_TD.new_empty(rows, width) if space.parallel.fused_keep else x_TD.new_empty(0)
+    return torch.empty_like(x_TD), x_TD.new_empty(rows, w_up_eGD.shape[1]), tables, kept
+
+
+@_op_backward.register_fake
+def _(
+    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor, tables: Tensor, weights_S: Tensor, w_up: Tensor, w_down: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x_TD), torch.empty_like(weights_S), torch.empty_like(w_up), torch.empty_like(w_down)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path = inputs
+    _, h_RG, tables, kept_RD = output
+    ctx.save_for_backward(x_TD, h_RG, kept_RD, tables, weights_S, w_up, w_down, source, expert, bag, starts, counts_E)
+    ctx.mark_non_differentiable(h_RG, tables, kept_RD)
+
+
+def _differentiate(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = _op_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.path)
+    return (*grads, *[None] * 7)
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
