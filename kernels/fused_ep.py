@@ -69,7 +69,7 @@ from moesaic.kernels.grouped_gemm import describe, launch_options, rows_by_weigh
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.permute import Rows
 from moesaic.kernels.symmetric import Heap, starts
-from moesaic.kernels.tiles import Tile, fused_tile, processors
+from moesaic.kernels.tiles import Tile, fused_tile, processors, target_name
 
 # Of the byte counters: per-expert counts; row values; origin, alias and weight of rows; returned rows (backward: and dS); flags.
 PHASES = ("counts", "dispatch", "slots", "combine", "flags")
@@ -80,11 +80,11 @@ N_PHASES = tl.constexpr(len(PHASES))
 
 
 @jit
-def begin(table, me, spins, first, W: tl.constexpr, BW: tl.constexpr):
+def begin(table, me, spins, first, W: tl.constexpr, BW: tl.constexpr, AMD: tl.constexpr):
     """(run, the pointer to this rank's words, the first task, whether no rank has failed)."""
     control = address(table, CONTROL, me, W, tl.int32)
     program = tl.program_id(0) + first
-    run = (table, me, tl.load(control + EPOCH) + 1, spins, program)
+    run = (table, me, tl.load(control + EPOCH) + 1, spins, program, AMD)
     return run, control, take(control), 1 - has_failed(run, W, BW).to(tl.int32)
 
 
@@ -96,7 +96,7 @@ def take(control):
 @jit
 def planned(control, run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
     """Wait for this rank's plan."""
-    _, me, _, _, _ = run
+    _, me, _, _, _, _ = run
     one, none = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32) - 1
     return wait_for(control + PLANNED + one, one == 0, 1, 5, none, none, one + me, run, W, BW, TRACE)
 
@@ -154,18 +154,18 @@ def holders(
 
 
 @jit
-def send_rows(x, token, stride, to, rows, carried, D, BM: tl.constexpr, BK: tl.constexpr):
+def send_rows(x, token, to, rows, carried, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """x[token] to places `rows` of `to`."""
     for d in range(0, D, BK):
         ds = d + tl.arange(0, BK)
-        mask = carried[:, None] & (ds < D)[None, :]
-        values = tl.load(x + token.to(tl.int64)[:, None] * stride + ds[None, :], mask=mask, other=0.0)
+        mask = carried[:, None] if D % BK == 0 else carried[:, None] & (ds < D)[None, :]
+        values = tl.load(x + token.to(tl.int64)[:, None] * D + ds[None, :], mask=mask, other=0.0)
         tl.store(to + rows.to(tl.int64)[:, None] * D + ds[None, :], values, mask=mask)
 
 
 @jit
 def send_places(owner, rows, real, slot, holder, run, W: tl.constexpr):
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     origin = (tl.zeros_like(slot) + me).to(tl.int64) * 4294967296 + slot
     tl.store(address(table, ORIGIN, owner, W, tl.int64) + rows, origin, mask=real)
     tl.store(address(table, ALIAS, owner, W, tl.int32) + rows, holder, mask=real)
@@ -173,14 +173,14 @@ def send_places(owner, rows, real, slot, holder, run, W: tl.constexpr):
 
 @jit
 def raise_arrived(owner, tile, run, W: tl.constexpr, TRACE: tl.constexpr):
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     word = address(table, ARRIVED, owner, W, tl.int32) + tile * W + me + tl.arange(0, 1)
     raise_flags(word, once(), 6, tile, -1, owner, run, W, TRACE)
 
 
 @jit
 def raise_ready(tile, f, FT, run, W: tl.constexpr, TRACE: tl.constexpr):
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     word = address(table, READY, me, W, tl.int32) + tile * FT + f + tl.arange(0, 1)
     raise_flags(word, once(), 8, tile, f, me, run, W, TRACE)
 
@@ -199,16 +199,16 @@ def wave_task(task, tiles, FT, NT, WAVE):
 
 @jit
 def row_return(
-    values_MN, tile, n, end, rank, rows_of_rank, sent_WP, size, NT, TILES, D, run,
-    W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+    values_MN, tile, n, end, rank, rows_of_rank, sent_WP, size, TILES, run, NT: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Store columns n of a tile's results into the slots they belong to, wherever; raise `back` there."""
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     place = tile * BM + tl.arange(0, BM)
     ns = n * BN + tl.arange(0, BN)
     origin = tl.load(address(table, ORIGIN, me, W, tl.int64) + tl.minimum(place, end - 1), cache_modifier=".cg")
     to = address(table, SLOTS, origin >> 32, W, TYPE) + (origin & 4294967295) * D
-    tl.store(to[:, None] + ns[None, :], values_MN.to(TYPE), mask=(place < end)[:, None] & (ns < D)[None, :])
+    mask = (place < end)[:, None] if D % BN == 0 else (place < end)[:, None] & (ns < D)[None, :]
+    tl.store(to[:, None] + ns[None, :], values_MN.to(TYPE), mask=mask)
     raise_back(tile, n, rank, rows_of_rank, NT, TILES, run, W, TRACE)
     width = tl.minimum(BN, D - n * BN) * size
     others = (rows_of_rank > 0) & (rank != me)
@@ -218,7 +218,7 @@ def row_return(
 
 @jit
 def raise_back(tile, n, rank, rows_of_rank, NT, TILES, run, W: tl.constexpr, TRACE: tl.constexpr):
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     need = rows_of_rank > 0
     words = address(table, BACK, tl.where(need, rank, 0), W, tl.int32) + (me * TILES + tile) * NT + n
     raise_flags(words, need, 10, tile, n, rank, run, W, TRACE)
@@ -230,7 +230,7 @@ def wait_back(
     TRACE: tl.constexpr,
 ):  # fmt: skip
     """Until columns n of slots are there."""
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     expert = tl.load(expert_R + slot, mask=need, other=0).to(tl.int32)
     owner = expert // (E // W)
     place = tl.load(places(tables, E) + expert) + slot - tl.load(firsts(tables, E) + expert)
@@ -245,17 +245,18 @@ def wait_back(
 @jit
 def _fused_forward_kernel(
     x_TD, w_up, w_down, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF, kept_RD, y_TD, table, tables, sent_WP,
-    T, K, D, F, G, stride_x, stride_ue, stride_ur, stride_de, stride_dr, me, TILES, spins, programs, first,
-    W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
+    T, me, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
+    BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
     UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
     PRECISION: tl.constexpr, TRACE: tl.constexpr,
+    AMD: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_TD.dtype.element_ty
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
     BU: tl.constexpr = BN // 2 if PAIR else BN
-    FT, NT = tl.cdiv(F, BU), tl.cdiv(D, BN)
-    run, control, task, alive = begin(table, me, spins, first, W, BW)
+    FT: tl.constexpr = (F + BU - 1) // BU
+    NT: tl.constexpr = (D + BN - 1) // BN
+    run, control, task, alive = begin(table, me, spins, first, W, BW, AMD)
     if task == 0:
         if alive != 0:
             record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
@@ -286,7 +287,7 @@ def _fused_forward_kernel(
             token = tl.load(source_S + slot, mask=real, other=0)
             holder, carried = holders(owner, rows, real, slot, token, expert_S, bag, starts, K, tables, E, W, ONCE)
             record(1, tile, -1, owner, DISPATCH, once(), run, W, TRACE)
-            send_rows(x_TD, token, stride_x, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
+            send_rows(x_TD, token, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
             send_places(owner, rows, real, slot, holder, run, W)
             raise_arrived(owner, tile, run, W, TRACE)
             count_bytes(sent_WP, owner, 1, tl.sum(carried.to(tl.int32), axis=0) * D * SIZE, owner != me, N_PHASES)
@@ -304,15 +305,15 @@ def _fused_forward_kernel(
                     x_M1 = rows_RD + holder.to(tl.int64)[:, None] * D
                     f = column * BU
                     gate_MN, up_MN = rows_by_weight(
-                        x_M1, w_up, j, f, F + f, G, D, stride_ue, stride_ur, BM, BU, BK, PAIR, False, UP_DESCRIBED, EVEN_D,
+                        x_M1, w_up, j, f, F + f, G, D, G * D, D, BM, BU, BK, PAIR, False, UP_DESCRIBED, EVEN_D,
                         PRECISION,
                     )  # fmt: skip
                     rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
                     fs = f + tl.arange(0, BU)
-                    exists = (rows < end)[:, None] & (fs < F)[None, :]
+                    exists = (rows < end)[:, None] if F % BU == 0 else (rows < end)[:, None] & (fs < F)[None, :]
                     if kept_RD is not None:
                         if column == 0:
-                            send_rows(rows_RD, holder, D, kept_RD, rows, rows < end, D, BM, BK)
+                            send_rows(rows_RD, holder, kept_RD, rows, rows < end, D, BM, BK)
                     store_activated(gate_MN, up_MN, h_RG, a_RF, rows, exists, fs, F, G, KIND, PAIR)
                     raise_ready(tile, column, FT, run, W, TRACE)
             else:
@@ -325,11 +326,11 @@ def _fused_forward_kernel(
                     rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
                     rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
                     y_MN, _ = rows_by_weight(
-                        a_RF + rows[:, None] * F, w_down, j, column * BN, column * BN, D, F, stride_de, stride_dr, BM, BN, BK,
+                        a_RF + rows[:, None] * F, w_down, j, column * BN, column * BN, D, F, D * F, F, BM, BN, BK,
                         False, False, DOWN_DESCRIBED, EVEN_F, PRECISION,
                     )  # fmt: skip
                     row_return(
-                        y_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, NT, TILES, D, run, W, BM, BN, TRACE,
+                        y_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, TILES, run, NT, D, W, BM, BN, TRACE,
                         N_PHASES, TYPE,
                     )  # fmt: skip
         else:
@@ -348,7 +349,7 @@ def _fused_forward_kernel(
                     slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
                     alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(tl.int32)
                     weight = tl.load(weights_S + slot, mask=need, other=0.0)
-                    mask = need[:, None] & (ns < D)[None, :]
+                    mask = need[:, None] if D % BN == 0 else need[:, None] & (ns < D)[None, :]
                     values = tl.load(slots + slot.to(tl.int64)[:, None] * D + ns[None, :], mask=mask, other=0.0, cache_modifier=".cg")
                     total_TN += weight[:, None] * values.to(tl.float32)
             if alive != 0:
@@ -402,6 +403,7 @@ def fused_options(setting: Setting, x: Tensor, *weights: Tensor) -> dict[str, An
     return options | {
         "W": heap.ranks, "E": setting.experts, "BE": triton.next_power_of_2(setting.experts),
         "BW": triton.next_power_of_2(heap.ranks), "WAVE": setting.wave, "ONCE": setting.once, "TRACE": setting.trace,
+        "AMD": target_name(x.device).startswith("gfx"),
     }  # fmt: skip
 
 
@@ -422,6 +424,7 @@ def forward(
     heap, pair, (n_experts, g, d), f = setting.heap, activation != "relu2", w_up_eGD.shape, w_down_eDF.shape[2]
     (capacity, width), dtype = heap.regions["rows"]
     assert x_TD.dtype == dtype == w_up_eGD.dtype == w_down_eDF.dtype and width == d, (x_TD.dtype, dtype, width, d)
+    assert x_TD.is_contiguous() and w_up_eGD.is_contiguous() and w_down_eDF.is_contiguous()
     assert n_experts * heap.ranks == setting.experts == rows.counts_E.numel(), (n_experts, setting.experts)
     options = fused_options(setting, x_TD, w_up_eGD, w_down_eDF)
     bn, bk, m = options["BN"], options["BK"], options["BM"]
@@ -433,9 +436,8 @@ def forward(
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_forward_kernel[(grid or setting.programs,)](
         x_TD, w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E, h_RG, a_RF, kept_RD, y_TD,
-        heap.table, tables, sent_WP, x_TD.shape[0], k, d, f, g, x_TD.stride(0), *w_up_eGD.stride()[:2], *w_down_eDF.stride()[:2],
-        heap.rank, capacity // m, setting.spins, setting.programs, first,
-        BF=triton.next_power_of_2(columns(f, setting.tile, pair)), BT=m, KIND=activation, PAIR=pair, UP_DESCRIBED=up_described,
+        heap.table, tables, sent_WP, x_TD.shape[0], heap.rank, capacity // m, setting.spins, setting.programs, first,
+        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, setting.tile, pair)), BT=m, KIND=activation, PAIR=pair, UP_DESCRIBED=up_described,
         DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0, **options,
     )  # fmt: skip
     return y_TD, h_RG, tables, kept_RD

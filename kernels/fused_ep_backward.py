@@ -85,17 +85,19 @@ def _rows_of(holder_R, start, r, count, BK: tl.constexpr, ONCE: tl.constexpr):
 
 @jit
 def weight_tile(
-    left, right, out, holder_R, start, count, p, q, P, Q, left_held, right_held,
-    BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, PRECISION: tl.constexpr,
+    left, right, out, holder_R, start, count, p, q, P: tl.constexpr, Q: tl.constexpr,
+    LEFT_HELD: tl.constexpr, RIGHT_HELD: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BP x BN of an expert's sum over rows of left^T right, of P and Q columns; of which one is read through `holder_R`."""
     ps, qs = p * BP + tl.arange(0, BP), q * BN + tl.arange(0, BN)
     acc = tl.zeros([BP, BN], tl.float32)
     for r in range(0, count, BK):
         row, real, holder = _rows_of(holder_R, start, r, count, BK, ONCE)
-        l_row, r_row = tl.where(left_held, holder, row), tl.where(right_held, holder, row)
-        l_KP = tl.load(left + l_row[:, None] * P + ps[None, :], mask=real[:, None] & (ps < P)[None, :], other=0.0)
-        r_KN = tl.load(right + r_row[:, None] * Q + qs[None, :], mask=real[:, None] & (qs < Q)[None, :], other=0.0)
+        l_row, r_row = holder if LEFT_HELD else row, holder if RIGHT_HELD else row
+        l_mask = real[:, None] if P % BP == 0 else real[:, None] & (ps < P)[None, :]
+        r_mask = real[:, None] if Q % BN == 0 else real[:, None] & (qs < Q)[None, :]
+        l_KP = tl.load(left + l_row[:, None] * P + ps[None, :], mask=l_mask, other=0.0)
+        r_KN = tl.load(right + r_row[:, None] * Q + qs[None, :], mask=r_mask, other=0.0)
         acc = tl.dot(l_KP.T, r_KN, acc, input_precision=PRECISION)
     to = out + ps.to(tl.int64)[:, None] * Q + qs[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=(ps < P)[:, None] & (qs < Q)[None, :])
@@ -104,7 +106,7 @@ def weight_tile(
 @jit
 def return_grads(parts_RP, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr):
     """dS of a tile's rows, to their sources."""
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     place = tile * BM + tl.arange(0, BM)
     f = tl.arange(0, BF)
     real = place < end
@@ -119,17 +121,19 @@ def return_grads(parts_RP, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr
 def _fused_backward_kernel(
     dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S, counts_E, dh_RG, a_RF, parts_RP,
     dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
-    T, K, D, F, G, stride_dy, stride_x, stride_ue, stride_ur, stride_de, stride_dr, me, TILES, spins, programs, first,
-    W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    T, me, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr,
     PAIR: tl.constexpr, ONCE: tl.constexpr, UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr,
     EVEN_G: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, TRACE: tl.constexpr,
+    AMD: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_TD.dtype.element_ty
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
     e: tl.constexpr = E // W
-    FT, NT = tl.cdiv(F, BN), tl.cdiv(D, BN)
-    run, control, task, alive = begin(table, me, spins, first, W, BW)
+    FT: tl.constexpr = (F + BN - 1) // BN
+    NT: tl.constexpr = (D + BN - 1) // BN
+    run, control, task, alive = begin(table, me, spins, first, W, BW, AMD)
     if task == 0:
         if alive != 0:
             record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
@@ -143,8 +147,8 @@ def _fused_backward_kernel(
     if alive != 0:
         alive = planned(control, run, W, BW, TRACE).to(tl.int32)
     sending, tiles = tl.load(tables), tl.load(tables + 1)
-    down_tiles = tl.cdiv(D, BP) * FT  # of dW_down
-    of_expert = down_tiles + tl.cdiv(G, BP) * NT
+    down_tiles: tl.constexpr = (D + BP - 1) // BP * FT  # of dW_down
+    of_expert: tl.constexpr = down_tiles + (G + BP - 1) // BP * NT
     up_down = 1 + sending
     weighing = up_down + tiles * (FT + NT)
     combining = weighing + e * of_expert
@@ -157,9 +161,9 @@ def _fused_backward_kernel(
             holder, carried = holders(owner, rows, real, slot, token, expert_S, bag, starts, K, tables, E, W, ONCE)
             record(1, tile, -1, owner, DISPATCH, once(), run, W, TRACE)
             copies: tl.constexpr = 2 if kept_RD is None else 1
-            send_rows(dy_TD, token, stride_dy, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
+            send_rows(dy_TD, token, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
             if kept_RD is None:
-                send_rows(x_TD, token, stride_x, address(table, AGAIN, owner, W, TYPE), rows, carried, D, BM, BK)
+                send_rows(x_TD, token, address(table, AGAIN, owner, W, TYPE), rows, carried, D, BM, BK)
             weight = tl.load(weights_S + slot, mask=real, other=0.0)
             tl.store(address(table, WEIGHT, owner, W, tl.float32) + rows, weight, mask=real)
             send_places(owner, rows, real, slot, holder, run, W)
@@ -179,7 +183,7 @@ def _fused_backward_kernel(
                     dy_M1 = address(table, ROWS, me, W, TYPE) + holder.to(tl.int64)[:, None] * D
                     f, row = column * BN, (tile * BM).to(tl.int64)
                     da_MN, _ = rows_by_weight(
-                        dy_M1, w_down, j, f, f, F, D, stride_de, stride_dr, BM, BN, BK, False, True, DOWN_DESCRIBED, EVEN_D,
+                        dy_M1, w_down, j, f, f, F, D, D * F, F, BM, BN, BK, False, True, DOWN_DESCRIBED, EVEN_D,
                         PRECISION,
                     )  # fmt: skip
                     rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1)
@@ -201,14 +205,14 @@ def _fused_backward_kernel(
                     rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
                     rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
                     dx_MN, _ = rows_by_weight(
-                        dh_RG + rows[:, None] * G, w_up, j, column * BN, column * BN, D, G, stride_ue, stride_ur, BM, BN, BK,
+                        dh_RG + rows[:, None] * G, w_up, j, column * BN, column * BN, D, G, G * D, D, BM, BN, BK,
                         False, True, UP_DESCRIBED, EVEN_G, PRECISION,
                     )  # fmt: skip
                     if column == 0:
                         return_grads(parts_RP, tile, end, FT, run, W, BM, BF)
                         count_bytes(sent_WP, rank, 3, rows_of_rank * 4, (rows_of_rank > 0) & (rank != me), N_PHASES)
                     row_return(
-                        dx_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, NT, TILES, D, run, W, BM, BN, TRACE,
+                        dx_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, TILES, run, NT, D, W, BM, BN, TRACE,
                         N_PHASES, TYPE,
                     )  # fmt: skip
         elif task < combining:
@@ -248,7 +252,7 @@ def _fused_backward_kernel(
                     need = k < n
                     slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
                     alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(tl.int32)
-                    mask = need[:, None] & (ns < D)[None, :]
+                    mask = need[:, None] if D % BN == 0 else need[:, None] & (ns < D)[None, :]
                     places = slots + slot.to(tl.int64)[:, None] * D + ns[None, :]
                     total_TN += tl.load(places, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
                     if column == 0:
@@ -282,9 +286,8 @@ def backward(
     _fused_backward_kernel[(grid or setting.programs,)](
         dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
         dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
-        x_TD.shape[0], k, d, f, g, dy_TD.stride(0), x_TD.stride(0), *w_up_eGD.stride()[:2], *w_down_eDF.stride()[:2],
-        heap.rank, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
-        BF=triton.next_power_of_2(ft), BT=m, BP=max(m, bn), BR=max(bk, 16), KIND=activation, PAIR=activation != "relu2",
+        x_TD.shape[0], heap.rank, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
+        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=max(m, bn), BR=max(bk, 16), KIND=activation, PAIR=activation != "relu2",
         UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_G=g % bk == 0, WHOLE=f % bn == 0,
         **options,
     )  # fmt: skip

@@ -100,7 +100,7 @@ def address(table, REGION: tl.constexpr, rank, W: tl.constexpr, TYPE: tl.constex
 def record(kind, tile, index, peer, value, need, run, W: tl.constexpr, TRACE: tl.constexpr):
     """One event for every lane of `need`. TRACE: room for how many, 0 for none."""
     if TRACE:
-        table, me, epoch, _, program = run
+        table, me, epoch, _, program, _ = run
         n = tl.sum(need.to(tl.int32), axis=0)
         place = tl.cumsum(need.to(tl.int32), axis=0) - 1
         ticket = tl.atomic_add(address(table, CONTROL, 0, W, tl.int32) + TICKET, n) + place
@@ -129,10 +129,22 @@ def once():
 
 
 @jit
+def drain():
+    """On AMD, each wave waits until its own stores are where other devices see them: the release of the wave that raises a flag
+    speaks for that wave alone, and the barrier before it waits for no store of the others."""
+    tl.inline_asm_elementwise(
+        "s_waitcnt vmcnt(0)\nbuffer_wbl2 sc0 sc1\ns_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v,~{memory}",
+        [tl.arange(0, 1)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit
 def raise_flags(words, need, kind, tile, index, peer, run, W: tl.constexpr, TRACE: tl.constexpr):
     """What this program has stored so far is seen by whoever sees one of `words`, of any rank, hold the epoch."""
-    _, _, epoch, _, _ = run
+    _, _, epoch, _, _, AMD = run
     record(kind, tile, index, peer, epoch, need, run, W, TRACE)
+    if AMD:
+        drain()
     tl.debug_barrier()
     tl.atomic_xchg(words, tl.zeros_like(need.to(tl.int32)) + epoch, mask=need, sem="release", scope="sys")
 
@@ -140,7 +152,7 @@ def raise_flags(words, need, kind, tile, index, peer, run, W: tl.constexpr, TRAC
 @jit
 def has_failed(run, W: tl.constexpr, BW: tl.constexpr):
     """Whether any rank has."""
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     rank = tl.arange(0, BW)
     words = address(table, FAILED, me, W, tl.int32) + rank * 8
     return tl.sum((tl.atomic_add(words, 0, mask=rank < W, sem="relaxed", scope="sys") != 0).to(tl.int32) * (rank < W), axis=0) > 0
@@ -149,7 +161,7 @@ def has_failed(run, W: tl.constexpr, BW: tl.constexpr):
 @jit
 def fail(wait, tile, index, peer, expected, seen, run, W: tl.constexpr, TRACE: tl.constexpr):
     """Tell all ranks that this one ends, and why."""
-    table, me, epoch, _, _ = run
+    table, me, epoch, _, _, AMD = run
     record(12, tile, index, peer, seen, once(), run, W, TRACE)
     if tl.atomic_cas(address(table, CONTROL, me, W, tl.int32) + CLAIMED, 0, 1) == 0:
         for rank in range(W):
@@ -161,6 +173,8 @@ def fail(wait, tile, index, peer, expected, seen, run, W: tl.constexpr, TRACE: t
             tl.store(row + 5, expected)
             tl.store(row + 6, seen)
             tl.store(row + 7, epoch)
+            if AMD:
+                drain()
             tl.debug_barrier()
             tl.atomic_xchg(row, 1, sem="release", scope="sys")
 
@@ -175,7 +189,7 @@ def pick(values, here):
 def wait_for(words, need, wait, kind, tile, index, peer, run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
     """Whether all of this rank's `words` where `need` came to hold the epoch, before any rank failed. Then all that their writers
     had stored may be read. wait, kind: numbers in WAITS and EVENTS."""
-    table, me, epoch, spins, _ = run
+    table, me, epoch, spins, _, _ = run
     seen = tl.atomic_add(words, 0, mask=need, sem="acquire", scope="sys")
     missing = tl.sum((need & (seen != epoch)).to(tl.int32), axis=0)
     polls = 0
@@ -237,7 +251,7 @@ def begins(tables, E: tl.constexpr):
 @jit
 def publish(counts_E, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
     """Store this rank's counts at every rank."""
-    table, me, epoch, _, _ = run
+    table, me, epoch, _, _, _ = run
     x = tl.arange(0, BE)
     count = tl.load(counts_E + x, mask=x < E, other=0).to(tl.int32)
     for rank in range(W):
@@ -248,7 +262,7 @@ def publish(counts_E, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
 @jit
 def meet(run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
     """Raise `met` at every rank and wait for all of them."""
-    table, me, epoch, _, _ = run
+    table, me, epoch, _, _, _ = run
     rank = tl.arange(0, BW)
     real, parity = rank < W, epoch % 2
     words = address(table, MET, tl.where(real, rank, 0), W, tl.int32) + parity * W + me
@@ -260,7 +274,7 @@ def meet(run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
 @jit
 def scan(tables, tiles_room, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, TRACE: tl.constexpr):
     """Fill the tables from the counts of all ranks. Whether there is room for the rows of every rank."""
-    table, me, epoch, _, _ = run
+    table, me, epoch, _, _, _ = run
     e: tl.constexpr = E // W
     x = tl.arange(0, BE)
     real = x < E
@@ -310,13 +324,15 @@ def scan(tables, tiles_room, run, W: tl.constexpr, E: tl.constexpr, BE: tl.const
 @jit
 def finish(run, programs, W: tl.constexpr, TRACE: tl.constexpr):
     """The last of a rank's programs leaves the heap as the next launch expects it."""
-    table, me, epoch, _, _ = run
+    table, me, epoch, _, _, AMD = run
     control = address(table, CONTROL, me, W, tl.int32)
     before = tl.atomic_add(control + DONE, 1, sem="acq_rel", scope="gpu")
     record(13, -1, -1, -1, before, once(), run, W, TRACE)
     if before == programs - 1:
         tl.store(control + QUEUE, 0)
         tl.store(control + DONE, 0)
+        if AMD:
+            drain()
         tl.debug_barrier()
         tl.atomic_xchg(control + EPOCH, epoch, sem="release", scope="gpu")
 
@@ -346,7 +362,7 @@ def expert_of(tile, tables, e: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
 def wait_rows(tile, tables, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
               ONCE: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
     """Until the rows of a tile are there. (whether they are, expert, places that hold their values, the end of the expert's rows)."""
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     j = expert_of(tile, tables, E // W, E, BE)
     rank, rows, end = sources_of(tile, j, tables, W, E, BW, BM)
     arrived = address(table, ARRIVED, me, W, tl.int32)
@@ -372,7 +388,7 @@ def wait_rows(tile, tables, run, W: tl.constexpr, E: tl.constexpr, BE: tl.conste
 @jit
 def wait_ready(tile, FT, run, W: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, TRACE: tl.constexpr):
     """Until this rank's up tasks of a tile are done."""
-    table, me, _, _, _ = run
+    table, me, _, _, _, _ = run
     f = tl.arange(0, BF)
     flags = address(table, READY, me, W, tl.int32) + tile * FT + f
     zero = tl.zeros_like(f)

@@ -9,7 +9,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,7 +66,8 @@ class Row:
     """What was found in one binary.
 
     registers      of a thread (AMD: vector registers of a lane, accumulation registers among them)
-    spills         instructions that write registers to memory or read them back (AMD: registers so treated)
+    spills         instructions that write registers to memory or read them back (AMD: registers so treated, and scalar ones that
+                   move to lanes of vector registers, which is no memory, if the main loop moves any)
     shared         bytes of shared memory (AMD: LDS) of a block; limit: what a block can have on the target
     matrix         the matrix instructions used, with their shapes, and whether the kernel multiplies 16-bit operands (`product`)
     tma            loads and stores by the tensor memory accelerator
@@ -74,6 +75,8 @@ class Row:
     occupancy      warps that registers, shared memory and tensor memory let a processor hold, of those that it can hold
     cycles, slots  of the main loop, once around, of one block: cycles that the matrix units are busy, and cycles that the
                    schedulers need to issue all instructions
+    flags, polls   releases and acquires at system scope, by which devices tell each other what is done
+    undrained      flags raised while another warp or wave of the block may still have stores on their way
     seconds        that the compiler took
     """
 
@@ -93,6 +96,9 @@ class Row:
     cycles: float = 0.0
     slots: float = 0.0
     float_atomics: int = 0
+    flags: int = 0
+    polls: int = 0
+    undrained: int = 0
     seconds: float = 0.0
     error: str = ""
 
@@ -114,6 +120,8 @@ class Row:
             found.append(f"no {TARGETS[self.target].matrix} instruction, but {self.matrix or 'none'}")
         if self.float_atomics:
             found.append(f"{self.float_atomics} atomic operations on floats")
+        if self.undrained:
+            found.append(f"{self.undrained} flags raised before all stores are drained")
         return found
 
     def cells(self) -> list[str]:
@@ -131,7 +139,8 @@ class Row:
         _, _, _, registers, spills, shared, matrix, tma, wide, occupancy, share = self.cells()
         return (
             f"{state} {self.target:8} {self.kernel} [{self.case}] {registers} registers, {spills} spills, {shared} KiB, "
-            f"{matrix}, TMA {tma}, 16 bytes {wide}, occupancy {occupancy}, matrix share {share or 'none'}, {self.seconds:.1f} s"
+            f"{matrix}, TMA {tma}, 16 bytes {wide}, occupancy {occupancy}, matrix share {share or 'none'}, "
+            f"{f'{self.flags} flags, {self.polls} polls, ' if self.flags else ''}{self.seconds:.1f} s"
         )
 
 
@@ -311,12 +320,22 @@ def main_loop(code: Code, target: str, warps: int, macs: float) -> tuple[float, 
                 total += cycles * (warps / served if served else 1)
         return total
 
+    body = busiest_loop(code, busy)
+    return busy(body), len(body) * TARGETS[target].issue * warps / SCHEDULERS
+
+
+def busiest_loop(code: Code, busy: Callable[[Iterable[int]], float]) -> frozenset[int]:
+    """Of the innermost loops with work, the instructions of the busiest; of none where there is no work."""
     with_work = [body for body in loops(code) if busy(body)]
     innermost = [body for body in with_work if not any(other < body for other in with_work)]
-    if not innermost:
-        return 0.0, 0.0
-    body = max(innermost, key=busy)
-    return busy(body), len(body) * TARGETS[target].issue * warps / SCHEDULERS
+    return frozenset(max(innermost, key=busy)) if innermost else frozenset()
+
+
+def moves_lanes(code: Code) -> bool:
+    """Whether a loop with matrix instructions moves scalar registers to or from lanes of vector registers."""
+    work = [body for body in loops(code) if any("mfma" in code.instructions[i] for i in body)]
+    innermost = [body for body in work if not any(other < body for other in work)]
+    return any(re.match(r"v_(read|write)lane_b32", code.instructions[i]) for body in innermost for i in body)
 
 
 # ---------------------------------------------------------------- one binary
@@ -348,7 +367,37 @@ def read(asm: Any, metadata: Any, target: str) -> Row:
         cycles=cycles,
         slots=slots,
         **found,
+        **system_flags(asm["ptx"] if "ptx" in asm else asm["amdgcn"]),
     )
+
+
+def system_flags(text: str) -> dict[str, int]:
+    """flags, polls and undrained of `Row`, from PTX or AMD's assembly.
+
+    Stores of all warps before a release must have been made, in what a barrier and the release order. On NVIDIA: a barrier between the
+    last store and the release, which is cumulative. On AMD it is not: each wave must write back and wait itself, between its last store and
+    the barrier. Read along the text, as kernels raise flags without branches between.
+    """
+    stores = drained = True  # nothing is stored, all is drained, before the first instruction
+    found = dict(flags=0, polls=0, undrained=0)
+    written_back = True
+    amd = ".amdgcn_target" in text
+    for line in text.splitlines():
+        line = line.strip()
+        if re.match(r"(@!?%p\d+ )?st\.global|(global|buffer|flat)_store_", line):
+            stores, written_back = False, False
+        elif line.startswith("buffer_wbl2 sc0 sc1"):
+            drained = False
+        elif line.startswith("s_waitcnt") and "vmcnt(0)" in line and not drained:
+            written_back = drained = True
+        elif re.match(r"bar\.sync|barrier\.sync|s_barrier", line):
+            stores = written_back if amd else True
+        elif re.match(r"(@!?%p\d+ )?atom\.global\.sys\.release|global_atomic_swap .*sc1", line):
+            found["flags"] += 1
+            found["undrained"] += not stores
+        elif re.match(r"(@!?%p\d+ )?atom\.global\.sys\.acquire", line) or (amd and line.startswith("buffer_inv sc0 sc1")):
+            found["polls"] += 1
+    return found
 
 
 def nvidia_figures(code: Code, usage: str) -> dict[str, Any]:
@@ -379,7 +428,9 @@ def amd_figures(code: Code, assembly: str) -> dict[str, Any]:
     return {
         "registers": noted("vgpr_count"),
         "spills": max(
-            noted("vgpr_spill_count") + noted("sgpr_spill_count"), scratch, noted("private_segment_fixed_size")
+            noted("vgpr_spill_count") + noted("sgpr_spill_count") * moves_lanes(code),
+            scratch,
+            noted("private_segment_fixed_size"),
         ),
         "tma": 0,
         "wide": sum(re.match(r"\w+?_dwordx4\b", i) is not None for i in accesses),

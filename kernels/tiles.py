@@ -47,7 +47,7 @@ _GPU = {
     "varlen_m": Tile(128, 128, 64),
     "varlen_m_narrow": Tile(128, 64, 64),
     "varlen_k": Tile(128, 128, 64),
-    "fused": Tile(128, 64, 64),
+    "fused": Tile(128, 64, 32, stages=4),
     "dense": Tile(128, 128, 64),
     "dense_small": Tile(64, 64, 32, warps=4, stages=2),
 }
@@ -65,6 +65,7 @@ _CPU = {
 }
 
 TILES: dict[str, dict[str, Tile]] = {"cpu": _CPU} | {name: _GPU for name in ("sm_90a", "sm_100a", "gfx942", "gfx950")}
+TILES |= {name: TILES[name] | {"fused": Tile(128, 64, 32, stages=1)} for name in ("gfx942", "gfx950")}
 # With two stages, rows at odd addresses spill.
 TILES["sm_100a"] = _GPU | {"dense_small": Tile(64, 64, 32, warps=4, stages=1)}
 

@@ -1,0 +1,75 @@
+"""The symmetric heap between processes of this machine."""
+
+import gc
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moesaic.kernels.symmetric import ALIGN, HeapError, make_heap, shared_memory, starts
+from tests.parallel.pool import Pool, RanksFailed
+
+REGIONS: Any = {"a": ((3, 5), torch.int32), "none": ((0, 7), torch.float32), "b": ((2, 2), torch.bfloat16)}
+
+
+def exchange(value: Any) -> list[Any]:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_regions_are_apart() -> None:
+    assert starts(REGIONS) == ([0, ALIGN, ALIGN], 2 * ALIGN)
+    assert starts({})[1] > 0
+
+
+def write_and_read() -> tuple[list[list[int]], int, bool]:
+    """Each rank stores into every rank by address, as a kernel does, and reads its own."""
+    import ctypes
+
+    before, named = descriptors(), set(os.listdir("/dev/shm"))
+    heap = make_heap(dist.get_rank(), REGIONS, exchange)
+    for rank in range(heap.ranks):
+        place = int(heap.table[0, rank]) + 4 * (5 * heap.rank + 2)
+        ctypes.c_int32.from_address(place).value = 10 * heap.rank + rank
+    dist.barrier()
+    assert heap.view("b").dtype == torch.bfloat16 and heap.view("none").shape == (0, 7)
+    rows = heap.view("a").tolist()
+    del heap
+    gc.collect()
+    return rows, descriptors() - before, set(os.listdir("/dev/shm")) == named
+
+
+def cannot_open() -> None:
+    def elsewhere(value: Any) -> list[Any]:
+        if isinstance(value, tuple) and dist.get_rank() == 1:  # says a process that isn't here
+            value = ("elsewhere", 2**22 + 1, value[2])
+        return exchange(value)
+
+    shared_memory(64, elsewhere)
+
+
+def die_holding() -> None:
+    make_heap(dist.get_rank(), REGIONS, exchange).view("a").fill_(1)
+    os._exit(9)
+
+
+def test_ranks_store_into_each_other_and_leave_nothing() -> None:
+    before = set(os.listdir("/dev/shm"))
+    with Pool(3) as pool:
+        for rank, (rows, left_open, clean) in enumerate(pool.run(write_and_read)):
+            assert rows == [[0, 0, 10 * source + rank, 0, 0] for source in range(3)]
+            assert left_open == 0 and clean
+        with pytest.raises(RanksFailed) as failed:
+            pool.run(cannot_open)
+        assert {m.kind for m in failed.value.mistakes.values()} == {HeapError.__name__} and len(failed.value.mistakes) == 3
+        assert all("process 4194305 on elsewhere" in m.message for m in failed.value.mistakes.values())
+        with pytest.raises(RanksFailed):
+            pool.run(die_holding)
+    assert set(os.listdir("/dev/shm")) <= before

@@ -1,0 +1,300 @@
+"""The fused expert path against the local one: numbers, bits, launches, bytes, failures, and its branch for CUDA."""
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesaic.kernels.testing import launches
+from moesaic.launch.cli import UserError, compose
+from moesaic.moe.config import RouterConfig
+from moesaic.moe.dispatch import LocalPath
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.fused import FusedPath, Space, fused_paths, most_slots
+from moesaic.parallel.mesh import make_meshes
+from tests.parallel.pool import Pool, RanksFailed
+from tests.parallel.test_expert import (
+    CONFIG,
+    D,
+    EXPERTS,
+    K,
+    ROUTERS,
+    WORKLOADS,
+    difference,
+    experts_of,
+    routing_of,
+    run,
+    tokens_of,
+)
+
+CPU = torch.device("cpu")
+WIDE = dataclasses.replace(CONFIG, router=RouterConfig(top_k=EXPERTS))  # room for every workload
+
+
+def make_path(config: Any = WIDE, tokens: int = 45, **knobs: Any) -> FusedPath:
+    knobs = {"timeout": 60.0} | knobs
+    space = Space(dist.group.WORLD, config, ParallelConfig(expert_path="fused", **knobs), torch.float32, CPU)
+    space.reserve(tokens)
+    return FusedPath(space, layer="layer 0")
+
+
+def predicted(name: str, rank: int, world: int, once: bool, keep: bool) -> Counter:
+    """Bytes that a rank sends, forward and backward, from its routing and the others' alone."""
+    sent: Counter = Counter()
+    e, row = EXPERTS // world, 4 * D
+    routings = []
+    for r in range(world):
+        torch.manual_seed(2 + r)
+        x, weights = torch.randn(tokens_of(name, r), D), torch.rand(tokens_of(name, r), EXPERTS)
+        routings.append(routing_of(name, r, x, weights))
+
+    def slots(r: int) -> list[tuple[int, int]]:
+        pairs = zip(routings[r].token_S.tolist(), routings[r].expert_S.tolist(), strict=True)
+        return [(t, x // e) for t, x in pairs if x < EXPERTS]
+
+    out = [s for s in slots(rank) if s[1] != rank]
+    values = len(set(out)) if once else len(out)
+    back = sum(owner == rank for r in range(world) if r != rank for _, owner in slots(r))
+    sent["intra", "counts"] = (world - 1) * 4 * EXPERTS
+    sent["intra", "dispatch"] = values * row * (2 if keep else 3)
+    sent["intra", "slots"] = len(out) * (12 + 16)
+    sent["intra", "combine"] = back * (2 * row + 4)
+    return +sent
+
+
+def compare(names: list[str]) -> list[dict[str, Any]]:
+    """The largest relative differences to the local path on this rank, per workload; 1 where something differs that must not."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    knobs = [dict(fused_once=True, fused_keep=False), dict(fused_once=False, fused_keep=True)]
+    paths = [make_path(**knob) for knob in knobs]
+    results = []
+    for i, name in enumerate(names):
+        path, knob = paths[i % 2], knobs[i % 2]
+        whole, part = experts_of(False), experts_of(False, world, rank)
+        want = run(LocalPath(), whole, name, rank)
+        for n, parameter in whole.named_parameters():
+            dist.all_reduce(parameter.grad)
+            want[n] = parameter.grad.chunk(world)[rank]
+        part.eval()
+        first = run(path, part, name, rank)
+        assert path.counters_WP.sum(dim=0)[1:3].tolist() == [0, 0] or path.counters_WP[:, 0].sum() == 0
+        path.sent.clear()
+        part.train()
+        with launches() as kernels:
+            got = run(path, part, name, rank)
+        flags = ("intra", "flags")
+        sent = Counter({key: n for key, n in path.sent.items() if key != flags})
+        path.sent.clear()
+        assert not path.sent
+        wrong = {f"{key} again": 1.0 for key in want if not torch.equal(first[key], got[key])}
+        errors = {key: difference(got[key], want[key]) for key in want} | wrong
+        expected = predicted(name, rank, world, knob["fused_once"], knob["fused_keep"])
+        errors["bytes"] = 0.0 if sent == expected else f"{sent} {expected}"
+        errors["launches"] = 0.0 if kernels == ["_fused_forward_kernel", "_fused_backward_kernel"] else f"{kernels}"
+        results.append(errors)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("world", "names"), [(2, WORKLOADS), (4, ["zipf", "idle_rank", "single_token", "unused_slots", "no_tokens"])]
+)
+def test_equals_local_path(world: int, names: list[str]) -> None:
+    with Pool(world, timeout=300) as pool:
+        for rank, results in enumerate(pool.run(compare, names)):
+            for name, errors in zip(names, results, strict=True):
+                wrong = {key: error for key, error in errors.items() if isinstance(error, str) or not error < 2e-6}
+                assert not wrong, (rank, name, wrong)
+
+
+def test_most_slots() -> None:
+    for name, router in ROUTERS.items():
+        config = dataclasses.replace(CONFIG, router=RouterConfig(top_k=K, **router))
+        for rank in range(4):
+            torch.manual_seed(rank)
+            x, weights = torch.randn(tokens_of(name, rank), D), torch.rand(tokens_of(name, rank), EXPERTS)
+            used = int(routing_of(name, rank, x, weights).counts_E.sum())
+            assert used <= most_slots(config, len(x), 4) <= len(x) * EXPERTS, name
+    assert most_slots(CONFIG, 10, 16) == 10 * K
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def one_rank_dies(how: str) -> str:
+    """Rank 1 dies, or stops, when it has sent its first row; what the others raise."""
+    from moesaic.kernels import interpret
+
+    path = make_path(timeout=1.0 if how == "stall" else 2.0)
+    rank, part = dist.get_rank(), experts_of(False, dist.get_world_size(), dist.get_rank())
+    run(path, part, "uniform", rank)
+    if rank == 1:
+        calls = iter(range(10**9))
+
+        def stop(original: Any) -> Any:
+            def store(*arguments: Any, **named: Any) -> Any:
+                if next(calls) == 40:
+                    if how == "die":
+                        os._exit(3)
+                    time.sleep(30)
+                return original(*arguments, **named)
+
+            return store
+
+        builder = interpret.InterpreterBuilder
+        builder.create_masked_store = stop(builder.create_masked_store)
+    try:
+        run(path, part, "uniform", rank)
+    except Exception as error:
+        dist.barrier = lambda *a: None
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("how", ["die", "stall"])
+def test_a_rank_that_dies_or_stops_ends_all_with_its_name(how: str) -> None:
+    with Pool(2, timeout=100, patience=60) as pool:
+        if how == "die":
+            with pytest.raises(RanksFailed) as failed:
+                pool.run(one_rank_dies, how)
+            assert list(failed.value.lost) == [1]
+            pool.run(compare, ["uniform"])  # started anew, with memory of its own
+        else:
+            told = pool.run(one_rank_dies, how)
+            assert all(line.startswith("FusedError: parallel.expert_path=fused, forward of layer 0: rank 0") for line in told)
+            assert all("waited in vain for" in line and "of rank 1" in line for line in told), told
+
+
+def test_a_call_beyond_the_room_is_refused_and_rows_beyond_it_end_all_ranks() -> None:
+    with Pool(2) as pool:
+        for told in pool.run(beyond_the_room):
+            assert told["tokens"] == (
+                "parallel.expert_path=fused: 26 tokens in a call of layer 0, its memory is made for 25; reserve more, on all ranks"
+            )
+            # 2 ranks send all 2 * 25 slots to rank 1, which has room for 1.0 times an even load, 50, and a tile of each expert.
+            assert told["rows"].startswith("parallel.expert_path=fused, forward of layer 0: rank 0 of the group has no room: ")
+            assert "tiles of rows come to rank 1" in told["rows"]
+            assert told["grown"] == 45
+
+
+def beyond_the_room() -> dict[str, Any]:
+    rank, told = dist.get_rank(), {}
+    part = experts_of(False, 2, rank)
+    path = make_path(CONFIG, tokens=25, max_recv_tokens_factor=1.0)
+    with pytest.raises(ValueError) as refused:
+        x, weights = torch.randn(26, D), torch.rand(26, EXPERTS)
+        path(x, routing_of("uniform", rank, x, weights), part)
+    told["tokens"] = str(refused.value)
+    x, weights = torch.randn(25, D), torch.rand(25, EXPERTS)
+    with pytest.raises(RuntimeError) as failed:
+        path(x, all_to(25, [6, 7], weights), part)
+    told["rows"] = str(failed.value)
+    path = make_path(tokens=3)
+    path.space.reserve(2)
+    path.space.reserve(20 + 25 * rank)
+    run(path, part, "uniform", rank)
+    return told | {"grown": path.space.tokens}
+
+
+def all_to(tokens: int, experts: list[int], weights: Tensor) -> Any:
+    from moesaic.moe.router import topk_routing
+
+    ids = torch.tensor([experts]).repeat(tokens, 1)
+    return topk_routing(ids, weights.gather(1, ids), EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["parallel.comm_sms=-1"], "parallel.comm_sms=-1: must not be negative"),
+        (["parallel.expert_path=fused", "model.expert_bias=true"], "model.expert_bias=true: must be false with parallel.expert_path=fused"),
+        (["parallel.expert_path=pushed"], "parallel.expert_path=pushed: must be one of auto, local, all_to_all, two_hop, fused"),
+    ],
+)  # fmt: skip
+def test_knobs_that_are_refused(overrides: list[str], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compose(["recipe=tiny_moe", *overrides])
+    assert str(refused.value) == line
+
+
+# ---------------------------------------------------------------- what only a GPU runs
+
+
+def on_a_pretend_gpu() -> None:
+    """The branch for CUDA of one rank of a group, with the calls of torch's symmetric memory noted."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    with pytest.raises(ValueError, match=r"parallel.expert_path=fused: parallel.expert=2 must be within a node, of 1 ranks"):
+        fused_paths(CONFIG, ParallelConfig(expert_path="fused", node_size="1"), make_meshes("cpu", 2), torch.float32, CPU, 4)
+    calls = MagicMock()
+    calls.empty.side_effect = lambda size, dtype, device: torch.full((size,), 7, dtype=dtype)
+    calls.rendezvous.return_value = SimpleNamespace(buffer_ptrs=[1 << 20, 1 << 30])
+    space = make_path().space
+    space.device = torch.device("cuda", 0)
+    with patch.multiple(symmetric, empty=calls.empty, rendezvous=calls.rendezvous), patch.object(torch.cuda, "synchronize") as wait:
+        memory, kept, addresses = space.device_memory(512, space.exchange)
+    assert memory.count_nonzero() == 0 and addresses == [1 << 20, 1 << 30] and kept == [calls.rendezvous.return_value]
+    assert calls.rendezvous.call_args.args == (memory, space.group) and wait.called
+
+    # Nothing is read before it has come: failures of a launch are told by a later one.
+    failed = torch.zeros(2, 8, dtype=torch.int32)
+    failed[1] = torch.tensor([1, 2, 5, -1, 0, 9, 8, 9])
+    on_device = MagicMock(is_cuda=True, to=lambda device, non_blocking: failed)
+    events = [MagicMock(**{"query.return_value": False}), MagicMock(**{"query.return_value": True})]
+    space.setting = SimpleNamespace(heap=SimpleNamespace(view=lambda name: on_device))
+    with patch.object(torch.cuda, "Event", side_effect=events):
+        space.check("forward of a")
+        events[0].query.return_value = True
+        with pytest.raises(RuntimeError) as told:
+            space.check("backward of b")
+    assert str(told.value) == (
+        "parallel.expert_path=fused, forward of a: rank 1 of the group waited in vain for `arrived` of rank 0, tile 5 in launch 9: "
+        "expected 9, saw 8"
+    )
+
+
+def test_branch_for_cuda() -> None:
+    with Pool(2) as pool:
+        pool.run(on_a_pretend_gpu)
+
+
+def test_grid_leaves_multiprocessors_to_collectives() -> None:
+    from moesaic.kernels.fused_ep import grid_programs
+
+    with patch("moesaic.kernels.fused_ep.processors", return_value=132):
+        assert grid_programs(torch.device("cuda"), 16) == 116
+        with pytest.raises(ValueError, match="parallel.comm_sms=132: must be below the multiprocessors of the device, 132"):
+            grid_programs(torch.device("cuda"), 132)
+    assert grid_programs(CPU, 16) == 1
+
+
+def check_operation() -> None:
+    """torch's own checks: schema, autograd registration, and that fake tensors have the shapes of real ones; alone in a group."""
+    from torch.library import opcheck
+
+    from moesaic.moe.dispatch import sorted_rows
+    from moesaic.parallel import fused
+
+    for keep in (False, True):
+        path, part = make_path(CONFIG, tokens=7, fused_keep=keep), experts_of(False)
+        x, weights = torch.randn(7, D), torch.rand(7, EXPERTS)
+        routing = routing_of("uniform", 0, x, weights)
+        rows = sorted_rows(routing, part, x)
+        w = [p.detach().requires_grad_() for p in (part.w_up_EGD, part.w_down_EDF)]
+        arguments = (
+            x.requires_grad_(), routing.weights_S[rows.slot_R], *w, rows.source_R, rows.expert_R, rows.bag, rows.starts,
+            rows.counts_E, "swiglu", path.number,
+        )  # fmt: skip
+        opcheck(fused._op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+def test_operation_for_autograd() -> None:
+    with Pool(1) as pool:
+        pool.run(check_operation)
