@@ -12,8 +12,8 @@ arrive during the launch are read through pointers alone, weights also by TMA. N
 
 Bytes that go to other ranks are counted by (rank, phase), `PHASES`: what the profiler reads.
 
-Letters: T tokens, D model width, F expert width, G width of h, E experts in all, e on a rank, W ranks, S slots, R rows there is room
-for on a rank, P phases.
+Letters: T tokens, D model width, F expert width, G width of h, E experts in all, e on a rank, W ranks, S slots, R rows there is
+room for on a rank, P phases.
 """
 
 import functools
@@ -28,15 +28,15 @@ from torch import Tensor
 from moesaic.kernels.experts import store_activated
 from moesaic.kernels.fused_protocol import (
     ALIAS,
+    ARRIVED,
     BACK,
-    CONTROL,
     COMBINE,
+    CONTROL,
     DISPATCH,
     DOWN,
     EPOCH,
     NONE,
     ORIGIN,
-    ARRIVED,
     PLAN,
     PLANNED,
     QUEUE,
@@ -199,7 +199,8 @@ def wave_task(task, tiles, FT, NT, WAVE):
 
 @jit
 def row_return(
-    values_MN, tile, n, end, rank, rows_of_rank, sent_WP, size, TILES, run, NT: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+    values_MN, tile, n, end, rank, rows_of_rank, sent_WP, size, TILES, run, NT: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Store columns n of a tile's results into the slots they belong to, wherever; raise `back` there."""
     table, me, _, _, _, _ = run
@@ -245,11 +246,11 @@ def wait_back(
 @jit
 def _fused_forward_kernel(
     x_TD, w_up, w_down, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF, kept_RD, y_TD, table, tables, sent_WP,
-    T, me, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
-    BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
+    T, me, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
     UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
-    PRECISION: tl.constexpr, TRACE: tl.constexpr,
-    AMD: tl.constexpr,
+    PRECISION: tl.constexpr, TRACE: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_TD.dtype.element_ty
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
@@ -311,7 +312,7 @@ def _fused_forward_kernel(
                     rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
                     fs = f + tl.arange(0, BU)
                     exists = (rows < end)[:, None] if F % BU == 0 else (rows < end)[:, None] & (fs < F)[None, :]
-                    if kept_RD is not None:
+                    if kept_RD is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
                         if column == 0:
                             send_rows(rows_RD, holder, kept_RD, rows, rows < end, D, BM, BK)
                     store_activated(gate_MN, up_MN, h_RG, a_RF, rows, exists, fs, F, G, KIND, PAIR)
@@ -347,10 +348,14 @@ def _fused_forward_kernel(
                 if alive != 0:
                     need = k < n
                     slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
-                    alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(tl.int32)
+                    alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(
+                        tl.int32
+                    )
                     weight = tl.load(weights_S + slot, mask=need, other=0.0)
                     mask = need[:, None] if D % BN == 0 else need[:, None] & (ns < D)[None, :]
-                    values = tl.load(slots + slot.to(tl.int64)[:, None] * D + ns[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+                    values = tl.load(
+                        slots + slot.to(tl.int64)[:, None] * D + ns[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+                    )
                     total_TN += weight[:, None] * values.to(tl.float32)
             if alive != 0:
                 record(1, tile, column, -1, COMBINE, once(), run, W, TRACE)
@@ -366,9 +371,9 @@ def _fused_forward_kernel(
 
 @dataclass(frozen=True)
 class Setting:
-    """What launches of a path share. tile: of the products; m rows a row tile. once: a row crosses once to a rank, however many of
-    its experts it visits there. spins: polls of a wait before it gives up. programs: of the grid, at most. wave: row tiles whose
-    down tasks follow their up tasks."""
+    """What launches of a path share. tile: of the products; m rows a row tile. once: a row crosses once to a rank, however many
+    of its experts it visits there. spins: polls of a wait before it gives up. programs: of the grid, at most. wave: row tiles
+    whose down tasks follow their up tasks."""
 
     heap: Heap
     experts: int
@@ -386,8 +391,8 @@ def room(ranks: int, experts: int, rows: int, m: int) -> int:
 
 
 def grid_programs(device: torch.device, spared: int) -> int:
-    """Programs of the persistent grid: one for each multiprocessor, which their registers fill, but `spared`, which collectives of
-    other streams need. Raises ValueError where none is left."""
+    """Programs of the persistent grid: one for each multiprocessor, which their registers fill, but `spared`, which collectives
+    of other streams need. Raises ValueError where none is left."""
     if device.type == "cpu":
         return 1  # the interpreter runs them one after another
     have = processors(device)
@@ -416,10 +421,12 @@ def forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting,
     sent_WP: Tensor, keep: bool = False, first: int = 0, grid: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(y_TD, h_RG, tables, the rows that came, if `keep`). Every rank of the group calls it, with its tokens and its experts; rows are sorted by all E experts.
+    """(y_TD, h_RG, tables, the rows that came, if `keep`). Every rank of the group calls it, with its tokens and its experts;
+    rows are sorted by all E experts.
 
-    x_TD and weights of one type, bf16, fp16 or fp32, as the heap's; weights_S fp32, int64 sent_WP, to which bytes are added. `first`
-    and `grid`, for tests: run `grid` of the setting's programs, from that number on. Whether it went well, the heap's `failed` says.
+    x_TD and weights of one type, bf16, fp16 or fp32, as the heap's; weights_S fp32, int64 sent_WP, to which bytes are added.
+    `first` and `grid`, for tests: run `grid` of the setting's programs, from that number on. Whether it went well, the heap's
+    `failed` says.
     """
     heap, pair, (n_experts, g, d), f = setting.heap, activation != "relu2", w_up_eGD.shape, w_down_eDF.shape[2]
     (capacity, width), dtype = heap.regions["rows"]
@@ -435,13 +442,12 @@ def forward(
     tables = torch.empty(tables_size(heap.ranks, setting.experts), dtype=torch.int32, device=x_TD.device)
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_forward_kernel[(grid or setting.programs,)](
-        x_TD, w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E, h_RG, a_RF, kept_RD, y_TD,
-        heap.table, tables, sent_WP, x_TD.shape[0], heap.rank, capacity // m, setting.spins, setting.programs, first,
-        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, setting.tile, pair)), BT=m, KIND=activation, PAIR=pair, UP_DESCRIBED=up_described,
-        DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0, **options,
+        x_TD, w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E, h_RG, a_RF, kept_RD,
+        y_TD, heap.table, tables, sent_WP, x_TD.shape[0], heap.rank, capacity // m, setting.spins, setting.programs, first,
+        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, setting.tile, pair)), BT=m, KIND=activation, PAIR=pair,
+        UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0, **options,
     )  # fmt: skip
     return y_TD, h_RG, tables, kept_RD
-
 
 
 # ---------------------------------------------------------------- ahead of time
@@ -453,7 +459,9 @@ def compile_setting(target: str, d: int, f: int, dtype: torch.dtype, once: bool)
 
     ranks, n_experts, tokens, k, tile = 8, 64, 4096, 8, fused_tile(target)
     tiles = room(ranks, n_experts, 2 * tokens * k, tile.m)
-    shapes = regions(ranks, n_experts, d, dtype, tokens * k, tiles, tile.m, columns(d, tile), columns(f, tile, True), True)
+    shapes = regions(
+        ranks, n_experts, d, dtype, tokens * k, tiles, tile.m, columns(d, tile), columns(f, tile, True), True
+    )
     table = meta(len(shapes), ranks, dtype=torch.int64)
     heap = Heap(0, ranks, shapes, meta(starts(shapes)[1], dtype=torch.uint8), [], table)
     index, rows_R = meta(tokens * k, dtype=torch.int64), tiles * tile.m
@@ -461,8 +469,8 @@ def compile_setting(target: str, d: int, f: int, dtype: torch.dtype, once: bool)
     e = n_experts // ranks
     return Setting(heap, n_experts, tile, once, programs=100), {
         "x": meta(tokens, d, dtype=dtype), "weights": meta(tokens * k, dtype=torch.float32), "rows": rows,
-        "up": meta(e, 2 * f, d, dtype=dtype), "down": meta(e, d, f, dtype=dtype), "sent": meta(ranks, len(PHASES), dtype=torch.int64),
-        "h": meta(rows_R, 2 * f, dtype=dtype), "kept": meta(rows_R, d, dtype=dtype),
+        "up": meta(e, 2 * f, d, dtype=dtype), "down": meta(e, d, f, dtype=dtype), "sent": meta(ranks, len(PHASES),
+        dtype=torch.int64), "h": meta(rows_R, 2 * f, dtype=dtype), "kept": meta(rows_R, d, dtype=dtype),
         "tables": meta(tables_size(ranks, n_experts), dtype=torch.int32),
     }  # fmt: skip
 

@@ -86,7 +86,8 @@ def _rows_of(holder_R, start, r, count, BK: tl.constexpr, ONCE: tl.constexpr):
 @jit
 def weight_tile(
     left, right, out, holder_R, start, count, p, q, P: tl.constexpr, Q: tl.constexpr,
-    LEFT_HELD: tl.constexpr, RIGHT_HELD: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT_HELD: tl.constexpr, RIGHT_HELD: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BP x BN of an expert's sum over rows of left^T right, of P and Q columns; of which one is read through `holder_R`."""
     ps, qs = p * BP + tl.arange(0, BP), q * BN + tl.arange(0, BN)
@@ -111,7 +112,9 @@ def return_grads(parts_RP, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr
     f = tl.arange(0, BF)
     real = place < end
     mask = real[:, None] & (f < FT)[None, :]
-    parts = tl.load(parts_RP + place.to(tl.int64)[:, None] * FT + f[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    parts = tl.load(
+        parts_RP + place.to(tl.int64)[:, None] * FT + f[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+    )
     origin = tl.load(address(table, ORIGIN, me, W, tl.int64) + tl.minimum(place, end - 1), cache_modifier=".cg")
     to = address(table, SLOT_GRADS, origin >> 32, W, tl.float32) + (origin & 4294967295)
     tl.store(to, tl.sum(parts, axis=1), mask=real)
@@ -251,13 +254,17 @@ def _fused_backward_kernel(
                 if alive != 0:
                     need = k < n
                     slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
-                    alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(tl.int32)
+                    alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(
+                        tl.int32
+                    )
                     mask = need[:, None] if D % BN == 0 else need[:, None] & (ns < D)[None, :]
                     places = slots + slot.to(tl.int64)[:, None] * D + ns[None, :]
                     total_TN += tl.load(places, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
                     if column == 0:
                         grads = address(table, SLOT_GRADS, me, W, tl.float32) + slot
-                        tl.store(dweights_S + slot, tl.load(grads, mask=need, other=0.0, cache_modifier=".cg"), mask=need)
+                        tl.store(
+                            dweights_S + slot, tl.load(grads, mask=need, other=0.0, cache_modifier=".cg"), mask=need
+                        )
             if alive != 0:
                 record(1, tile, column, -1, COMBINE, once(), run, W, TRACE)
             to = dx_TD + token.to(tl.int64)[:, None] * D + ns[None, :]
@@ -272,7 +279,7 @@ def backward(
     w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting, sent_WP: Tensor, first: int = 0, grid: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx_TD, dweights_S, dw_up_eGD, dw_down_eDF), of what `forward` took and returned. Every rank of the group calls it."""
-    heap, g, (n_experts, d, f) = setting.heap, w_up_eGD.shape[1], w_down_eDF.shape
+    heap, g, (_, d, f) = setting.heap, w_up_eGD.shape[1], w_down_eDF.shape
     options = fused_options(setting, dy_TD, w_up_eGD, w_down_eDF)
     bn, bk, m = options["BN"], options["BK"], options["BM"]
     w_up, up_described = describe(w_up_eGD, bk, bn)
@@ -287,9 +294,9 @@ def backward(
         dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
         dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
         x_TD.shape[0], heap.rank, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
-        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=max(m, bn), BR=max(bk, 16), KIND=activation, PAIR=activation != "relu2",
-        UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_G=g % bk == 0, WHOLE=f % bn == 0,
-        **options,
+        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=max(m, bn), BR=max(bk, 16), KIND=activation,
+        PAIR=activation != "relu2", UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0,
+        EVEN_G=g % bk == 0, WHOLE=f % bn == 0, **options,
     )  # fmt: skip
     return dx_TD, dweights_S, dw_up, dw_down
 
@@ -300,6 +307,19 @@ def compile_cases(target: str) -> Any:
     def case(d: int, f: int, dtype: torch.dtype, once: bool) -> None:
         s, g = compile_setting(target, d, f, dtype, once)
         kept = None if once else g["kept"]
-        backward(g["x"], g["x"], g["h"], kept, g["tables"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", s, g["sent"])
+        backward(
+            g["x"],
+            g["x"],
+            g["h"],
+            kept,
+            g["tables"],
+            g["weights"],
+            g["up"],
+            g["down"],
+            g["rows"],
+            "swiglu",
+            s,
+            g["sent"],
+        )
 
     return {name: functools.partial(case, *sizes) for name, sizes in COMPILED.items()}

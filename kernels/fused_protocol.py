@@ -1,5 +1,5 @@
-"""How ranks tell each other what is done, inside the fused kernels: flags, waits that end, failure, the trace, and the tables that
-say where every row goes. docs/fused.md has the protocol and why it neither hangs nor loses a row.
+"""How ranks tell each other what is done, inside the fused kernels: flags, waits that end, failure, the trace, and the tables
+that say where every row goes. docs/fused.md has the protocol and why it neither hangs nor loses a row.
 
 Letters: W ranks, E experts in all, e on a rank, D model width, S slots (rows that a rank sends), M rows of a tile, P parts.
 """
@@ -66,7 +66,8 @@ class Failure(NamedTuple):
 
     def __str__(self) -> str:
         if self.wait == "room":
-            return f"rank {self.rank} of the group has no room: {self.seen} tiles of rows come to rank {self.peer}, {self.expected} fit"
+            told = f"{self.seen} tiles of rows come to rank {self.peer}, {self.expected} fit"
+            return f"rank {self.rank} of the group has no room: {told}"
         places = [f"{name} {value}" for name, value in (("tile", self.tile), ("index", self.index)) if value >= 0]
         return (
             f"rank {self.rank} of the group waited in vain for `{self.wait}` of rank {self.peer}"
@@ -155,7 +156,12 @@ def has_failed(run, W: tl.constexpr, BW: tl.constexpr):
     table, me, _, _, _, _ = run
     rank = tl.arange(0, BW)
     words = address(table, FAILED, me, W, tl.int32) + rank * 8
-    return tl.sum((tl.atomic_add(words, 0, mask=rank < W, sem="relaxed", scope="sys") != 0).to(tl.int32) * (rank < W), axis=0) > 0
+    return (
+        tl.sum(
+            (tl.atomic_add(words, 0, mask=rank < W, sem="relaxed", scope="sys") != 0).to(tl.int32) * (rank < W), axis=0
+        )
+        > 0
+    )
 
 
 @jit
@@ -189,15 +195,15 @@ def pick(values, here):
 def wait_for(words, need, wait, kind, tile, index, peer, run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
     """Whether all of this rank's `words` where `need` came to hold the epoch, before any rank failed. Then all that their writers
     had stored may be read. wait, kind: numbers in WAITS and EVENTS."""
-    table, me, epoch, spins, _, _ = run
+    _, _, epoch, spins, _, _ = run
     seen = tl.atomic_add(words, 0, mask=need, sem="acquire", scope="sys")
     missing = tl.sum((need & (seen != epoch)).to(tl.int32), axis=0)
     polls = 0
     while (missing > 0) & (polls < spins):
         pause()
-        if polls % 32 == 31:
-            if has_failed(run, W, BW):
-                polls = spins
+        look = polls % 32 == 31
+        if look:
+            polls = tl.where(has_failed(run, W, BW), spins, polls)
         seen = tl.atomic_add(words, 0, mask=need, sem="acquire", scope="sys")
         missing = tl.sum((need & (seen != epoch)).to(tl.int32), axis=0)
         polls += 1
@@ -214,9 +220,10 @@ def wait_for(words, need, wait, kind, tile, index, peer, run, W: tl.constexpr, B
 
 # ---------------------------------------------------------------- the tables of a launch
 #
-# int32, in one tensor: dispatch tasks, row tiles of this rank; then, for each expert x: `fragments`, dispatch tasks up to and with it,
-# in the order they are taken; `place`, where this rank's first row of x goes at its owner; `first` [E + 1], this rank's first slot of
-# x; `tile_ends`, row tiles up to and with this rank's expert; `begin` [e][W + 1], where each source's rows of it begin.
+# int32, in one tensor: dispatch tasks, row tiles of this rank; then, for each expert x: `fragments`, dispatch tasks up to and
+# with it, in the order they are taken; `place`, where this rank's first row of x goes at its owner; `first` [E + 1], this
+# rank's first slot of x; `tile_ends`, row tiles up to and with this rank's expert; `begin` [e][W + 1], where each source's rows
+# of it begin.
 
 
 def tables_size(ranks: int, experts: int) -> int:
@@ -272,7 +279,9 @@ def meet(run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
 
 
 @jit
-def scan(tables, tiles_room, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, TRACE: tl.constexpr):
+def scan(
+    tables, tiles_room, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, TRACE: tl.constexpr
+):
     """Fill the tables from the counts of all ranks. Whether there is room for the rows of every rank."""
     table, me, epoch, _, _, _ = run
     e: tl.constexpr = E // W
@@ -361,7 +370,7 @@ def expert_of(tile, tables, e: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
 @jit
 def wait_rows(tile, tables, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
               ONCE: tl.constexpr, TRACE: tl.constexpr):  # fmt: skip
-    """Until the rows of a tile are there. (whether they are, expert, places that hold their values, the end of the expert's rows)."""
+    """Until the rows of a tile are there. (whether they are, expert, places that hold their values, the end of its rows)."""
     table, me, _, _, _, _ = run
     j = expert_of(tile, tables, E // W, E, BE)
     rank, rows, end = sources_of(tile, j, tables, W, E, BW, BM)
@@ -377,9 +386,7 @@ def wait_rows(tile, tables, run, W: tl.constexpr, E: tl.constexpr, BE: tl.conste
         source = tl.where(fine, source, 0)
         other = (holder != known) & fine
         flags = arrived + holder // BM * W + source
-        fine = fine & wait_for(
-            flags, other, 2, 7, holder // BM, tl.zeros_like(holder) - 1, source, run, W, BW, TRACE
-        )
+        fine = fine & wait_for(flags, other, 2, 7, holder // BM, tl.zeros_like(holder) - 1, source, run, W, BW, TRACE)
     else:
         holder = known
     return fine, j, holder, end

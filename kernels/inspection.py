@@ -374,9 +374,9 @@ def read(asm: Any, metadata: Any, target: str) -> Row:
 def system_flags(text: str) -> dict[str, int]:
     """flags, polls and undrained of `Row`, from PTX or AMD's assembly.
 
-    Stores of all warps before a release must have been made, in what a barrier and the release order. On NVIDIA: a barrier between the
-    last store and the release, which is cumulative. On AMD it is not: each wave must write back and wait itself, between its last store and
-    the barrier. Read along the text, as kernels raise flags without branches between.
+    Stores of all warps before a release must have been made, in what a barrier and the release order. On NVIDIA: a barrier
+    between the last store and the release, which is cumulative. On AMD it is not: each wave must write back and wait itself,
+    between its last store and the barrier. Read along the text, as kernels raise flags without branches between.
     """
     stores = drained = True  # nothing is stored, all is drained, before the first instruction
     found = dict(flags=0, polls=0, undrained=0)
@@ -395,7 +395,9 @@ def system_flags(text: str) -> dict[str, int]:
         elif re.match(r"(@!?%p\d+ )?atom\.global\.sys\.release|global_atomic_swap .*sc1", line):
             found["flags"] += 1
             found["undrained"] += not stores
-        elif re.match(r"(@!?%p\d+ )?atom\.global\.sys\.acquire", line) or (amd and line.startswith("buffer_inv sc0 sc1")):
+        elif re.match(r"(@!?%p\d+ )?atom\.global\.sys\.acquire", line) or (
+            amd and line.startswith("buffer_inv sc0 sc1")
+        ):
             found["polls"] += 1
     return found
 

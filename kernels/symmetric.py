@@ -75,7 +75,9 @@ def shared_memory(size: int, exchange: Exchange) -> tuple[Tensor, list[Any], lis
             try:
                 peer = os.open(f"/proc/{pid}/fd/{other}", os.O_RDWR) if pid != os.getpid() else os.dup(fd)
             except OSError as failure:
-                error = f"process {os.getpid()} on {lent[0][0]} cannot open memory of process {pid} on {host}: {failure}"
+                error = (
+                    f"process {os.getpid()} on {lent[0][0]} cannot open memory of process {pid} on {host}: {failure}"
+                )
                 break
             with os.fdopen(peer) as file:
                 opened.append(torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8))

@@ -4,11 +4,12 @@
     2. one launch: rows travel into the memory of the ranks that hold their experts, are computed there, and travel back
     3. autograd calls the other one, with where the rows went, h, and the rows that came, if `parallel.fused_keep`
 
-All layers of a run use one symmetric heap for each expert group, in the order in which they run. It has room for what a call may bring at
-most; nothing is dropped, and the host waits for nothing. The other collectives of the run never wait inside a launch: every rank
-issues both in the same order.
+All layers of a run use one symmetric heap for each expert group, in the order in which they run. It has room for what a call
+may bring at most; nothing is dropped, and the host waits for nothing. The other collectives of the run never wait inside a
+launch: every rank issues both in the same order.
 
-**Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert: `FusedPath.sent`.
+**Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert:
+`FusedPath.sent`.
 
 Letters: T tokens of this rank, D model width, E experts in all, e on this rank, W ranks of the group, S slots, P phases.
 """
@@ -65,8 +66,8 @@ class Space:
         self.watched: list[tuple[Any, Tensor, str]] = []
 
     def reserve(self, tokens: int) -> None:
-        """Room for calls of `tokens` on any rank, the largest number that one of them gives. Collective; no call may be under way, and
-        none between its forward and its backward."""
+        """Room for calls of `tokens` on any rank, the largest number that one of them gives. Collective; no call may be under
+        way, and none between its forward and its backward."""
         from moesaic.kernels import fused_ep
         from moesaic.kernels.fused_protocol import regions
 
@@ -143,11 +144,12 @@ class _Sent(Sent):
 
 
 class FusedPath(AllToAllPath):
-    """Experts divided over the ranks of a group that can store into each other's memory, rank w holding experts w * e to (w + 1) * e.
+    """Experts divided over the ranks of a group that can store into each other's memory, rank w holding experts w * e to (w +
+    1) * e.
 
-    Every rank of the group must call it equally often, with a batch of any size that the heap has room for, even an empty one. The first
-    call reserves room, if nobody did before. Raises ValueError for more tokens than that, and FusedError, on all ranks, where one
-    of them waited in vain for `parallel.timeout` seconds.
+    Every rank of the group must call it equally often, with a batch of any size that the heap has room for, even an empty one.
+    The first call reserves room, if nobody did before. Raises ValueError for more tokens than that, and FusedError, on all
+    ranks, where one of them waited in vain for `parallel.timeout` seconds.
     """
 
     def __init__(self, space: Space, limit: Limit | None = None, layer: str = "") -> None:
@@ -197,7 +199,8 @@ def fused_paths(
 ) -> Callable[[str], FusedPath]:  # fmt: skip
     """What makes the path of each layer, given the layer's name. Collective.
 
-    tokens: of a call of any rank, at most; None: of the first call. Raises ValueError where the ranks of an expert group are in several nodes.
+    tokens: of a call of any rank, at most; None: of the first call. Raises ValueError where the ranks of an expert group are in
+    several nodes.
     """
     degree = meshes.expert_parallel
     node = node_ranks(parallel.node_size, degree)
@@ -215,7 +218,9 @@ def fused_paths(
 # ---------------------------------------------------------------- one operation for autograd and FSDP
 
 _numbers = itertools.count()
-_paths: weakref.WeakValueDictionary[int, "FusedPath"] = weakref.WeakValueDictionary()  # an operation takes their numbers
+_paths: weakref.WeakValueDictionary[int, "FusedPath"] = (
+    weakref.WeakValueDictionary()
+)  # an operation takes their numbers
 
 
 def _rows(source: Tensor, expert: Tensor, bag: Tensor, starts: Tensor | None, counts: Tensor) -> Rows:

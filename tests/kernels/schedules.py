@@ -1,10 +1,12 @@
-"""Schedules of the fused kernels: several programs on each of several ranks, every one a process, with random delays between steps.
+"""Schedules of the fused kernels: several programs on each of several ranks, every one a process, with random delays between
+steps.
 
     python -m tests.kernels.schedules [--count N] [--seed S] [--jobs J]     what `make fused-schedules` runs
 
 One process makes the memory of all ranks, then forks one child for each program: they share what was mapped before, at the same
-addresses. So programs of a rank run at the same time, which Triton's interpreter alone never does. A schedule is drawn from its seed: ranks,
-programs, tokens, routing, layers and micro-batches back to back on one heap, delays. Results are held to a plain reference, and to themselves.
+addresses. So programs of a rank run at the same time, which Triton's interpreter alone never does. A schedule is drawn from its
+seed: ranks, programs, tokens, routing, layers and micro-batches back to back on one heap, delays. Results are held to a plain
+reference, and to themselves.
 """
 
 import argparse
@@ -124,8 +126,10 @@ class Captured:
         return lambda *args, **options: self.calls.append((args, options))
 
 
-def launches(s: Schedule, heaps: list[Heap], settings: list[fused_ep.Setting]) -> tuple[list[list[Any]], dict[Any, list[Inputs]]]:
-    """([rank][step] of (kernel, arguments, options), inputs by (layer, micro-batch)); all tensors in memory that children share."""
+def launches(
+    s: Schedule, heaps: list[Heap], settings: list[fused_ep.Setting]
+) -> tuple[list[list[Any]], dict[Any, list[Inputs]]]:
+    """([rank][step] of (kernel, arguments, options), inputs by (layer, micro-batch)); all in shared memory."""
     real = fused_ep._fused_forward_kernel, fused_ep_backward._fused_backward_kernel
     data: dict[Any, list[Inputs]] = {}
     steps: list[list[Any]] = [[] for _ in heaps]
@@ -200,7 +204,8 @@ def run(
 ) -> list[list[int]]:  # fmt: skip
     """Run a schedule and check results. Returns the events of all ranks, by ticket, where `trace` gives them room.
 
-    change(rank, program) runs in each child first. Raises ScheduleFailed, with the schedule, on a hang, a failure or a wrong result.
+    change(rank, program) runs in each child first. Raises ScheduleFailed, with the schedule, on a hang, a failure or a wrong
+    result.
     """
     tiles = fused_ep.room(s.ranks, s.experts, sum(s.tokens) * s.top_k, TILE.m)
     shapes = regions(

@@ -68,7 +68,9 @@ def test_ranks_store_into_each_other_and_leave_nothing() -> None:
             assert left_open == 0 and clean
         with pytest.raises(RanksFailed) as failed:
             pool.run(cannot_open)
-        assert {m.kind for m in failed.value.mistakes.values()} == {HeapError.__name__} and len(failed.value.mistakes) == 3
+        assert {m.kind for m in failed.value.mistakes.values()} == {HeapError.__name__} and len(
+            failed.value.mistakes
+        ) == 3
         assert all("process 4194305 on elsewhere" in m.message for m in failed.value.mistakes.values())
         with pytest.raises(RanksFailed):
             pool.run(die_holding)

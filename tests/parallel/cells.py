@@ -54,6 +54,8 @@ LAYOUTS = (
     layout("HSDP 2 x 2, EP 2", 4, expert="2", replicate=2),  # two copies of the experts
     layout("4 copies, EP 2", 4, expert="2", replicate=4),
     layout("HSDP 2 x 2, EP 4", 4, expert="4", replicate=2),  # two copies of all but the experts
+    layout("EP 2, fused", 2, expert="2", expert_path="fused"),
+    layout("ZeRO-2, EP 2 x FSDP 2, fused", 4, expert="2", expert_path="fused", engine="deepspeed", zero_stage=2),
     *(layout(f"ZeRO-{stage}", 2, engine="deepspeed", zero_stage=stage) for stage in range(4)),
     *(layout(f"ZeRO-{stage}, EP 2", 2, expert="2", engine="deepspeed", zero_stage=stage) for stage in range(4)),
     *(
@@ -219,6 +221,8 @@ def refused(values: Mapping[str, Any]) -> str | None:
         return None
     if get("path") == "local" and layout.expert > 1 and "expert_path" not in dict(layout.knobs):
         return "parallel.expert_path=local needs parallel.expert=1"
+    if dict(layout.knobs).get("expert_path") == "fused" and get("model") in ("biases", "odd"):
+        return "parallel.expert_path=fused has no expert_bias"
     if get("reshard", "auto") != "auto" and dict(layout.knobs).get("engine") == "deepspeed":
         return "parallel.reshard is a knob of parallel.engine=fsdp"
     if get("router") == "sigmoid_bias in groups" and get("model") == "top 4" and layout.experts < 8:

@@ -23,11 +23,11 @@ from moesaic.parallel.mesh import make_meshes
 from tests.parallel.pool import Pool, RanksFailed
 from tests.parallel.test_expert import (
     CONFIG,
-    D,
     EXPERTS,
-    K,
     ROUTERS,
     WORKLOADS,
+    D,
+    K,
     difference,
     experts_of,
     routing_of,
@@ -168,7 +168,9 @@ def test_a_rank_that_dies_or_stops_ends_all_with_its_name(how: str) -> None:
             pool.run(compare, ["uniform"])  # started anew, with memory of its own
         else:
             told = pool.run(one_rank_dies, how)
-            assert all(line.startswith("FusedError: parallel.expert_path=fused, forward of layer 0: rank 0") for line in told)
+            assert all(
+                line.startswith("FusedError: parallel.expert_path=fused, forward of layer 0: rank 0") for line in told
+            )
             assert all("waited in vain for" in line and "of rank 1" in line for line in told), told
 
 
@@ -176,10 +178,13 @@ def test_a_call_beyond_the_room_is_refused_and_rows_beyond_it_end_all_ranks() ->
     with Pool(2) as pool:
         for told in pool.run(beyond_the_room):
             assert told["tokens"] == (
-                "parallel.expert_path=fused: 26 tokens in a call of layer 0, its memory is made for 25; reserve more, on all ranks"
+                "parallel.expert_path=fused: 26 tokens in a call of layer 0, its memory is made for 25; "
+                "reserve more, on all ranks"
             )
             # 2 ranks send all 2 * 25 slots to rank 1, which has room for 1.0 times an even load, 50, and a tile of each expert.
-            assert told["rows"].startswith("parallel.expert_path=fused, forward of layer 0: rank 0 of the group has no room: ")
+            assert told["rows"].startswith(
+                "parallel.expert_path=fused, forward of layer 0: rank 0 of the group has no room: "
+            )
             assert "tiles of rows come to rank 1" in told["rows"]
             assert told["grown"] == 45
 
@@ -188,8 +193,8 @@ def beyond_the_room() -> dict[str, Any]:
     rank, told = dist.get_rank(), {}
     part = experts_of(False, 2, rank)
     path = make_path(CONFIG, tokens=25, max_recv_tokens_factor=1.0)
+    x, weights = torch.randn(26, D), torch.rand(26, EXPERTS)
     with pytest.raises(ValueError) as refused:
-        x, weights = torch.randn(26, D), torch.rand(26, EXPERTS)
         path(x, routing_of("uniform", rank, x, weights), part)
     told["tokens"] = str(refused.value)
     x, weights = torch.randn(25, D), torch.rand(25, EXPERTS)
@@ -214,7 +219,8 @@ def all_to(tokens: int, experts: list[int], weights: Tensor) -> Any:
     ("overrides", "line"),
     [
         (["parallel.comm_sms=-1"], "parallel.comm_sms=-1: must not be negative"),
-        (["parallel.expert_path=fused", "model.expert_bias=true"], "model.expert_bias=true: must be false with parallel.expert_path=fused"),
+        (["parallel.expert_path=fused", "model.expert_bias=true"],
+         "model.expert_bias=true: must be false with parallel.expert_path=fused"),
         (["parallel.expert_path=pushed"], "parallel.expert_path=pushed: must be one of auto, local, all_to_all, two_hop, fused"),
     ],
 )  # fmt: skip
@@ -231,14 +237,21 @@ def on_a_pretend_gpu() -> None:
     """The branch for CUDA of one rank of a group, with the calls of torch's symmetric memory noted."""
     import torch.distributed._symmetric_memory as symmetric
 
-    with pytest.raises(ValueError, match=r"parallel.expert_path=fused: parallel.expert=2 must be within a node, of 1 ranks"):
-        fused_paths(CONFIG, ParallelConfig(expert_path="fused", node_size="1"), make_meshes("cpu", 2), torch.float32, CPU, 4)
+    with pytest.raises(
+        ValueError, match=r"parallel.expert_path=fused: parallel.expert=2 must be within a node, of 1 ranks"
+    ):
+        fused_paths(
+            CONFIG, ParallelConfig(expert_path="fused", node_size="1"), make_meshes("cpu", 2), torch.float32, CPU, 4
+        )
     calls = MagicMock()
     calls.empty.side_effect = lambda size, dtype, device: torch.full((size,), 7, dtype=dtype)
     calls.rendezvous.return_value = SimpleNamespace(buffer_ptrs=[1 << 20, 1 << 30])
     space = make_path().space
     space.device = torch.device("cuda", 0)
-    with patch.multiple(symmetric, empty=calls.empty, rendezvous=calls.rendezvous), patch.object(torch.cuda, "synchronize") as wait:
+    with (
+        patch.multiple(symmetric, empty=calls.empty, rendezvous=calls.rendezvous),
+        patch.object(torch.cuda, "synchronize") as wait,
+    ):
         memory, kept, addresses = space.device_memory(512, space.exchange)
     assert memory.count_nonzero() == 0 and addresses == [1 << 20, 1 << 30] and kept == [calls.rendezvous.return_value]
     assert calls.rendezvous.call_args.args == (memory, space.group) and wait.called
@@ -255,8 +268,8 @@ def on_a_pretend_gpu() -> None:
         with pytest.raises(RuntimeError) as told:
             space.check("backward of b")
     assert str(told.value) == (
-        "parallel.expert_path=fused, forward of a: rank 1 of the group waited in vain for `arrived` of rank 0, tile 5 in launch 9: "
-        "expected 9, saw 8"
+        "parallel.expert_path=fused, forward of a: rank 1 of the group waited in vain for `arrived` of rank 0, tile 5 in "
+        "launch 9: expected 9, saw 8"
     )
 
 
@@ -270,7 +283,9 @@ def test_grid_leaves_multiprocessors_to_collectives() -> None:
 
     with patch("moesaic.kernels.fused_ep.processors", return_value=132):
         assert grid_programs(torch.device("cuda"), 16) == 116
-        with pytest.raises(ValueError, match="parallel.comm_sms=132: must be below the multiprocessors of the device, 132"):
+        with pytest.raises(
+            ValueError, match="parallel.comm_sms=132: must be below the multiprocessors of the device, 132"
+        ):
             grid_programs(torch.device("cuda"), 132)
     assert grid_programs(CPU, 16) == 1
 
