@@ -5,7 +5,8 @@ BIN := .venv/bin
 # Computed once, so that every rank and every restart of one `make train` writes to the same folder.
 RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install train test check kernels test-gpu bench bench-gpu parity reshard chaos study-rounding study-precision clean
+.PHONY: help install train test check kernels test-gpu bench bench-gpu parity reshard chaos fused-schedules study-rounding \
+  study-precision clean
 
 help:
 	@echo "make install   make .venv and install Moesaic with its development tools (once; PYTHON=python3.12 chooses the Python)"
@@ -19,6 +20,7 @@ help:
 	@echo "make reshard   a checkpoint of every layout, loaded into every other one; some minutes on two cores"
 	@echo "make chaos     FAULTS=200 faults of SEED=0, each met by a small run that must go on as if nothing had happened; FROM=n goes on"
 	@echo "               where a campaign was left, ONLY='kind,kind' chooses; some 3 s a fault on one core"
+	@echo "make fused-schedules   COUNT=2000 schedules from SEED=0 of the fused kernels, several programs a rank; some 2 s each on one core"
 	@echo "make study-rounding   what token rounding costs in quality, over seeds; about half an hour on two cores"
 	@echo "make study-precision  what each recipe of low precision costs in quality, over seeds; hours on two cores, goes on where it"
 	@echo "               stopped; ARGS='tokens=3000000 seeds=3 runs=main'"
@@ -85,8 +87,12 @@ FAULTS ?= 200
 SEED ?= 0
 FROM ?= 0
 ONLY ?=
+COUNT ?= 2000
 chaos: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.launch.chaos faults=$(FAULTS) seed=$(SEED) from=$(FROM) 'only=$(ONLY)'
+
+fused-schedules: install
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.schedules --count $(COUNT) --seed $(SEED)
 
 study-rounding: install
 	$(BIN)/python benchmarks/study_rounding.py $(ARGS)

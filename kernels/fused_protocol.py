@@ -4,7 +4,7 @@ that say where every row goes. docs/fused.md has the protocol and why it neither
 Letters: W ranks, E experts in all, e on a rank, D model width, S slots (rows that a rank sends), M rows of a tile, P parts.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -52,7 +52,8 @@ class FusedError(RuntimeError):
     """A rank waited in vain, or rows have no room. Raised on every rank of the group."""
 
 
-class Failure(NamedTuple):
+@dataclass(frozen=True)
+class Failure:
     """What rank `rank` waited for in vain: word `wait` of tile, index and peer, -1 where there is none, polled `spins` times."""
 
     rank: int
@@ -134,7 +135,7 @@ def drain():
     """On AMD, each wave waits until its own stores are where other devices see them: the release of the wave that raises a flag
     speaks for that wave alone, and the barrier before it waits for no store of the others."""
     tl.inline_asm_elementwise(
-        "s_waitcnt vmcnt(0)\nbuffer_wbl2 sc0 sc1\ns_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v,~{memory}",
+        "s_waitcnt vmcnt(0)\n\tbuffer_wbl2 sc0 sc1\n\ts_waitcnt vmcnt(0)\n\tv_mov_b32 $0, $1", "=v,v,~{memory}",
         [tl.arange(0, 1)], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

@@ -194,6 +194,19 @@ def parse_amdgcn(text: str) -> Code:
     return Code(instructions, labels)
 
 
+def parse_ptx(text: str) -> Code:
+    """Of PTX with one kernel."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for raw in text.splitlines():
+        line = raw.split("//")[0].strip()
+        if match := re.match(r"(\$L\w+):", line):
+            labels[match[1]] = len(instructions)
+        elif line.endswith(";") and not line.startswith("."):
+            instructions.append(line.replace("\t", " "))
+    return Code(instructions, labels)
+
+
 def jump(instruction: str) -> tuple[str | None, bool]:
     """(the label it may go to, whether it may also go on to the next instruction)."""
     # A predicate stands before the instruction, or, as a uniform one, between it and the label.
@@ -201,7 +214,9 @@ def jump(instruction: str) -> tuple[str | None, bool]:
         return match[3], bool(match[1] or match[2])
     if match := re.match(r"s_(c?)branch\S* (\.LBB\d+_\d+)", instruction):
         return match[2], bool(match[1])
-    return None, re.match(r"(EXIT|RET|s_endpgm)", instruction) is None
+    if match := re.match(r"(@!?%p\w+ )?bra(?:\.uni)?\s+(\$L\w+);", instruction):
+        return match[2], bool(match[1])
+    return None, re.match(r"(EXIT|RET|s_endpgm|ret;)", instruction) is None
 
 
 def loops(code: Code) -> list[set[int]]:
@@ -350,6 +365,8 @@ def read(asm: Any, metadata: Any, target: str) -> Row:
     else:
         code = parse_amdgcn(asm["amdgcn"])
         found = amd_figures(code, asm["amdgcn"])
+    amd = TARGETS[target].backend == "hip"
+    found |= system_flags(code if amd else parse_ptx(asm["ptx"]), amd)
     macs = tensor_macs(asm["ttgir"])
     names = {name[0] for i in code.instructions if (name := matrix_instruction(i, target, macs))}
     cycles, slots = main_loop(code, target, metadata.num_warps, macs)
@@ -367,39 +384,53 @@ def read(asm: Any, metadata: Any, target: str) -> Row:
         cycles=cycles,
         slots=slots,
         **found,
-        **system_flags(asm["ptx"] if "ptx" in asm else asm["amdgcn"]),
     )
 
 
-def system_flags(text: str) -> dict[str, int]:
+_STORED, _WRITTEN_BACK, _WAITED, _MET = range(
+    4
+)  # how far the stores of all warps are, on the worst way to an instruction
+
+
+def system_flags(code: Code, amd: bool) -> dict[str, int]:
     """flags, polls and undrained of `Row`, from PTX or AMD's assembly.
 
-    Stores of all warps before a release must have been made, in what a barrier and the release order. On NVIDIA: a barrier
-    between the last store and the release, which is cumulative. On AMD it is not: each wave must write back and wait itself,
-    between its last store and the barrier. Read along the text, as kernels raise flags without branches between.
+    A release speaks for what its own warp stored, and on NVIDIA, where it is cumulative, for what others had stored before a
+    barrier that it comes after. On AMD for its own wave alone: each wave must write back and wait, between its last store and the
+    barrier.
     """
-    stores = drained = True  # nothing is stored, all is drained, before the first instruction
-    found = dict(flags=0, polls=0, undrained=0)
-    written_back = True
-    amd = ".amdgcn_target" in text
-    for line in text.splitlines():
-        line = line.strip()
-        if re.match(r"(@!?%p\d+ )?st\.global|(global|buffer|flat)_store_", line):
-            stores, written_back = False, False
-        elif line.startswith("buffer_wbl2 sc0 sc1"):
-            drained = False
-        elif line.startswith("s_waitcnt") and "vmcnt(0)" in line and not drained:
-            written_back = drained = True
-        elif re.match(r"bar\.sync|barrier\.sync|s_barrier", line):
-            stores = written_back if amd else True
-        elif re.match(r"(@!?%p\d+ )?atom\.global\.sys\.release|global_atomic_swap .*sc1", line):
-            found["flags"] += 1
-            found["undrained"] += not stores
-        elif re.match(r"(@!?%p\d+ )?atom\.global\.sys\.acquire", line) or (
-            amd and line.startswith("buffer_inv sc0 sc1")
-        ):
-            found["polls"] += 1
-    return found
+    guard = r"(@!?%p\d+ )?"
+    kinds = []
+    for i in code.instructions:
+        if re.match(guard + r"st\.global|(global|buffer|flat)_store_", i):
+            kinds.append("store")
+        elif re.match(r"bar\.sync|barrier\.sync|s_barrier", i):
+            kinds.append("meet")
+        elif re.match(guard + r"atom\.global\.sys\.release|global_atomic_swap .*sc1", i):
+            kinds.append("flag")
+        elif re.match(guard + r"atom\.global\.sys\.acquire|buffer_inv sc0 sc1", i):
+            kinds.append("poll")
+        else:
+            waits = i.startswith("s_waitcnt") and "vmcnt(0)" in i
+            kinds.append("write back" if i.startswith("buffer_wbl2 sc0 sc1") else "wait" if waits else "")
+    steps = {
+        "store": lambda state: _STORED,
+        "write back": lambda state: max(state, _WRITTEN_BACK),
+        "wait": lambda state: _WAITED if state == _WRITTEN_BACK else state,
+        "meet": lambda state: _MET if state >= _WAITED or not amd else state,
+    }
+    worst = {0: _MET}
+    work = [0]
+    while work:
+        at = work.pop()
+        after = steps.get(kinds[at], lambda state: state)(worst[at])
+        label, goes_on = jump(code.instructions[at])
+        for following in ([code.labels[label]] if label in code.labels else []) + ([at + 1] if goes_on else []):
+            if following < len(kinds) and after < worst.get(following, _MET + 1):
+                worst[following] = after
+                work.append(following)
+    undrained = sum(kind == "flag" and worst.get(at, _MET) < _MET for at, kind in enumerate(kinds))
+    return {"flags": kinds.count("flag"), "polls": kinds.count("poll"), "undrained": undrained}
 
 
 def nvidia_figures(code: Code, usage: str) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def _rest() -> None:
     time.sleep(1e-4)  # another process, that this one waits for, may need the processor
 
 
-def _nothing():  # type: ignore[no-untyped-def]
+def _nothing() -> None:
     pass
 
 

@@ -62,7 +62,8 @@ class Space:
         self.group, self.config, self.parallel, self.compute, self.device = group, config, parallel, compute, device
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.programs = grid_programs(device, parallel.comm_sms)
-        self.tokens, self.setting = -1, None
+        self.tokens = -1
+        self.setting: Any = None  # moesaic.kernels.fused_ep.Setting, when there is room
         self.watched: list[tuple[Any, Tensor, str]] = []
 
     def reserve(self, tokens: int) -> None:
@@ -158,7 +159,7 @@ class FusedPath(AllToAllPath):
         _paths[self.number] = self
 
     # `AllToAllPath.__init__` sets it; here the kernels count.
-    @property  # type: ignore[override]
+    @property
     def sent(self) -> Sent:
         return _Sent(self.counters_WP, self.rank)
 

@@ -239,11 +239,11 @@ def run(
         process.join()
     if any(codes):
         raise ScheduleFailed(f"{s}: exit codes {codes}")
-    if left:
-        raise ScheduleFailed(f"{s}: a hang, of programs {[i for i, code in enumerate(codes) if code is None]}")
     failed = [failures(heap.view("failed")) for heap in heaps]
     if any(failed):
         raise ScheduleFailed(f"{s}: {[str(f) for f in failed[0]]}")
+    if left:
+        raise ScheduleFailed(f"{s}: a hang, of programs {[i for i, code in enumerate(codes) if code is None]}")
     check(s, data)
     return sorted(record for heap in heaps for record in records(heap)) if trace else []
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from moesaic.launch.data import train_batch
 from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
 from moesaic.launch.schema import Config
-from moesaic.launch.train import micro_batches, train_step
+from moesaic.launch.train import micro_batches, most_tokens, train_step
 from moesaic.moe.balance import update_bias
 from moesaic.moe.model import Fill, Transformer, build, init_parameter
 from moesaic.parallel.apply import parallelize, start_engine, total
@@ -256,7 +256,7 @@ def make_engine(cell: Cell, config: Config, compute: torch.dtype = torch.float32
     meshes = meshes_of(cell.layout.expert, config.parallel.replicate)
     model = parallelize(
         config.model, config.parallel, meshes, seed=config.train.seed, device=CPU, compute=compute,
-        fill=filling(cell, config),
+        fill=filling(cell, config), tokens=most_tokens(config.train),
     )  # fmt: skip
     return model, start_engine(config.parallel, model, make_optimizer(model, config.optim))
 
