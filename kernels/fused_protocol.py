@@ -48,10 +48,6 @@ def regions(
     return shapes
 
 
-class FusedError(RuntimeError):
-    """A rank waited in vain, or rows have no room. Raised on every rank of the group."""
-
-
 @dataclass(frozen=True)
 class Failure:
     """What rank `rank` waited for in vain: word `wait` of tile, index and peer, -1 where there is none, polled `spins` times."""

@@ -33,6 +33,10 @@ class HeapError(RuntimeError):
     """Ranks that cannot share memory. Raised on all of them."""
 
 
+class FusedError(RuntimeError):
+    """A rank waited in vain for another one's rows, or there is no room for them. Raised on every rank of the group."""
+
+
 @dataclass(frozen=True)
 class Heap:
     """rank, ranks: of the group. memory: this rank's bytes. mapped: what keeps the other ranks' memory mapped. table: int64

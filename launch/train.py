@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from moesaic.kernels import autotune
+from moesaic.kernels.symmetric import FusedError, HeapError
 from moesaic.kernels.tiles import TILES, known_tile, rounding_tile
 from moesaic.launch import cli, guards, report
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
@@ -68,7 +69,7 @@ def main(config: Config) -> None:
         train(config, device)
     except OverloadError as error:
         raise cli.UserError(str(error)) from error
-    except checkpoint.SaveError as error:
+    except (checkpoint.SaveError, FusedError, HeapError) as error:
         raise guards.RunEndedError(str(error)) from error
     finally:
         guards.end_listening()

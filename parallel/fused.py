@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.kernels.permute import Rows
-from moesaic.kernels.symmetric import Exchange, make_heap, shared_memory
+from moesaic.kernels.symmetric import Exchange, FusedError, make_heap, shared_memory
 from moesaic.kernels.tiles import fused_tile, rounding_tile
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import sorted_rows
@@ -113,7 +113,7 @@ class Space:
 
     def check(self, what: str) -> None:
         """Raises FusedError on every rank if a rank waited in vain: on a CPU in this launch, on CUDA in one that has ended."""
-        from moesaic.kernels.fused_protocol import FusedError, failures
+        from moesaic.kernels.fused_protocol import failures
 
         failed = self.setting.heap.view("failed")
         event = None
