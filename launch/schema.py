@@ -199,6 +199,10 @@ def check(c: Config) -> None:
     expert = c.parallel.expert
     require(expert == "auto" or c.model_from_init or c.model.n_experts % int(expert) == 0,
             f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
+    high = c.precision.dispatch == c.precision.combine == "high"
+    require(high or c.parallel.expert_path != "fused",
+            f"precision.dispatch={c.precision.dispatch}, precision.combine={c.precision.combine}: must be high with "
+            "parallel.expert_path=fused")  # fmt: skip
     require(not c.precision.quantized or c.parallel.expert_path != "fused",
             f"parallel.expert_path=fused: has no products of precision={c.precision.recipe} yet; use all_to_all")  # fmt: skip
     require(c.parallel.expert_path != "fused" or not c.model.expert_bias,

@@ -322,9 +322,9 @@ class Experts(nn.Module):
     """The routed experts' weights, each (out, in) as of a linear layer: w_up_EGD (gate rows, then up rows), w_down_EDF, and
     biases b_up_EG, b_down_ED where `model.expert_bias` says so.
 
-    forward(x_ND, weights_R, rows, ids_N) -> y_ND; ids_N: what `numbers` gave, of each input row. A sharded weight (a DTensor over
-    the expert dimension) is used by its local part: `rows` then speaks of this rank's experts. `operation`, of a path that has its
-    own, is called with the weights too.
+    forward(x_ND, weights_R, rows, ids_N) -> y_ND; ids_N: what `numbers` gave, of each input row. A sharded weight (a DTensor
+    over the expert dimension) is used by its local part: `rows` then speaks of this rank's experts. `operation`, of a path that
+    has its own, is called with the weights too.
     """
 
     def __init__(self, config: ModelConfig) -> None:
