@@ -37,6 +37,17 @@ def sorted_rows(routing: Routing, experts: Experts, x_TD: Tensor) -> Rows:
     return rows
 
 
+def slots_by_expert(routing: Routing, experts: Experts, x_TD: Tensor) -> Tensor:
+    """The routing's slots by expert, int64 (S,), unused ones last: `sorted_rows` where nothing else of it is of use."""
+    if backend_for(experts.backend, x_TD) != "triton":
+        return routing.expert_S.argsort(stable=True)
+    from moesaic.kernels import permute_triton
+
+    sizes = (routing.counts_E.numel(), routing.expert_S.numel(), 1, rounding_tile(x_TD.device))  # as if 1 slot a token
+    rows, _ = permute_triton.sort_slots(routing.token_S, routing.expert_S, *sizes)
+    return rows.slot_R
+
+
 class LocalPath:
     """All experts on this device: nothing travels."""
 

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.kernels.permute import Rows, sum_bags
+from moesaic.moe.dispatch import slots_by_expert
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoE
 from moesaic.moe.replay import once
@@ -98,9 +99,9 @@ class Link:
 
         return wait
 
-    def tell(self, told_G: Tensor, sent: Sent | None) -> Tensor:
-        """Row w of `told_G` for rank w; what they told this one."""
-        return self.start(told_G, [1] * len(self.hops), [1] * len(self.hops), "counts", sent)()
+    def tell(self, told_G: Tensor, sent: Sent | None) -> Callable[[], Tensor]:
+        """Row w of `told_G` for rank w. What it returns waits for what they told this one."""
+        return self.start(told_G, [1] * len(self.hops), [1] * len(self.hops), "counts", sent)
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,13 @@ def absolute(row_S: Tensor, rows_in_G: Tensor, slots_in_G: Tensor) -> Tensor:
     return row_S + first_G.repeat_interleave(slots_in_G, output_size=row_S.numel())
 
 
+def moved(size_B: Tensor, order_B: Tensor, values: int) -> Tensor:
+    """Of `values` that lie in blocks of these sizes, the places from which to take them so that blocks lie in `order_B`."""
+    sizes = size_B[order_B]
+    shift_B = ends(size_B)[order_B] - ends(sizes)[:-1]
+    return torch.arange(values, device=size_B.device) + shift_B.repeat_interleave(sizes, output_size=values)
+
+
 def arrived(
     row_S: Tensor, block_expert_B: Tensor, block_source_B: Tensor, slots_B: Tensor, experts: int, inputs: int
 ) -> Rows:
@@ -209,12 +217,12 @@ def arrived(
 
     `row_S` is the input row of each. A row's outputs are added by expert.
     """
-    slots = row_S.numel()
-    block_S = torch.arange(slots_B.numel(), device=row_S.device).repeat_interleave(slots_B, output_size=slots)
-    expert_S = block_expert_B[block_S]
-    order_R = (expert_S * (slots_B.numel() + 1) + block_source_B[block_S]).argsort(stable=True)
-    source_R, expert_R = row_S[order_R], expert_S[order_R]
+    slots, blocks = row_S.numel(), slots_B.numel()
+    order_B = (block_expert_B * (blocks + 1) + block_source_B).argsort(stable=True)
+    order_R = moved(slots_B, order_B, slots)
+    source_R = row_S[order_R]
     counts_E = torch.zeros(experts, dtype=torch.int64, device=row_S.device).scatter_add_(0, block_expert_B, slots_B)
+    expert_R = block_expert_B[order_B].repeat_interleave(slots_B[order_B], output_size=slots)
     per_row = torch.zeros(inputs, dtype=torch.int64, device=row_S.device)
     starts = ends(per_row.scatter_add_(0, source_R, torch.ones_like(source_R)))
     return Rows(source_R, order_R, expert_R, source_R.argsort(stable=True), starts, counts_E)
@@ -323,7 +331,7 @@ class AllToAllPath:
             self.limit.check(loads, self.ranks)
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        plan = once("plan", lambda: self.plan(routing, experts.training))
+        plan = once("plan", lambda: self.plan(x_TD, routing, experts))
         ids_N = experts.numbers(x_TD.shape[0], x_TD.device)
         for leg in plan.legs if ids_N is not None else ():
             ids_N = leg.go(ids_N, "dispatch")()  # type: ignore[arg-type]
@@ -332,14 +340,17 @@ class AllToAllPath:
         y_ND = experts(x_ND, weights_S.index_select(0, rows.slot_R), rows, ids_N)
         return _Combine.apply(y_ND, plan.legs, self.back)
 
-    def plan(self, routing: Routing, training: bool) -> Plan:
+    def plan(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Plan:
         """Tells the others what will come, and begins to send the slots. Raises OverloadError where `limit` asks for it."""
-        ranks, tokens, sent = self.ranks, routing.tokens, self.sent if training else None
+        ranks, tokens, training = self.ranks, routing.tokens, experts.training
+        sent = self.sent if training else None
         counts_We = routing.counts_E.view(ranks, -1)
-        experts = counts_We.shape[1]
-        rank_S = routing.expert_S // experts  # W where unused
+        each = counts_We.shape[1]  # experts of a rank
+        rank_S = routing.expert_S // each  # W where unused
         has_WT = reached(rank_S, routing.token_S, ranks, tokens)
-        told_W = self.link.tell(torch.cat([has_WT.sum(dim=1, keepdim=True), counts_We], dim=1), sent)
+        told = self.link.tell(torch.cat([has_WT.sum(dim=1, keepdim=True), counts_We], dim=1), sent)
+        slot_S = slots_by_expert(routing, experts, x_TD)
+        told_W = told()
         rows_in_W, slots_in_W = told_W[:, 0], told_W[:, 1:].sum(dim=1)
         node_NT = has_WT.view(ranks // self.node_size, self.node_size, tokens).any(dim=1)
         loads = self.all_loads(slots_in_W.sum(), training)
@@ -354,7 +365,7 @@ class AllToAllPath:
             in_node = has_WT.view(ranks // self.node_size, self.node_size, tokens).sum(dim=1).T.flatten()
             within = ends(compact(in_node, in_node > 0, node_rows))
             sums = [(bag, within), (torch.arange(node_rows, device=bag.device), ends(node_NT.sum(dim=0)))]
-        slot_S = routing.expert_S.argsort(stable=True)[: sum(slots_out)]
+        slot_S = slot_S[: sum(slots_out)]
         leg = Leg(self.link, source_R, sums, slot_S, rank_S.numel(), out, rows_in, slots_out, slots_in, sent)
         slots = leg.send_slots(place_WT[rank_S[slot_S], routing.token_S[slot_S]], routing.weights_S[slot_S])
 
@@ -363,7 +374,7 @@ class AllToAllPath:
             row_S, weights_S = slots()
             blocks = torch.arange(told_W[:, 1:].numel(), device=row_S.device)
             row_S = absolute(row_S, rows_in_W, slots_in_W)
-            rows = arrived(row_S, blocks % experts, blocks // experts, told_W[:, 1:].flatten(), experts, sum(rows_in))
+            rows = arrived(row_S, blocks % each, blocks // each, told_W[:, 1:].flatten(), each, sum(rows_in))
             return weights_S, rows
 
         return Plan([leg], arrive)

@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moesaic.kernels.permute import Rows
+from moesaic.moe.dispatch import slots_by_expert
+from moesaic.moe.experts import Experts
 from moesaic.moe.router import Routing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert import (
@@ -39,6 +41,7 @@ from moesaic.parallel.expert import (
     arrived,
     fan_out,
     hops,
+    moved,
     reached,
     read,
 )
@@ -70,22 +73,25 @@ class TwoHopPath(AllToAllPath):
         self.across = Link(mesh.get_group(0), hops(across, self.rank, self.places), layer)
         self.inside = Link(mesh.get_group(1), hops(inside, self.rank, self.places), layer)
 
-    def plan(self, routing: Routing, training: bool) -> Plan:
+    def plan(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Plan:
         nodes, places, ranks, tokens = self.nodes, self.places, self.ranks, routing.tokens
+        training = experts.training
         sent = self.sent if training else None
         counts_NLe = routing.counts_E.view(nodes, places, -1)
-        experts = counts_NLe.shape[2]
-        has_WT = reached(routing.expert_S // experts, routing.token_S, ranks, tokens)
+        each = counts_NLe.shape[2]  # experts of a rank
+        has_WT = reached(routing.expert_S // each, routing.token_S, ranks, tokens)
         has_NT = has_WT.view(nodes, places, tokens).any(dim=1)
         rows_NL1 = has_WT.sum(dim=1).view(nodes, places, 1)
         slots_N = counts_NLe.flatten(1).sum(dim=1)
 
         # What is told to another node speaks of each of its ranks, so that sizes of the second leg need no look at the slots.
         ask = torch.cat([has_NT.sum(dim=1, keepdim=True), rows_NL1.flatten(1), counts_NLe.flatten(1)], dim=1)
-        told = self.across.tell(ask, sent)
+        told_by = self.across.tell(ask, sent)
+        slot_S = slots_by_expert(routing, experts, x_TD)
+        told = told_by()
         rows_in_N, passed_NL, told_NLe = told[:, 0], told[:, 1 : 1 + places], told[:, 1 + places :].view_as(counts_NLe)
         pass_on = torch.cat([passed_NL[:, :, None], told_NLe], dim=2).transpose(0, 1)
-        came_LNe = self.inside.tell(pass_on, sent)
+        came_LNe = self.inside.tell(pass_on, sent)()
         rows_in_L, came_LNe = came_LNe[:, :, 0].sum(dim=1), came_LNe[:, :, 1:]
         loads = self.all_loads(came_LNe.sum(), training)
         out, slots_out, rows_in, slots_in, out2, slots_out2, rows_in2, slots_in2, loads_here = read(
@@ -95,18 +101,18 @@ class TwoHopPath(AllToAllPath):
         self.check(loads_here)
 
         source, place_NT, bag, starts = fan_out(has_NT, sum(out))
-        slot_S = routing.expert_S.argsort(stable=True)[: sum(slots_out)]
-        node_S, token_S = routing.expert_S[slot_S] // (experts * places), routing.token_S[slot_S]
+        slot_S = slot_S[: sum(slots_out)]
+        node_S, token_S = routing.expert_S[slot_S] // (each * places), routing.token_S[slot_S]
         slots = routing.expert_S.numel()
         first = Leg(self.across, source, [(bag, starts)], slot_S, slots, out, rows_in, slots_out, slots_in, sent)
         row_S, weights_S = first.send_slots(place_NT[node_S, token_S], routing.weights_S[slot_S])()
 
         row_S = absolute(row_S, rows_in_N, told_NLe.sum(dim=(1, 2)))
-        place_S = torch.arange(places, device=row_S.device).repeat(nodes)
-        place_S = place_S.repeat_interleave(told_NLe.sum(dim=2).flatten(), output_size=row_S.numel())
+        blocks, passed_B = torch.arange(ranks, device=row_S.device), told_NLe.sum(dim=2).flatten()
+        place_S = (blocks % places).repeat_interleave(passed_B, output_size=row_S.numel())
         has_LI = reached(place_S, row_S, places, sum(rows_in))
         source, place_LI, bag, starts = fan_out(has_LI, sum(out2))
-        slot_S = place_S.argsort(stable=True)
+        slot_S = moved(passed_B, blocks.view(nodes, places).T.flatten(), row_S.numel())  # by rank of this node
         second = Leg(
             self.inside, source, [(bag, starts)], slot_S, slot_S.numel(), out2, rows_in2, slots_out2, slots_in2, sent
         )
@@ -117,9 +123,9 @@ class TwoHopPath(AllToAllPath):
             row_S, weights_S = slots2()
             row_S = absolute(row_S, rows_in_L, came_LNe.sum(dim=(1, 2)))
             block = torch.arange(came_LNe.numel(), device=row_S.device)
-            place_B, node_B, expert_B = block // (nodes * experts), block // experts % nodes, block % experts
+            place_B, node_B, expert_B = block // (nodes * each), block // each % nodes, block % each
             source_B = node_B * places + place_B
-            return weights_S, arrived(row_S, expert_B, source_B, came_LNe.flatten(), experts, sum(rows_in2))
+            return weights_S, arrived(row_S, expert_B, source_B, came_LNe.flatten(), each, sum(rows_in2))
 
         return Plan([first, second], arrive)
 

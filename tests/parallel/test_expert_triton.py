@@ -28,7 +28,7 @@ def compare(names: list[str]) -> list[dict[str, float]]:
             want[n] = parameter.grad.chunk(world)[rank]
         with launches() as kernels:
             got = run(AllToAllPath(dist.group.WORLD), part, name, rank)
-        assert {"_up_kernel", "_dact_kernel", "_varlen_m_kernel", "_varlen_k_kernel"} <= set(kernels)
+        assert {"_place_kernel", "_up_kernel", "_dact_kernel", "_varlen_m_kernel", "_varlen_k_kernel"} <= set(kernels)
         results.append({key: difference(got[key], want[key]) for key in want})
     return results
 
