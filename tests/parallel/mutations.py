@@ -74,8 +74,8 @@ def combine_to_other_tokens() -> Patches:
     """What comes home is one token off."""
     right = expert._Combine.forward
 
-    def wrong(ctx: Any, y_ND: torch.Tensor, legs: Any) -> torch.Tensor:
-        return right(ctx, y_ND, legs).roll(1, 0)
+    def wrong(ctx: Any, y_ND: torch.Tensor, *others: Any) -> torch.Tensor:
+        return right(ctx, y_ND, *others).roll(1, 0)
 
     return [patch.object(expert._Combine, "forward", staticmethod(wrong))]
 

@@ -1,0 +1,137 @@
+"""What runs on CUDA alone, run once without a GPU, with stand-ins for its driver. Elsewhere, beside what they belong to:
+
+parallel/mesh.py start              tests/parallel/test_mesh.py        test_backend_and_device_of_a_rank
+parallel/checkpoint.py pin          tests/parallel/test_checkpoint.py  test_memory_for_the_copy_is_locked_once_and_freed
+moe/layer.py side_stream, meanwhile tests/moe/test_layer.py            test_one_side_stream_a_device, and the one before
+moe/attention.py _turn              tests/kernels/test_rope.py         test_on_cuda_it_is_one_operation
+moe/attention.py block_mask         tests/moe/test_attention.py        interpreted, under FakeTensorMode, against torch's own
+moe/experts.py by grouped products  tests/moe/test_experts.py, test_memory.py
+launch/metrics.py peaks by name     tests/launch/test_metrics.py       test_gpus_by_name
+launch/train.py check_devices       tests/launch/test_train.py
+kernels/tiles.py target_name        tests/kernels/test_tiles.py
+"""
+
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from moesaic.kernels import tiles
+from moesaic.launch import generate, metrics, train
+from moesaic.launch.schema import Config
+from moesaic.moe import attention, experts
+from moesaic.parallel import checkpoint, fsdp, zero
+
+CUDA = torch.device("cuda", 0)
+
+
+class OnGPU(Tensor):
+    """A tensor that passes for one of a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+    device = CUDA  # type: ignore[assignment]
+
+
+def test_groups_of_fsdp_use_nccls_own_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, own in (("cuda", False), ("cpu", True)):
+        sharded = mock.Mock()
+        monkeypatch.setattr(fsdp, "fully_shard", lambda *_, sharded=sharded, **__: sharded)
+        mesh = mock.Mock(device_type=device)
+        mesh.size.return_value = 2
+        fsdp._shard(nn.Linear(2, 2), mesh, MixedPrecisionPolicy(param_dtype=torch.bfloat16), None)
+        assert sharded.set_custom_all_gather.called == sharded.set_custom_reduce_scatter.called == own
+        sharded.set_gradient_divide_factor.assert_called_once_with(1.0)
+        sharded.set_force_sum_reduction_for_comms.assert_called_once_with(True)
+
+
+@pytest.mark.parametrize(("device", "accelerator"), [(CUDA, None), (torch.device("cpu"), "cpu")])
+def test_deepspeed_looks_for_the_gpu_itself(
+    device: torch.device, accelerator: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", mock.Mock())
+    monkeypatch.setattr(os, "environ", {})
+    zero.import_deepspeed(device)
+    assert os.environ.get("DS_ACCELERATOR") == accelerator
+
+
+def test_a_save_waits_for_copies_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    monkeypatch.setattr(checkpoint, "pin", lambda host: events.append(host.numel()))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("waits"))
+    values = torch.arange(6.0).view(2, 3)
+    piece = SimpleNamespace(bytes=24, dtype="F32", sizes=(2, 3))
+    saver = SimpleNamespace(host=None)
+    for _ in range(2):
+        ((_, copy),) = checkpoint.Saver._copy(saver, [(piece, values.as_subclass(OnGPU))])  # type: ignore[arg-type,list-item]
+        assert torch.equal(copy, values)
+    assert events == [24, "waits", "waits"], "memory is locked once, and every copy is waited for"
+
+
+def test_flex_attention_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention._flex.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function: ("compiled", function))
+    assert attention._flex(True) == ("compiled", attention.flex_attention)
+    assert attention._flex(False) is attention.flex_attention
+    attention._flex.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "dtype", "backend"), [
+    ((9, 0), torch.bfloat16, "triton"), ((10, 3), torch.float32, "triton"), ((9, 0), torch.float64, "torch"),
+    ((8, 0), torch.bfloat16, "torch"),
+])  # fmt: skip
+def test_kernels_run_the_experts_of_known_gpus(
+    capability: tuple[int, int], dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(experts, "known_tile", tiles.known_tile.__wrapped__)  # which is asked once a device
+    x = torch.zeros(1, dtype=dtype).as_subclass(OnGPU)
+    assert experts.backend_for("auto", x) == backend
+    assert experts.backend_for("auto", torch.zeros(1)) == "torch"
+    assert experts.backend_for("reference", x) == "reference"
+
+
+def test_the_memory_that_tensors_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    monkeypatch.setattr(torch, "tensor", lambda value, dtype, device: (value, dtype, device))
+    assert metrics.memory_gib(CUDA) == (1.5, torch.float64, CUDA)
+
+
+def test_a_program_for_each_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert tiles.processors(CUDA) == 132
+
+
+def test_a_measured_peak_waits_for_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    monkeypatch.setattr(torch, "Generator", mock.Mock())
+    monkeypatch.setattr(torch, "randn", lambda n, m, **_: torch.empty(0).expand(0, 0) if n == m == 8192 else None)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: events.append(a.dtype))
+    monkeypatch.setattr(torch.cuda, "synchronize", events.append)
+    assert metrics._measured_flops(CUDA, torch.bfloat16) > 0
+    assert events[:4] == [torch.bfloat16, CUDA] * 2 and len(events) >= 8
+
+
+def test_types_and_devices_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config()
+    assert train.compute_dtype(config, CUDA) is torch.bfloat16
+    assert train.compute_dtype(config, torch.device("cpu")) is torch.float32
+
+    def stop(model: Any, seed: int, device: torch.device) -> None:
+        raise InterruptedError(device)
+
+    monkeypatch.setattr(generate, "newest_checkpoint", lambda run_dir: run_dir)
+    monkeypatch.setattr(generate, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(generate.checkpoint, "read_state", lambda path: {"config": {}})
+    monkeypatch.setattr(generate.cli, "from_dict", lambda values: config)
+    monkeypatch.setattr(generate, "build", stop)
+    for gpu, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with pytest.raises(InterruptedError, match=device):
+            generate.main(generate.Options(run_dir="run"))
