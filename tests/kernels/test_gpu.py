@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize(
-    "operation", (*ROUTING, VARLEN_M, VARLEN_K, CROSS_ENTROPY, ROPE), ids=lambda operation: operation.name
+    "operation", [*ROUTING, VARLEN_M, VARLEN_K, CROSS_ENTROPY, ROPE], ids=lambda operation: operation.name
 )
 def test_equals_the_specification(operation: Operation) -> None:
     check(operation, "cuda", every=True)
