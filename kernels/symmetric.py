@@ -71,6 +71,8 @@ def shared_memory(size: int, exchange: Exchange) -> tuple[Tensor, list[Any], lis
 
     Raises HeapError, on all ranks, where one of them cannot open another's memory: ranks on several machines.
     """
+    if not hasattr(os, "memfd_create"):
+        raise HeapError("parallel.expert_path=fused: needs memory that processes share without a name, as Linux has it")
     fd = os.memfd_create("moesaic-heap")
     try:
         os.ftruncate(fd, size)

@@ -88,7 +88,7 @@ class Space:
         )  # fmt: skip
         allocate = shared_memory if self.device.type == "cpu" else self.device_memory
         heap = make_heap(self.rank, shapes, self.exchange, allocate)
-        spins = min(int(self.parallel.timeout * POLLS[self.device.type]), 2**31 - 1)
+        spins = min(int(self.parallel.timeout * POLLS[self.device.type]), 2**30)
         self.setting = fused_ep.Setting(heap, config.n_experts, tile, self.parallel.fused_once, spins, self.programs)
         self.tokens = tokens
 
