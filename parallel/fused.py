@@ -109,7 +109,8 @@ class Space:
         memory.zero_()
         torch.cuda.synchronize(self.device)
         exchange(None)  # nobody stores before everybody's memory is zero
-        return memory, [handle], list(handle.buffer_ptrs)
+        offset = memory.data_ptr() - handle.buffer_ptrs[self.rank]  # a tensor may lie inside what was mapped
+        return memory, [handle], [pointer + offset for pointer in handle.buffer_ptrs]
 
     def check(self, what: str) -> None:
         """Raises FusedError on every rank if a rank waited in vain: on a CPU in this launch, on CUDA in one that has ended."""

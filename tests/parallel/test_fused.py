@@ -245,7 +245,14 @@ def on_a_pretend_gpu() -> None:
         )
     calls = MagicMock()
     calls.empty.side_effect = lambda size, dtype, device: torch.full((size,), 7, dtype=dtype)
-    calls.rendezvous.return_value = SimpleNamespace(buffer_ptrs=[1 << 20, 1 << 30])
+    rank = dist.get_rank()
+
+    def mapped(memory: Tensor, group: Any) -> Any:
+        bases = [1 << 20, 1 << 30]
+        bases[rank] = memory.data_ptr() - 256
+        return SimpleNamespace(buffer_ptrs=bases)
+
+    calls.rendezvous.side_effect = mapped
     space = make_path().space
     space.device = torch.device("cuda", 0)
     with (
@@ -253,7 +260,9 @@ def on_a_pretend_gpu() -> None:
         patch.object(torch.cuda, "synchronize") as wait,
     ):
         memory, kept, addresses = space.device_memory(512, space.exchange)
-    assert memory.count_nonzero() == 0 and addresses == [1 << 20, 1 << 30] and kept == [calls.rendezvous.return_value]
+    other = [1 << 20, 1 << 30][1 - rank]
+    assert memory.count_nonzero() == 0 and len(kept) == 1
+    assert addresses[rank] == memory.data_ptr() and addresses[1 - rank] == other + 256
     assert calls.rendezvous.call_args.args == (memory, space.group) and wait.called
 
     # Nothing is read before it has come: failures of a launch are told by a later one.
