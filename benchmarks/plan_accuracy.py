@@ -1,6 +1,6 @@
 """The planner's time against published training throughput, row by row. A simulation: nothing is measured.
 
-    python benchmarks/plan_accuracy.py [rows.csv]
+    python benchmarks/plan_accuracy.py [rows.csv [picture.png]]
 
 Rows are those of published_throughput.csv, or of a file with its columns, that say on how many GPUs of which kind a model ran,
 how it was spread and with what batch; others are listed, and not predicted. What a row doesn't say is taken as the framework's
@@ -136,6 +136,25 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     return statistics.correlation(ranks(a), ranks(b))
 
 
+def draw(rows: list[Row], predicted: dict[str, float], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    for model in sorted({r.model for r in rows}):
+        own = [r for r in rows if r.model == model]
+        axis.scatter([r.measured for r in own], [predicted[r.id] for r in own], s=14, label=model)
+    ends = [min(r.measured for r in rows) / 2, max(r.measured for r in rows) * 2]
+    axis.plot(ends, ends, color="black", linewidth=0.8)
+    axis.set(
+        xscale="log", yscale="log", xlabel="published tokens/s of a GPU", ylabel="planned, model never seen (simulated)"
+    )
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else FILE
     with path.open() as file:
@@ -166,8 +185,15 @@ def main() -> None:
                     f"{model:16} {gpu:6} {len(own)} rows, {len({r.layout for r in own})} layouts: rank correlation {rho:+.2f}"
                 )
     absolute = sorted(abs(e) for e in errors.values())
+    for model in sorted({r.model for r in rows}):
+        own = [r for r in rows if r.model == model]
+        rho = rank_correlation([r.measured for r in own], [predicted[r.id] for r in own])
+        error = statistics.median(abs(errors[r.id]) for r in own)
+        print(f"{model:16} {len(own)} rows, all GPUs: rank correlation {rho:+.2f}, median error {error:.0%}")
     fitted = {name: round(math.exp(value), 3) for name, value in sorted(fit(rows).items())}
     print("factors, fitted on all rows:", json.dumps(fitted))
+    if len(sys.argv) > 2:
+        draw(rows, predicted, sys.argv[2])
     unit = "of the measured"
     for case, value, aim, what in (
         ("median error, leaving out the model", statistics.median(absolute), 0.1, unit),

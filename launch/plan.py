@@ -24,7 +24,7 @@ from moesaic.parallel import hardware as machines
 from moesaic.parallel.hardware import Hardware
 from moesaic.parallel.layout import Layout, collectives, layout_of
 from moesaic.parallel.memory_plan import Memory, memory_of
-from moesaic.parallel.plan_search import Candidate, largest_batch, reasons, search, with_batch
+from moesaic.parallel.plan_search import WHAT, Candidate, gone, largest_batch, reasons, search, with_batch
 from moesaic.parallel.time_plan import EFFICIENCY, Timing, time_of
 
 GIB, MICRO_BATCH_TOKENS = 2**30, 16_384
@@ -41,6 +41,7 @@ class PlanOptions:
     search      true: rank layouts
     dry_run     true: run the real model without memory, and compare
     json        true: one JSON object instead of text
+    picture     a PNG file to draw memory and time into (needs matplotlib)
     """
 
     hardware: str = "h100_sxm"
@@ -52,6 +53,7 @@ class PlanOptions:
     search: str = "false"
     dry_run: str = "false"
     json: str = "false"
+    picture: str = ""
 
     def __post_init__(self) -> None:
         require(self.nodes >= 1, f"nodes={self.nodes}: must be at least 1")
@@ -86,10 +88,15 @@ def make_plan(config: Config, chosen: PlanOptions) -> Plan:
     compute = config.precision.compute
     if compute == "auto":
         compute = "fp32" if machine.target == "cpu" else "bf16"
+    low = config.precision
     precision = compute if chosen.products == "auto" else chosen.products
+    if low.quantized and chosen.products == "auto":
+        element = low.fprop.x.element or low.fprop.w.element or low.dgrad.dy.element or low.wgrad.dy.element or ""
+        precision = "fp4" if element in ("e2m1", "int4") else "fp8"
     machine.rate(precision)
     layout = layout_of(config.model, config.parallel, world, machine.node, micro, 1, train.seq_len, compute)
-    layout = dataclasses.replace(with_batch(layout, micro, train.global_batch), imbalance=chosen.imbalance)
+    layout = dataclasses.replace(with_batch(layout, micro, train.global_batch), imbalance=chosen.imbalance,
+                                 dispatch=low.dispatch, combine=low.combine)  # fmt: skip
     efficiency = chosen.efficiency or EFFICIENCY["cpu" if machine.target == "cpu" else "gpu"]
     timing = time_of(config.model, layout, machine, precision, efficiency=efficiency)
     return Plan(config, machine, layout, precision, efficiency, memory_of(config.model, layout), timing)
@@ -112,7 +119,8 @@ def describe(plan: Plan, chosen: PlanOptions) -> list[str]:
         f"{layout.replicate}, dense weights sharded over {layout.shard}, experts over {layout.expert} x "
         f"{layout.expert_shard}, parallel.remat={layout.remat}, parallel.reshard={layout.reshard}",
         f"batch    {train.global_batch} sequences, {layout.micro_batches} micro-batches of {layout.micro_batch} on a rank; "
-        f"{plan.precision} products",
+        f"{plan.precision} products"
+        + (", as if hardware ran them: here they are emulated" if plan.precision[:3] in ("fp8", "fp4") else ""),
         "",
         f"memory of a rank, GiB: {memory.total / GIB:.1f} of {machine.memory_gib:g}: "
         + ("fits" if fits else "DOES NOT FIT")
@@ -171,6 +179,8 @@ def advise(plan: Plan, fits: bool) -> list[str]:
     tried: list[tuple[str, str, Any]] = [("parallel.remat", "remat", mode) for mode in ("none", "selective", "full")]
     tried += [("parallel.reshard", "reshard", value) for value in ("auto", "never")]
     tried += [("parallel.replicate", "replicate", copies) for copies in (1, max(1, layout.world // machine.domain))]
+    if layout.path == "auto":
+        tried.append(("parallel.expert", "expert", 1))
     if layout.expert > layout.node:
         tried += [("parallel.expert", "expert", layout.node), ("parallel.expert_path", "path", "two_hop")]
     layouts = [(knob, value, dataclasses.replace(layout, **{name: value})) for knob, name, value in tried
@@ -253,6 +263,34 @@ def describe_dry_run(plan: Plan) -> list[str]:
     ]
 
 
+def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -> None:
+    """A bar for each layout: memory by category beside the device's, and a step's seconds by what they go to."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.45 * len(rows)), layout="constrained")
+    names = [name for name, _, _ in rows]
+    for axis, parts in (
+        (left, [{k: v / GIB for k, v in memory.categories().items()} for _, memory, _ in rows]),
+        (right, [{name: gone(timing, name) for name in WHAT} for _, _, timing in rows]),
+    ):
+        start = [0.0] * len(rows)
+        for kind in parts[0]:
+            widths = [part[kind] for part in parts]
+            if any(widths):
+                axis.barh(names, widths, left=start, label=kind)
+            start = [a + b for a, b in zip(start, widths, strict=True)]
+        axis.invert_yaxis()
+        axis.legend(fontsize=7)
+    left.axvline(machine.memory_gib, color="black", linestyle="--")
+    left.set_xlabel(f"GiB of a rank; dashed: {machine.part}")
+    right.set_xlabel("seconds of a step, simulated")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def as_json(plan: Plan) -> str:
     told = {
         "simulated": True, "recipe": plan.config.name, "hardware": plan.machine.name, "layout": dataclasses.asdict(plan.layout),
@@ -271,10 +309,14 @@ def main(arguments: Sequence[str]) -> None:
         print(as_json(plan))
         return
     lines = describe(plan, chosen)
+    rows = [("as asked", plan.memory, plan.timing)]
     if chosen.search == "true":
         found = search(plan.config.model, plan.layout, plan.machine, plan.precision, plan.config.train.global_batch,
                        plan.efficiency)  # fmt: skip
         lines += describe_search(found, plan)
+        rows += [(f"search {i}", c.memory, c.timing) for i, c in enumerate(found[:5], 1) if c.timing]
+    if chosen.picture:
+        draw(rows, plan.machine, chosen.picture)
     if chosen.dry_run == "true":
         lines += describe_dry_run(plan)
     print("\n".join(lines))

@@ -6,8 +6,9 @@ the bytes of every storage while it lives and every collective with its group. A
 
 It takes the way of a GPU, though the tensors say that they are a CPU's: without a GPU, torch can't give a gradient to a tensor of
 one. What differs is put in its place: the experts' grouped products, fused norms and attention that keeps its inputs, its output
-and a number a row, as flash attention and flex_attention do; the experts' backend is `torch`, whose temporaries are larger than
-the kernels'. Where the host would read how many rows come from where, it reads the even load of moesaic.parallel.layout.
+and a number a row, as flash attention and flex_attention do. The experts' backend is `torch`, whose temporaries are larger than
+the kernels'; products are not quantized, which is emulated. Where the host would read how many rows come from where, it reads the
+even load of moesaic.parallel.layout.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from moesaic.kernels import cross_entropy, permute
 from moesaic.kernels.rms_norm import RMSNorm
 from moesaic.moe import attention, experts
 from moesaic.moe.config import ModelConfig, require
+from moesaic.moe.precision import PrecisionConfig
 from moesaic.parallel import apply, two_hop
 from moesaic.parallel import expert as expert_path
 from moesaic.parallel.clip import clip_gradients
@@ -188,6 +190,9 @@ def _counted(model: ModelConfig, layout: Layout, parallel: ParallelConfig) -> Co
         net = apply.parallelize(
             model, parallel, meshes, seed=0, device=device, compute=torch.bfloat16, fill=lambda name, tensor: None
         )
+        if layout.hops != "local":
+            wire = PrecisionConfig(dispatch=layout.dispatch, combine=layout.combine)
+            apply.set_codecs(net, wire, tail=False)
         local = [p.to_local() if isinstance(p, DTensor) else p for p in net.parameters()]
         counted.weights = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in local}.values())
         counted.moments = 2 * counted.weights

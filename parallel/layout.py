@@ -32,6 +32,7 @@ class Layout:
     micro_batch   sequences of seq_len tokens of a rank's micro-batch, of which it computes micro_batches a step
     compute       type of weights where they are used, and of activations: fp32 or bf16
     imbalance     rows of the fullest rank's experts over those of an even load
+    dispatch, combine   how rows travel out and back: precision.dispatch and precision.combine
     """
 
     world: int
@@ -46,6 +47,8 @@ class Layout:
     seq_len: int
     compute: str = "bf16"
     imbalance: float = 1.0
+    dispatch: str = "high"
+    combine: str = "high"
 
     @property
     def tokens(self) -> int:
@@ -284,6 +287,15 @@ def _gathers(layer: int, groups: list[Group], layout: Layout) -> Iterator[Collec
             )
 
 
+def row_bytes(kind: str, width: int, high: int) -> list[int]:
+    """Of a row of `width` values, of each tensor that travels; see moesaic.parallel.codec."""
+    blocks = -(-width // 128)
+    return {
+        "high": [high * width], "bf16": [2 * width], "fp8": [width, blocks], "logfmt8": [128 * blocks, 8 * blocks],
+        "logfmt10": [160 * blocks, 8 * blocks],
+    }[kind]  # fmt: skip
+
+
 def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Collective]:
     """Of rows, and of what must be known of them; see the heads of moesaic.parallel.expert and two_hop."""
     load, row = load_of(model, layout), model.d_model * layout.width
@@ -297,10 +309,12 @@ def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Colle
             (places, 1, nodes * (1 + e), load.rows * nodes, load.slots * nodes),
         ]
     for n, stride, told, rows, slots in legs:
-        forward = [("counts", 8 * told), ("slots", 8 * slots), ("dispatch", rows * row), ("combine", rows * row)]
+        out = [("dispatch", rows * size) for size in row_bytes(layout.dispatch, model.d_model, layout.width)]
+        back = [("combine", rows * size) for size in row_bytes(layout.combine, model.d_model, layout.width)]
+        forward = [("counts", 8 * told), ("slots", 8 * slots), *out, *back]
         backward = [("combine_grad", rows * row), ("dispatch_grad", rows * row), ("slots_grad", 4 * slots)]
         if layout.remat == "full":
-            backward.insert(0, ("dispatch", rows * row))
+            backward = [*out, *backward]
         for phase, parts in (("forward", forward), ("backward", backward)):
             for purpose, size in parts:
                 yield Collective(layer, phase, purpose, "all_to_all", n, stride, n * size)

@@ -44,7 +44,7 @@ def search(
     world, share = layout.world, -(-global_batch // layout.world)
     batches = [m for m in divisors(share) if m * layout.seq_len <= 131_072] or [1]
     experts = divisors(math.gcd(world, model.n_experts))
-    copies = sorted({1, max(1, world // layout.node), max(1, world // hardware.domain), world})
+    copies = sorted({d for d in (1, world // layout.node, world // hardware.domain, world) if d and world % d == 0})
     found = []
     for expert, replicate, reshard, remat in itertools.product(
         experts, copies, ("auto", "never"), ("none", "selective", "full")
@@ -107,12 +107,16 @@ def reasons(candidates: list[Candidate]) -> list[str]:
         longer = sorted(
             ((gone(other.timing, what) - gone(winner.timing, what), what) for what in WHAT), reverse=True
         )  # fmt: skip
-        because = f"; {longer[0][1]} takes {longer[0][0] * 1e3:.0f} ms a step longer" if longer[0][0] > 0 else ""
+        because = f"; {WHAT[longer[0][1]]} {longer[0][0] * 1e3:.0f} ms a step longer" if longer[0][0] > 0 else ""
         lines.append(f"{knob}={own}: the best with {value} is {slower:.1%} slower{because}")
     return lines
 
 
-WHAT = ("product", "memory", "exposed exchange", "exposed weights", "exposed sums", "issuing")
+# What parts of a step's time begin with, in words.
+WHAT = {
+    "product": "matrix products take", "memory": "passes over memory take", "exposed exchange": "rows travel",
+    "exposed weights": "weights and gradients travel", "exposed sums": "sums over copies take", "issuing": "issuing takes",
+}  # fmt: skip
 
 
 def gone(timing: Timing, what: str) -> float:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from moesaic.launch import cli
 from moesaic.moe.config import RouterConfig
+from moesaic.parallel.codec import codecs
 from moesaic.parallel.dry_run import Ledger, dry_run
-from moesaic.parallel.layout import collectives, layout_of, load_of, visited
+from moesaic.parallel.layout import collectives, layout_of, load_of, row_bytes, visited
 from moesaic.parallel.memory_plan import memory_of
 
 MLA = [
@@ -30,6 +31,7 @@ CASES = [
     (64, 8, 2, ["recipe=olmoe_7b", "model.n_layers=4", "parallel.remat=full", "parallel.reshard=always", "train.seq_len=1000"]),
     (64, 8, 1, [*MLA, "model.n_layers=4", "parallel.expert=8"]),
     (64, 8, 2, [*MLA, "model.n_layers=3", "parallel.remat=full", "parallel.expert=32", *TWO_HOP]),
+    (32, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "precision.dispatch=fp8", "precision.combine=bf16", "parallel.remat=full"]),
 ]  # fmt: skip
 
 
@@ -37,6 +39,7 @@ CASES = [
 def test_plan_and_dry_run_agree(world, node, micro, overrides):
     config = cli.compose(overrides)
     layout = layout_of(config.model, config.parallel, world, node, micro, 1, config.train.seq_len, "bf16")
+    layout = dataclasses.replace(layout, dispatch=config.precision.dispatch, combine=config.precision.combine)
     counted, memory = dry_run(config.model, layout, config.parallel), memory_of(config.model, layout)
     planned = Counter((c.phase, c.operation, c.ranks, c.size) for c in collectives(config.model, layout))
     planned["optimizer", "all_reduce", world, 4] += 1  # the gradient's norm
@@ -59,6 +62,14 @@ def test_the_ledger_sees_what_lives():
         del a, c
         assert ledger.now == 0
     assert ledger.peak == 8000
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bf16", "logfmt8", "logfmt10"])
+@pytest.mark.parametrize("width", [128, 192, 1536])
+def test_bytes_of_a_row(kind, width):
+    out, back = codecs(kind if kind == "fp8" else "high", "high" if kind == "fp8" else kind, width)
+    payload = (out or back).encode(torch.randn(3, width))
+    assert [part.nbytes for part in payload] == [3 * size for size in row_bytes(kind, width, 4)]
 
 
 @pytest.mark.parametrize(
