@@ -50,6 +50,7 @@ TYPES: dict[Any, str] = {
     float | None: "a number, or null",
     str | None: "text, or null",
     list[str]: "a list of texts: [a,b]",
+    list[float]: "a list of numbers: [0.7,0.3]",
 }
 
 ConfigStore.instance().store(name="schema", node=Config)

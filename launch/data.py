@@ -8,15 +8,18 @@ ranks, and one integer, the samples consumed, is the whole position of a run.
 Letters: S tokens of a sequence (train.seq_len), n windows of a split.
 """
 
+import glob
 import hashlib
 import json
 import math
 import os
 import platform
+import re
+import struct
 import sysconfig
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -24,16 +27,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.launch.documents import MANIFEST, Log, Source, expand, identity, read_text
+from moesaic.launch.documents import MANIFEST, SET, Log, Source, expand, identity, read_text
+from moesaic.launch.mixture import Ahead, Mixture, SetStream
 from moesaic.launch.prepare import prepare
 from moesaic.launch.schema import DataConfig
-from moesaic.launch.token_shards import FORMAT
+from moesaic.launch.token_shards import FORMAT, digest_of
 from moesaic.launch.tokens import Tokenizer, load_tokenizer
 from moesaic.moe.config import require
 
 UInts = NDArray[np.uint64]
 OPEN_SHARDS = 256  # a mapped file holds a descriptor, and 1,024 is a common limit for a process
 FEISTEL_ROUNDS = 8
+SAMPLED = 2**15  # tokens of each of 64 places that the digest of another project's file is made of
+MEGATRON_TYPES = {1: "<u1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 # Tests, which most distributions leave out, and character tables, which are numbers rather than text.
 NOT_CORPUS = ("test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__")
@@ -82,12 +88,30 @@ def _mix(x: UInts, key: np.uint64) -> UInts:
 
 @dataclass(frozen=True)
 class Shard:
-    """One npy file of token ids. `documents` end in it; `digest` is a hash of its tokens."""
+    """One npy file of token ids, or with `dtype` the part of a file without a header that begins at byte `offset`. `documents` end
+    in it; `digest` is a hash of its tokens, without a header of some of them."""
 
     path: Path
     tokens: int
     documents: int
     digest: str
+    dtype: str = ""
+    offset: int = 0
+
+    def open(self) -> np.ndarray:
+        """Its tokens, mapped. A plain view of the mapping: np.memmap itself is slow to slice."""
+        if self.dtype:
+            return np.memmap(self.path, self.dtype, "r", self.offset, (self.tokens,)).view(np.ndarray)
+        return np.load(self.path, mmap_mode="r").view(np.ndarray)
+
+    def digest_now(self) -> str:
+        """`digest` of what is in the file now. Raises OSError, or ValueError where it holds no such array."""
+        if not self.dtype:
+            return digest_of(self.path)
+        tokens = self.open()  # files of others have no checksum, and to read all of a large one takes minutes
+        starts = np.linspace(0, max(0, tokens.size - SAMPLED), 64, dtype=np.int64).tolist()
+        parts = b"".join(tokens[at : at + SAMPLED].tobytes() for at in sorted(set(starts)))
+        return hashlib.blake2b(f"{tokens.size} {self.dtype} ".encode() + parts, digest_size=16).hexdigest()
 
 
 Splits = dict[str, list[Shard]]  # train and val, of one prepared folder
@@ -99,8 +123,9 @@ class TokenStream:
     Files are mapped when first read, so opening a stream costs nothing and memory holds only what the system caches.
     """
 
-    def __init__(self, shards: Sequence[Shard], seq_len: int) -> None:
+    def __init__(self, shards: Sequence[Shard], seq_len: int, vocab_size: int = 2**31) -> None:
         self.shards = tuple(shards)
+        self.vocab_size = vocab_size
         self.seq_len = seq_len
         self.starts = list(accumulate((shard.tokens for shard in shards), initial=0))
         self.total = self.starts.pop()
@@ -110,8 +135,7 @@ class TokenStream:
 
     def _map(self, number: int) -> np.ndarray:
         shard = self.shards[number]
-        # A plain view of the mapping: np.memmap itself is slow to slice.
-        tokens: np.ndarray = np.load(shard.path, mmap_mode="r").view(np.ndarray)
+        tokens = shard.open()
         require(
             tokens.shape == (shard.tokens,),
             f"data.files: {shard.path} has shape {tokens.shape}, its {MANIFEST} says ({shard.tokens},)",
@@ -127,6 +151,8 @@ class TokenStream:
             offset = start + done - self.starts[number]
             part = self._mapped(number)[offset : offset + out.size - done]
             out[done : done + part.size] = part
+            require(not self.shards[number].dtype or int(part.max()) < self.vocab_size,
+                    f"data.tokenizer: {self.shards[number].path} holds token {part.max()}, the tokenizer has {self.vocab_size}")  # fmt: skip
             done, number = done + part.size, number + 1
         return out
 
@@ -137,15 +163,27 @@ class TokenStream:
             row[:] = self.read(window * self.seq_len, (window + 1) * self.seq_len + 1)
         return out
 
+    def rows(self, seed: int, index: np.ndarray) -> np.ndarray:
+        """Sequences by their number, counted over epochs, each of which has an order of its own."""
+        epochs, windows = np.divmod(index, self.windows)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            windows[here] = permute(windows[here], self.windows, seed, epoch)
+        return self.gather(windows)
 
-def train_batch(stream: TokenStream, seed: int, first_sample: int, count: int) -> np.ndarray:
+    def marks(self) -> list[str]:
+        return [f"{shard.tokens} {shard.digest}" for shard in self.shards]
+
+
+def train_batch(
+    stream: TokenStream | SetStream | Mixture | Ahead, seed: int, first_sample: int, count: int
+) -> np.ndarray:
     """Samples first_sample .. first_sample + count - 1 of a run -> int64 (count, seq_len + 1); `count` may be 0."""
-    sample = np.arange(first_sample, first_sample + count, dtype=np.int64)
-    epochs, windows = np.divmod(sample, stream.windows)
-    for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        windows[here] = permute(windows[here], stream.windows, seed, epoch)
-    return stream.gather(windows)
+    if isinstance(stream, Ahead):
+        return stream.batch(first_sample, count)
+    if isinstance(stream, Mixture):
+        return stream.batch(seed, first_sample, count)
+    return stream.rows(seed, np.arange(first_sample, first_sample + count, dtype=np.int64))
 
 
 def val_batch(stream: TokenStream, first_sample: int, count: int) -> np.ndarray:
@@ -159,12 +197,18 @@ def val_batch(stream: TokenStream, first_sample: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads; `description` is a line for people."""
+    """What a run reads. `val` is all that is held out, `sets` the same by name (one without a name: ""); `description` is a line for
+    people."""
 
-    train: TokenStream
+    train: TokenStream | SetStream | Mixture
     val: TokenStream
     tokenizer: Tokenizer
     description: str
+    sets: dict[str, TokenStream]
+
+    def shards(self) -> list[Shard]:
+        sources = self.train.sources if isinstance(self.train, Mixture) else (self.train,)
+        return [shard for one in (*sources, self.val) if isinstance(one, TokenStream) for shard in one.shards]
 
 
 def open_data(config: DataConfig, seq_len: int, log: Log = lambda line: None) -> Data:
@@ -175,48 +219,102 @@ def open_data(config: DataConfig, seq_len: int, log: Log = lambda line: None) ->
     takes the val split of a folder named in `val_files`, or all of one that has none. Any number of processes may call
     this at once.
 
+    With `weights`, each entry of `files` is a source of its own, and without `val_files` a validation set, too.
+
     Raises `ValueError` for whatever is wrong with the files, their tokenizer, or their size.
     """
     tokenizer = load_tokenizer(config.tokenizer)
+    val_fraction = 0.0 if config.val_files else config.val_fraction
+    entries = [named(entry) for entry in config.files]
+
+    def opened(patterns: Sequence[str], name: str) -> tuple[TokenStream | SetStream, list[Shard]]:
+        """Training data of one source, and its shards that are held out."""
+        if any(pattern.startswith(SET) for pattern in patterns):
+            require(
+                len(patterns) == 1,
+                f"data.files={','.join(patterns)}: a set that is streamed needs data.weights beside others",
+            )
+            require(
+                bool(config.val_files), f"data.val_files=[]: must name validation files where {patterns[0]} is streamed"
+            )
+            return SetStream(patterns[0], "data.files", tokenizer, config.text_key, seq_len, config.cache), []
+        splits = _open_files(patterns, "data.files", val_fraction, config, tokenizer, log)
+        stream = TokenStream([shard for split in splits for shard in split["train"]], seq_len, tokenizer.vocab_size)
+        return _long_enough(stream, "training", name), [shard for split in splits for shard in split["val"]]
+
+    held_out: dict[str, list[Shard]] = {}
+    train: TokenStream | SetStream | Mixture
     if config.source == "python":
-        named = [*config.files, *config.val_files]
-        require(not named, f"data.source=python: must be files to read {', '.join(named)}")
-        splits = [_open_python(config, tokenizer, log)]
-        held_out, name = splits, f"standard library of Python {platform.python_version()}"
+        given = [*config.files, *config.val_files]
+        require(not given, f"data.source=python: must be files to read {', '.join(given)}")
+        splits = _open_python(config, tokenizer, log)
+        name = f"standard library of Python {platform.python_version()}"
+        train, held_out = TokenStream(splits["train"], seq_len), {"": splits["val"]}
+        _long_enough(train, "training", name)
     else:
         require(
             bool(config.files),
             "data.files=[]: must name text or JSONL files, or a folder made by "
             "python launch/prepare.py files=... out=...",
         )
-        val_fraction = 0.0 if config.val_files else config.val_fraction
-        splits = _open_files(config.files, "data.files", val_fraction, config, tokenizer, log)
-        held_out, name = splits, ", ".join(config.files)
+        name = ", ".join(config.files)
+        name = name if len(name) < 100 else f"{name[:97]}..."
+        if config.weights:
+            names = [given or Path(path.rstrip("/")).stem for given, path in entries]
+            twice = [one for one in names if names.count(one) > 1]
+            require(
+                not twice, f"data.files={name}: {twice[:1]} twice; name sources apart, as in [a={entries[0][1]},...]"
+            )
+            streams = [opened([path], path) for _, path in entries]
+            train = Mixture(names, config.weights, [stream for stream, _ in streams])
+            held_out = {name: shards for name, (_, shards) in zip(names, streams, strict=True) if shards}
+        else:
+            given = [one for one, _ in entries if one]
+            require(
+                not given, f"data.weights=[]: must give a weight for each of data.files={name}, for they have names"
+            )
+            train, shards = opened([path for _, path in entries], name)
+            held_out = {"": shards}
         if config.val_files:
-            held_out = _open_files(config.val_files, "data.val_files", 0.0, config, tokenizer, log)
-            held_out = [{"val": split["val"] or split["train"]} for split in held_out]
-    name = name if len(name) < 100 else f"{name[:97]}..."
-    train = TokenStream([shard for split in splits for shard in split["train"]], seq_len)
-    val = TokenStream([shard for split in held_out for shard in split["val"]], seq_len)
+            held_out = {}
+            for set_name, path in map(named, config.val_files):
+                for split in _open_files([path], "data.val_files", 0.0, config, tokenizer, log):
+                    held_out.setdefault(set_name, []).extend(split["val"] or split["train"])
+    val = TokenStream([shard for shards in held_out.values() for shard in shards], seq_len, tokenizer.vocab_size)
     require(val.total > 0, f"data.val_files=[]: must name validation files, {name} was prepared with val_fraction=0")
-    for stream, use in (train, "training"), (val, "validation"):
-        require(
-            stream.windows > 0,
-            f"train.seq_len={seq_len}: longer than the {stream.total:,} tokens of {use} data in {name} allow, "
-            "must be below that" + ("; or set data.val_files or a larger data.val_fraction" if stream is val else ""),
-        )
+    sets = {one: TokenStream(shards, seq_len, tokenizer.vocab_size) for one, shards in held_out.items()}
+    for one, stream in sets.items():
+        _long_enough(stream, f"validation{f' set {one}' if one else ''}", name)
+    kinds = train.sources if isinstance(train, Mixture) else (train,)
+    known = [one for one in kinds if isinstance(one, TokenStream)]
+    total, number = sum(one.total for one in known), sum(one.documents for one in known)
+    streamed = ", some streamed" if 0 < len(known) < len(kinds) else ""
     description = (
-        f"{name}: {train.total:,} tokens in {train.documents:,} documents to train, {val.total:,} in "
+        f"{name}: {f'{total:,} tokens in {number:,} documents{streamed}' if known else 'streamed'} to train, {val.total:,} in "
         f"{val.documents:,} to validate, tokenizer {tokenizer.spec} ({tokenizer.vocab_size:,} ids)"
     )
-    return Data(train, val, tokenizer, description)
+    return Data(train, val, tokenizer, description, sets)
+
+
+def named(entry: str) -> tuple[str, str]:
+    """NAME and PATH of NAME=PATH, or an empty name. A path that is there may hold an equals sign itself."""
+    name, equals, path = entry.partition("=")
+    plain = not equals or not re.fullmatch(r"[\w.-]+", name) or glob.glob(os.path.expanduser(entry), recursive=True)
+    return ("", entry) if plain else (name, path)
+
+
+def _long_enough(stream: TokenStream, use: str, name: str) -> TokenStream:
+    require(
+        stream.windows > 0,
+        f"train.seq_len={stream.seq_len}: longer than the {stream.total:,} tokens of {use} data in {name} allow, "
+        "must be below that" + ("" if use == "training" else "; or set data.val_files or a larger data.val_fraction"),
+    )
+    return stream
 
 
 def fingerprint(data: Data) -> str:
     """16 hex digits that tell token data apart: the tokens of both splits, their order, the tokenizer; not the place."""
-    parts = [data.tokenizer.digest]
-    for stream in (data.train, data.val):
-        parts += [f"{shard.tokens} {shard.digest}" for shard in stream.shards] + ["/"]
+    parts = [data.tokenizer.digest, *data.train.marks(), "/", *data.val.marks(), "/"]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -226,9 +324,57 @@ def _open_files(
     """The splits of every prepared folder, and of the text files taken together, that `patterns` name."""
     files, folders = expand(patterns, knob, log)
     splits = [_open_folder(folder, tokenizer, knob) for folder in folders]
+    if foreign := [path for path in files if isinstance(path, Path) and path.suffix == ".bin"]:
+        splits += [open_bin(path, knob, val_fraction) for path in foreign]
+        files = [path for path in files if path not in foreign]
     if files:
         splits.append(_open_text([Source(path) for path in files], knob, val_fraction, config, tokenizer, log))
     return splits
+
+
+def open_bin(path: Path, knob: str, val_fraction: float) -> Splits:
+    """Tokens in a file of another project, its last `val_fraction` held out. Beside an .idx: Megatron's indexed data set. Else bare
+    uint16, as nanoGPT writes, or with llm.c's header of 256 int32.
+
+    Raises `ValueError` where header and size don't agree. What tokens mean nobody says: only that they are below the vocabulary's size
+    is checked, when they are read."""
+    size, documents, offset, dtype = path.stat().st_size, 0, 0, "<u2"
+    index = path.with_suffix(".idx")
+    if index.is_file():
+        with index.open("rb") as file:
+            magic, version, code, sequences, ends = struct.unpack("<9sQBQQ", file.read(34))
+            require(
+                magic == b"MMIDIDX\0\0" and version == 1,
+                f"{knob}={index}: not an index of Megatron's data sets, version 1",
+            )
+            require(
+                code in MEGATRON_TYPES, f"{knob}={index}: type {code} of tokens, must be one of {list(MEGATRON_TYPES)}"
+            )
+            lengths = np.fromfile(file, "<i4", sequences)
+            pointers = np.fromfile(file, "<i8", sequences)
+        dtype, documents = MEGATRON_TYPES[code], ends - 1
+        tokens = int(lengths.sum(dtype=np.int64))
+        packed = np.array_equal(pointers, (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(dtype).itemsize)
+        require(
+            packed and len(pointers) == sequences,
+            f"{knob}={index}: its sequences do not follow each other in {path.name}",
+        )
+    else:
+        head = np.fromfile(path, "<i4", 3)
+        offset = 1024 if head.size == 3 and head[:2].tolist() == [20240520, 1] else 0
+        tokens = int(head[2]) if offset else size // 2
+    whole = offset + tokens * np.dtype(dtype).itemsize
+    require(
+        size == whole and tokens > 0,
+        f"{knob}={path}: {size} bytes, must be {whole} for {tokens:,} tokens of {np.dtype(dtype).name}",
+    )
+    cut = tokens - round(tokens * val_fraction)
+
+    def part(start: int, stop: int, ended: int) -> list[Shard]:
+        shard = Shard(path, stop - start, ended, "", dtype, offset + start * np.dtype(dtype).itemsize)
+        return [replace(shard, digest=shard.digest_now())] if stop > start else []
+
+    return {"train": part(0, cut, documents), "val": part(cut, tokens, 0)}
 
 
 def _open_python(config: DataConfig, tokenizer: Tokenizer, log: Log) -> Splits:

@@ -17,7 +17,6 @@ import torch
 from moesaic.launch.cli import UserError
 from moesaic.launch.data import Data, Shard
 from moesaic.launch.schema import TrainConfig
-from moesaic.launch.token_shards import digest_of
 from moesaic.parallel.apply import total
 from moesaic.parallel.clip import norm
 from moesaic.parallel.engine import Engine
@@ -154,7 +153,7 @@ class DataWatch:
     of each, and reads only those where one of these is another one."""
 
     def __init__(self, data: Data) -> None:
-        self.shards: list[Shard] = [*data.train.shards, *data.val.shards]
+        self.shards: list[Shard] = data.shards()
         self.seen = [_identity(shard.path) for shard in self.shards]
 
     def check(self) -> None:
@@ -165,7 +164,7 @@ class DataWatch:
                 if now == self.seen[i]:
                     continue
                 # Touched, copied back, linked: as long as it holds the same tokens, nothing happened.
-                if digest_of(shard.path) != shard.digest:
+                if shard.digest_now() != shard.digest:
                     raise RunEndedError(
                         f"data.files: {shard.path} was changed while the run read it; checkpoints up to now are of the old data"
                     )

@@ -92,8 +92,11 @@ class DataConfig:
 
     source      what is read when `files` is empty. python: the text of the running interpreter's standard library;
                 files: nothing, `files` must be given
-    files       text or JSONL files, glob patterns, or folders that launch/prepare.py wrote; given, they are what is read
-    val_files   the same for validation (empty: val_fraction of the documents of `files`, chosen by hash)
+    files       text, JSONL or Parquet files, glob patterns, folders that launch/prepare.py wrote, .bin files of Megatron or nanoGPT, or
+                a datasets: source, which is streamed; given, they are what is read
+    weights     of a mixture: one for each of `files`, which may then be NAME=PATH (empty: all of `files` are one source)
+    val_files   the same as files for validation, NAME=PATH for a set of its own (empty: val_fraction of the documents of `files`,
+                chosen by hash)
     text_key    the field of a JSONL record that holds the text
     tokenizer   bytes, or the path of a Hugging Face tokenizer.json
     cache       folder for token shards made from text files
@@ -101,6 +104,7 @@ class DataConfig:
 
     source: str = "files"
     files: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
     val_files: list[str] = field(default_factory=list)
     val_fraction: float = 0.05
     text_key: str = "text"
@@ -191,6 +195,9 @@ def check(c: Config) -> None:
     for name in ("lr_min_ratio", "decay_ratio"):
         require(0 <= getattr(c.optim, name) <= 1, f"optim.{name}={getattr(c.optim, name)}: must lie in 0..1")
     require(c.data.source in ("python", "files"), f"data.source={c.data.source}: must be one of python, files")
+    weights = c.data.weights
+    require(not weights or (len(weights) == len(c.data.files) and all(0 < weight < math.inf for weight in weights)),
+            f"data.weights={weights}: must be a positive number for each of the {len(c.data.files)} data.files")  # fmt: skip
     require(0 < c.data.val_fraction < 1, f"data.val_fraction={c.data.val_fraction}: must lie between 0 and 1")
     if c.model.router.kind == "expert_choice":
         for name in ("eval_every", "sample"):

@@ -28,7 +28,7 @@ from moesaic.kernels import autotune
 from moesaic.kernels.symmetric import FusedError, HeapError
 from moesaic.kernels.tiles import TILES, known_tile, rounding_tile
 from moesaic.launch import cli, guards, report
-from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
+from moesaic.launch.data import Data, TokenStream, fingerprint, open_data, train_batch, val_batch
 from moesaic.launch.generate import sample_text
 from moesaic.launch.metrics import (
     Meter,
@@ -39,6 +39,7 @@ from moesaic.launch.metrics import (
     progress_line,
     start_wandb,
 )
+from moesaic.launch.mixture import Ahead, Mixture, end_reading
 from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
 from moesaic.launch.schema import Config, TrainConfig
 from moesaic.launch.tokens import check_vocab
@@ -72,6 +73,7 @@ def main(config: Config) -> None:
     except (checkpoint.SaveError, FusedError, HeapError) as error:
         raise guards.RunEndedError(str(error)) from error
     finally:
+        end_reading()
         guards.end_listening()
         trace.unwatch()
         dist.destroy_process_group()
@@ -189,6 +191,8 @@ def train(config: Config, device: torch.device) -> None:
     guards.listen()  # until here there is nothing to save, and a signal ends a rank at once
     asked = guards.agree(torch.zeros((), device=device), guards.asked())[1]
     trace.watch(config.parallel.timeout, run_dir / "hang", print_error)
+    reading = (every.global_batch, micro_batches(every.global_batch, every, rank, world))
+    ahead = Ahead(lambda first, count: train_batch(data.train, every.seed, first, count), samples, *reading)
     meter = Meter()
     meter.start()
     while True:
@@ -201,11 +205,15 @@ def train(config: Config, device: torch.device) -> None:
         if evaluating or saving:
             together(data_watch.check if first_of_node else nothing, guards.RunEndedError)
         if evaluating:
-            val_loss, asked = evaluate(engine, data.val, config.train, device, separator)
-            if val_loss is not None:
-                evaluated = step
-                record({"step": step, "tokens": tokens, "val_loss": val_loss})
-                say(f"step {step}: val_loss {val_loss:.4f} nats a token")
+            losses, asked = evaluate_sets(engine, data.sets, config.train, device, separator)
+            if losses:
+                evaluated, val_loss = step, losses["val_loss"]
+                record({"step": step, "tokens": tokens, **losses})
+                say(
+                    f"step {step}: "
+                    + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+                    + " nats a token"
+                )
         if saving or (asked and kept != step):
             guards.check_finite(engine, step, last_good)
             state = {"step": step, "samples": samples, "tokens": tokens, "evaluated": evaluated, "world": world}
@@ -221,7 +229,7 @@ def train(config: Config, device: torch.device) -> None:
         # A step. Where loss or gradient is not finite, on any rank, it changes nothing but these counts, on all of them.
         lr = learning_rate(step, steps, config.optim)
         set_lr(engine.optimizer, lr)
-        my_loss, rows_LE, figures_LF = train_step(engine, data.train, config.train, samples, device, separator)
+        my_loss, rows_LE, figures_LF = train_step(engine, ahead, config.train, samples, device, separator)
         loss, asked = guards.agree(my_loss, guards.asked())
         norm = engine.step(config.optim.clip, skip=not math.isfinite(loss)).item()
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -238,13 +246,15 @@ def train(config: Config, device: torch.device) -> None:
             rows_LE, figures_LF = total(rows_LE), total(figures_LF)
             figures = {"step": step, "tokens": tokens, "loss": loss, "grad_norm": norm, "lr": lr}
             steps_since = (tokens - logged) // (every.global_batch * every.seq_len)
-            rate = (tokens - logged) / meter.lap()
+            seconds = meter.lap()
+            rate = (tokens - logged) / seconds
             logged = tokens
             figures |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world)}
             figures |= {"skipped": health.skipped, "spikes": health.spikes}
             figures |= load_figures(rows_LE.cpu(), figures_LF.cpu())
             figures |= wire_figures(model.moe_layers(), steps_since, device)
             figures |= {"memory_gib": greatest(memory_gib(device)).item()}
+            figures |= data_figures(ahead, data, every, samples, seconds, device)
             record(figures)
             say(progress_line(figures, steps))
         if not finite:
@@ -277,6 +287,7 @@ def train(config: Config, device: torch.device) -> None:
             note("rewind", jumped_at=jumped_at)
             say(f"went back from step {jumped_at} to {back}; the data read since is passed over")
 
+    end_reading()
     trace.unwatch()
     saver.finish()
     dist.barrier()  # rank 0 may be the host of the store in which others still look whether the last save is complete
@@ -303,7 +314,7 @@ def train(config: Config, device: torch.device) -> None:
 
 def train_step(
     engine: Engine,
-    stream: TokenStream,
+    stream: TokenStream | Ahead,
     config: TrainConfig,
     first_sample: int,
     device: torch.device,
@@ -331,6 +342,22 @@ def train_step(
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
     engine.model.precision.tokens(None)
     return sums
+
+
+def data_figures(
+    ahead: Ahead, data: Data, config: TrainConfig, samples: int, seconds: float, device: torch.device
+) -> dict[str, Any]:
+    """Of the reading since the last record: the share of `seconds` in which the rank that waited most stood still for data, and
+    the tokens/s that all ranks read at when they do; of a mixture, the tokens of each source up to now. Collective."""
+    waits = torch.zeros(dist.get_world_size() + 1, dtype=torch.float64, device=device)
+    waited, busy, tokens = ahead.lap()
+    waits[dist.get_rank()], waits[-1] = waited, tokens / max(busy, 1e-9)
+    *waits_W, rate = total(waits).tolist()
+    figures = {"data/wait": max(waits_W) / seconds, "data/tokens_per_s": rate}
+    if isinstance(data.train, Mixture):
+        taken = data.train.taken(config.seed, samples)
+        figures |= {f"data/{name}/tokens": n * config.seq_len for name, n in zip(data.train.names, taken, strict=True)}
+    return figures
 
 
 def predict(model: Transformer, batch: torch.Tensor, separator: int | None) -> Output:
@@ -362,6 +389,23 @@ def most_tokens(config: TrainConfig) -> int:
     if micro is None:
         micro = min(config.global_batch, max(1, MICRO_BATCH_TOKENS // config.seq_len))
     return micro * config.seq_len
+
+
+def evaluate_sets(
+    engine: Engine, sets: dict[str, TokenStream], config: TrainConfig, device: torch.device, separator: int | None
+) -> tuple[dict[str, float], bool]:
+    """val_loss over all sets, in proportion to the sequences looked at, and val_loss/NAME of those that have names; nothing
+    where a rank was asked to stop meanwhile."""
+    losses: dict[str, float] = {}
+    weighted = sequences = 0.0
+    for name, stream in sets.items():
+        loss, asked = evaluate(engine, stream, config, device, separator)
+        if loss is None:
+            return {}, asked
+        looked_at = min(config.eval_batches * config.global_batch, stream.windows)
+        weighted, sequences = weighted + loss * looked_at, sequences + looked_at
+        losses |= {f"val_loss/{name}": loss} if name else {}
+    return {"val_loss": weighted / sequences, **losses}, asked
 
 
 @torch.no_grad()
