@@ -145,6 +145,8 @@ def as_typed(argument: str) -> str:
     """
     key, _, value = argument.partition("=")
     kind = knobs().get(key.lstrip("+"))
+    if kind == list[str] and re.fullmatch(r"\[[^\[\]'\"\\]+\]", value):  # [web=a/*.txt,b]: each of the texts
+        return f"{key}=[{','.join(repr(one.strip()) for one in value[1:-1].split(','))}]"
     if kind not in (str, str | None, list[str]) or HYDRAS_OWN.match(value) or {"'", '"'} <= set(value):
         return argument
     quoted = f'"{value}"' if "'" in value else f"'{value}'"

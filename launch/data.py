@@ -88,8 +88,8 @@ def _mix(x: UInts, key: np.uint64) -> UInts:
 
 @dataclass(frozen=True)
 class Shard:
-    """One npy file of token ids, or with `dtype` the part of a file without a header that begins at byte `offset`. `documents` end
-    in it; `digest` is a hash of its tokens, without a header of some of them."""
+    """One npy file of token ids, or with `dtype` the part of a bare file that begins at byte `offset`. `documents` end in it;
+    `digest` is a hash of its tokens, without a header of some of them."""
 
     path: Path
     tokens: int
@@ -151,8 +151,9 @@ class TokenStream:
             offset = start + done - self.starts[number]
             part = self._mapped(number)[offset : offset + out.size - done]
             out[done : done + part.size] = part
-            require(not self.shards[number].dtype or int(part.max()) < self.vocab_size,
-                    f"data.tokenizer: {self.shards[number].path} holds token {part.max()}, the tokenizer has {self.vocab_size}")  # fmt: skip
+            if self.shards[number].dtype and (largest := int(part.max())) >= self.vocab_size:
+                path = self.shards[number].path
+                raise ValueError(f"data.tokenizer: {path} has token {largest}, must be below {self.vocab_size}")
             done, number = done + part.size, number + 1
         return out
 
@@ -197,8 +198,8 @@ def val_batch(stream: TokenStream, first_sample: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads. `val` is all that is held out, `sets` the same by name (one without a name: ""); `description` is a line for
-    people."""
+    """What a run reads. `val` is all that is held out, `sets` the same by name (one without a name: ""); `description` is a line
+    for people."""
 
     train: TokenStream | SetStream | Mixture
     val: TokenStream
@@ -333,11 +334,11 @@ def _open_files(
 
 
 def open_bin(path: Path, knob: str, val_fraction: float) -> Splits:
-    """Tokens in a file of another project, its last `val_fraction` held out. Beside an .idx: Megatron's indexed data set. Else bare
-    uint16, as nanoGPT writes, or with llm.c's header of 256 int32.
+    """Tokens in a file of another project, its last `val_fraction` held out. Beside an .idx: Megatron's indexed data set. Else
+    bare uint16, as nanoGPT writes, or with llm.c's header of 256 int32.
 
-    Raises `ValueError` where header and size don't agree. What tokens mean nobody says: only that they are below the vocabulary's size
-    is checked, when they are read."""
+    Raises `ValueError` where header and size don't agree. What tokens mean nobody says: only that they are below the size of the
+    vocabulary is checked, when they are read."""
     size, documents, offset, dtype = path.stat().st_size, 0, 0, "<u2"
     index = path.with_suffix(".idx")
     if index.is_file():

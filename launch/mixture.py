@@ -1,7 +1,7 @@
 """What a run reads beyond one stream of shards: mixtures of sources, sets that are streamed, and a thread that reads ahead.
 
-All give sample number n as a function of the seed and n alone, on any number of ranks: the samples read stay the whole position of
-a run.
+All give sample number n as a function of the seed and n alone, on any number of ranks: the samples read stay the whole position
+of a run.
 """
 
 import hashlib
@@ -59,8 +59,8 @@ class Mixture:
 
     Sample g is the point (offset + g / golden ratio) mod 1, and belongs to the source whose part of the unit interval, as wide as
     its weight, holds it: of any run of samples, every source has its share but for one or two (points of this sequence are spread
-    as evenly as can be: Weyl, Kronecker). How many of the samples before g a source has had is a sum of floors, known at once. So it
-    is also known which of the source's own sequences comes next, and nothing needs to be remembered.
+    as evenly as can be: Weyl, Kronecker). How many of the samples before g a source has had is a sum of floors, known at once. So
+    it is also known which of the source's own sequences comes next, and nothing needs to be remembered.
     """
 
     def __init__(self, names: Sequence[str], weights: Sequence[float], sources: Sequence[Source]) -> None:
@@ -107,10 +107,11 @@ class Mixture:
 class SetStream:
     """The texts of a `datasets:` source, tokenized while they are read and never written.
 
-    The set is read in `lanes`, as many as it has files, at most 64; a lane's documents, one after another with a separator behind
-    each, are one stream, and sequence i is window i // lanes of lane i % lanes, in the set's own order and from the beginning again at
-    its end. A lane is read by whoever needs it, up to where he needs it. Bookmarks in `cache` say where in the set some windows
-    begin, so that a resumed run need not read all that came before; they follow from the set, and without them it only takes longer.
+    The set is read in `lanes`, as many as it has files, at most 64; a lane's documents, one after another with a separator
+    behind each, are one stream, and sequence i is window i // lanes of lane i % lanes, in the set's own order and from the
+    beginning again at its end. A lane is read by whoever needs it, up to where he needs it. Bookmarks in `cache` say where in the
+    set some windows begin, so that a resumed run need not read all that came before; they follow from the set, and without them
+    it only takes longer.
     """
 
     windows = 0

@@ -92,8 +92,8 @@ class DataConfig:
 
     source      what is read when `files` is empty. python: the text of the running interpreter's standard library;
                 files: nothing, `files` must be given
-    files       text, JSONL or Parquet files, glob patterns, folders that launch/prepare.py wrote, .bin files of Megatron or nanoGPT, or
-                a datasets: source, which is streamed; given, they are what is read
+    files       text, JSONL or Parquet files, glob patterns, folders that launch/prepare.py wrote, .bin files of Megatron or
+                nanoGPT, or a datasets: source, which is streamed; given, they are what is read
     weights     of a mixture: one for each of `files`, which may then be NAME=PATH (empty: all of `files` are one source)
     val_files   the same as files for validation, NAME=PATH for a set of its own (empty: val_fraction of the documents of `files`,
                 chosen by hash)
