@@ -29,7 +29,7 @@ from moesaic.kernels.symmetric import FusedError, HeapError
 from moesaic.kernels.tiles import TILES, known_tile, rounding_tile
 from moesaic.launch import cli, guards, report
 from moesaic.launch.data import Data, TokenStream, fingerprint, open_data, train_batch, val_batch
-from moesaic.launch.generate import sample_text
+from moesaic.launch.generate import sample_texts
 from moesaic.launch.metrics import (
     Meter,
     MetricsLog,
@@ -39,6 +39,7 @@ from moesaic.launch.metrics import (
     progress_line,
     start_wandb,
 )
+from moesaic.launch.metrics import Meter, MetricsLog, peak_flops, progress_header, progress_line, start_wandb
 from moesaic.launch.mixture import Ahead, Mixture, end_reading
 from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
 from moesaic.launch.schema import Config, TrainConfig
@@ -296,8 +297,8 @@ def train(config: Config, device: torch.device) -> None:
             f"asked to stop: {last_good()}; the same command goes on" if step else "asked to stop before the first step"
         )
     if every.sample and not asked:
-        text = sample_text(
-            engine.model, data.tokenizer, "", every.sample, every.seq_len, seed=every.seed, device=device
+        (text,) = sample_texts(
+            engine.model, data.tokenizer, [""], every.sample, every.seq_len, seed=every.seed, device=device
         )
         say(f"--- sample\n{text}\n---")
     note("stopped" if asked and not ended else "end")

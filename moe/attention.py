@@ -267,12 +267,39 @@ def _flex(fused: bool) -> Any:
     return torch.compile(flex_attention) if fused else flex_attention
 
 
+class KVCache:
+    """Keys and values of all that one layer has seen of B sequences, whose first pad_B positions hold nothing: with rotary
+    positions, where a sequence begins does not matter. While it is a layer's `cache`, the layer takes what comes next, not whole
+    sequences."""
+
+    def __init__(self, pad_B: Tensor) -> None:
+        self.pad_B = pad_B
+        self.k_BSJC: Tensor | None = None
+        self.v_BSJC: Tensor | None = None
+
+    def attend(self, q_BSHC: Tensor, k_BSJC: Tensor, v_BSJC: Tensor, scale: float) -> Tensor:
+        if self.k_BSJC is not None and self.v_BSJC is not None:
+            k_BSJC, v_BSJC = torch.cat((self.k_BSJC, k_BSJC), 1), torch.cat((self.v_BSJC, v_BSJC), 1)
+        self.k_BSJC, self.v_BSJC = k_BSJC, v_BSJC
+        key_S = torch.arange(k_BSJC.shape[1], device=k_BSJC.device)
+        query_S1 = key_S[-q_BSHC.shape[1] :, None]
+        # A position that holds nothing sees itself: over no keys at all softmax is NaN.
+        seen_BSS = ((key_S <= query_S1) & (key_S >= self.pad_B[:, None, None])) | (key_S == query_S1)
+        q_BHSC, k_BJSC, v_BJSC = (x.transpose(1, 2) for x in (q_BSHC, k_BSJC, v_BSJC))
+        gqa = q_BSHC.shape[2] != k_BSJC.shape[2]
+        y_BHSC = F.scaled_dot_product_attention(
+            q_BHSC, k_BJSC, v_BJSC, attn_mask=seen_BSS[:, None], scale=scale, enable_gqa=gqa
+        )
+        return y_BHSC.transpose(1, 2)
+
+
 class Attention(nn.Module):
     """x_BSD -> y_BSD. One matrix makes queries, keys and values, stacked in this order along its output."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.width = config.n_heads, config.kv_heads, config.head_width
+        self.cache: KVCache | None = None
         self.qk_norm = config.qk_norm
         self.wqkv = nn.Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.width, bias=False)
         self.wo = nn.Linear(self.heads * self.width, config.d_model, bias=False)
@@ -290,6 +317,8 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q_BSHC, k_BSJC = self.q_norm(q_BSHC), self.k_norm(k_BSJC)
         q_BSHC, k_BSJC = rotate(q_BSHC, cos_SC, sin_SC), rotate(k_BSJC, cos_SC, sin_SC)
+        if self.cache is not None:
+            return self.wo(self.cache.attend(q_BSHC, k_BSJC, v_BSJC, self.width**-0.5).flatten(2))
         return self.wo(attend(q_BSHC, k_BSJC, v_BSJC, mask, self.width**-0.5).flatten(2))
 
 
@@ -308,6 +337,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.cache: KVCache | None = None
         mla = self.mla = config.mla
         self.heads = config.n_heads
         self.scale = mla.qk_head_dim**-0.5 * _magnitude(config.yarn, config.yarn.mscale_all_dim) ** 2
@@ -334,4 +364,6 @@ class LatentAttention(nn.Module):
         k_rope = rotate(k_rope.unsqueeze(2), cos_SC, sin_SC, mla.rope_interleave)
         q_BSHC = torch.cat((q_nope, q_rope), dim=3)
         k_BSHC = torch.cat((k_nope, k_rope.expand_as(q_rope)), dim=3)
+        if self.cache is not None:  # of every head's keys and values, not of the latents
+            return self.wo(self.cache.attend(q_BSHC, k_BSHC, v_BSHC, self.scale).flatten(2))
         return self.wo(attend(q_BSHC, k_BSHC, v_BSHC, mask, self.scale).flatten(2))

@@ -90,10 +90,12 @@ class Transformer(nn.Module):
         self.precision = Precision(PrecisionConfig())  # nothing quantized, until moesaic.moe.low.lower says otherwise
 
     def forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, documents_BS: Tensor | None = None
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, documents_BS: Tensor | None = None, start: int = 0
     ) -> Output:
-        config, length = self.config, tokens_BS.shape[1]
-        cos_SC, sin_SC = rotary_table(length, config.rotary_width, config.rope_theta, tokens_BS.device, config.yarn)
+        """`start`: position of the first token, after those that the layers' caches hold."""
+        config, end = self.config, start + tokens_BS.shape[1]
+        table = rotary_table(end, config.rotary_width, config.rope_theta, tokens_BS.device, config.yarn)
+        cos_SC, sin_SC = (x[start:] for x in table)
         mask = None if documents_BS is None else document_mask(documents_BS)
         x_BSD = self.embedding(tokens_BS)
         records: list[Aux] = []

@@ -1,5 +1,6 @@
 """launch/generate.py, on the checkpoint of a run of a few steps."""
 
+import json
 import os
 import random
 import subprocess
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesaic.launch import cli, generate, options, train
+from moesaic.moe.model import build
 
 PROGRAM = Path(__file__).resolve().parents[2] / "launch" / "generate.py"
 Sample = Callable[..., str]
@@ -98,8 +100,50 @@ def test_the_model_sees_the_newest_tokens_that_fit_its_context() -> None:
     """1 2 3, context 2: 2 + 3 is 5, 3 + 5 is 8; context 4: 1 + 2 + 3 is 6, 1 + 2 + 3 + 6 is 12, 2 + 3 + 6 + 12 is 23."""
     prompt_S = torch.tensor([1, 2, 3])
     for context, expected in [(2, [5, 8, 13, 21]), (4, [6, 12, 23, 44])]:
-        new = generate.sample_tokens(SumsContext(), prompt_S, 4, context, temperature=0, top_k=0, seed=0)
+        (new,) = generate.sample_tokens(SumsContext(), [prompt_S], 4, context, temperature=0, top_k=0, seed=0)
         assert new == expected
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_a_batch_with_a_cache_gives_what_each_prompt_gives_alone(attention: str) -> None:
+    """Prompts of different lengths, some longer than others' continuations, past the context too: the ids of a plain loop that
+    computes everything anew for every token."""
+    knobs = "model.d_model=32 model.n_layers=2 model.n_heads=4 model.n_kv_heads=2 model.n_experts=4 model.d_expert=32".split()
+    if attention == "mla":
+        knobs = [
+            *knobs[:3],
+            *knobs[4:],
+            "model.attention=mla",
+            "model.mla.kv_lora_rank=8",
+            "model.mla.q_lora_rank=null",
+        ]
+        knobs += ["model.mla.qk_nope_head_dim=8", "model.mla.qk_rope_head_dim=4", "model.mla.v_head_dim=8"]
+    model = build(cli.compose(knobs).model, 3, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)  # so that tokens differ clearly
+    prompts = [torch.randint(257, (n,)) for n in (3, 11, 1, 7)]
+    context, tokens = 18, 12
+    new = generate.sample_tokens(model, prompts, tokens, context, temperature=0.7, top_k=20, seed=5)
+    for row, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(5 + row)
+        ids = prompt.tolist()
+        for _ in range(tokens):
+            with torch.no_grad():
+                logits = model.eval()(torch.tensor([ids[-context:]])).logits[0, -1]
+            best = logits.topk(20)
+            p = torch.zeros(logits.numel()).scatter_(0, best.indices, (best.values / 0.7).softmax(0))
+            ids.append(int(torch.multinomial(p, 1, generator=generator)))
+        assert new[row] == ids[prompt.numel() :]
+    assert all(block.attention.cache is None for block in model.blocks)
+
+
+def test_a_file_of_prompts(sample: Sample, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("router\n\nexpert dispatch\n")
+    lines = [json.loads(line) for line in sample(prompts=tmp_path / "prompts.txt", batch=2, tokens=9).splitlines()]
+    assert [line["prompt"] for line in lines] == ["router", "", "expert dispatch"]
+    assert lines[2]["text"] + "\n" == sample(prompt="expert dispatch", seed=2, tokens=9)
 
 
 def test_a_prompt_longer_than_the_context(sample: Sample) -> None:
@@ -122,6 +166,7 @@ def test_no_tokens(sample: Sample) -> None:
         ("temperature=-0.5", ["temperature=-0.5: must not be negative"]),
         ("temperature=nan", ["temperature=nan: must be a finite number"]),
         ("temperature=inf", ["temperature=inf: must be a finite number"]),
+        ("batch=0", ["batch=0: must be at least 1"]),
         ("top_k=-2", ["top_k=-2: must not be negative"]),
         ("prompt", ["prompt: must be written name=value"]),
     ],
