@@ -141,7 +141,8 @@ def main(choice: Options) -> None:
     config, tokenizer, model, device = load_run(newest_checkpoint(choice.run_dir))
     asked = Model(model, tokenizer, config.train.seq_len, choice.batch, device)
     results = lm_eval.simple_evaluate(
-        asked, tasks=names, num_fewshot=choice.fewshot or None, limit=choice.limit or None, task_manager=manager, bootstrap_iters=0,
+        asked, tasks=names, num_fewshot=choice.fewshot or None, limit=choice.limit or None, task_manager=manager,
+        bootstrap_iters=0,
     )["results"]  # fmt: skip
     for name, figures in results.items():
         told = [f"{key.split(',')[0]} {value:.4f}" for key, value in figures.items() if isinstance(value, float)]

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from moesaic.launch.documents import load_set
+from moesaic.launch.schema import TrainConfig
 from moesaic.launch.tokens import Tokenizer
 from moesaic.moe.config import require
+from moesaic.parallel.apply import total
 
 TURN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 WORLD = 2**64
@@ -279,3 +282,19 @@ def end_reading() -> None:
     """Close all that is open, also where a run ended with an error."""
     while _reading:
         _reading.pop().close()
+
+
+def data_figures(
+    ahead: Ahead, stream: Any, config: TrainConfig, samples: int, seconds: float, rank: int, world: int
+) -> dict[str, Any]:
+    """Of the reading since the last record: the share of `seconds` in which the rank that waited most stood still for data, and
+    the tokens/s that all ranks read at when they do; of a mixture, the tokens of each source up to now. Collective."""
+    waits = torch.zeros(world + 1, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    waited, busy, tokens = ahead.lap()
+    waits[rank], waits[-1] = waited, tokens / max(busy, 1e-9)
+    *waits_W, rate = total(waits).tolist()
+    figures = {"data/wait": max(waits_W) / seconds, "data/tokens_per_s": rate}
+    if isinstance(stream, Mixture):
+        taken = stream.taken(config.seed, samples)
+        figures |= {f"data/{name}/tokens": n * config.seq_len for name, n in zip(stream.names, taken, strict=True)}
+    return figures

@@ -28,7 +28,7 @@ from moesaic.kernels import autotune
 from moesaic.kernels.symmetric import FusedError, HeapError
 from moesaic.kernels.tiles import TILES, known_tile, rounding_tile
 from moesaic.launch import cli, guards, report
-from moesaic.launch.data import Data, TokenStream, fingerprint, open_data, train_batch, val_batch
+from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
 from moesaic.launch.generate import sample_texts
 from moesaic.launch.metrics import (
     Meter,
@@ -39,8 +39,7 @@ from moesaic.launch.metrics import (
     progress_line,
     start_wandb,
 )
-from moesaic.launch.metrics import Meter, MetricsLog, peak_flops, progress_header, progress_line, start_wandb
-from moesaic.launch.mixture import Ahead, Mixture, end_reading
+from moesaic.launch.mixture import Ahead, data_figures, end_reading
 from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
 from moesaic.launch.schema import Config, TrainConfig
 from moesaic.launch.tokens import check_vocab
@@ -255,7 +254,7 @@ def train(config: Config, device: torch.device) -> None:
             figures |= load_figures(rows_LE.cpu(), figures_LF.cpu())
             figures |= wire_figures(model.moe_layers(), steps_since, device)
             figures |= {"memory_gib": greatest(memory_gib(device)).item()}
-            figures |= data_figures(ahead, data, every, samples, seconds, device)
+            figures |= data_figures(ahead, data.train, every, samples, seconds, rank, world)
             record(figures)
             say(progress_line(figures, steps))
         if not finite:
@@ -343,22 +342,6 @@ def train_step(
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
     engine.model.precision.tokens(None)
     return sums
-
-
-def data_figures(
-    ahead: Ahead, data: Data, config: TrainConfig, samples: int, seconds: float, device: torch.device
-) -> dict[str, Any]:
-    """Of the reading since the last record: the share of `seconds` in which the rank that waited most stood still for data, and
-    the tokens/s that all ranks read at when they do; of a mixture, the tokens of each source up to now. Collective."""
-    waits = torch.zeros(dist.get_world_size() + 1, dtype=torch.float64, device=device)
-    waited, busy, tokens = ahead.lap()
-    waits[dist.get_rank()], waits[-1] = waited, tokens / max(busy, 1e-9)
-    *waits_W, rate = total(waits).tolist()
-    figures = {"data/wait": max(waits_W) / seconds, "data/tokens_per_s": rate}
-    if isinstance(data.train, Mixture):
-        taken = data.train.taken(config.seed, samples)
-        figures |= {f"data/{name}/tokens": n * config.seq_len for name, n in zip(data.train.names, taken, strict=True)}
-    return figures
 
 
 def predict(model: Transformer, batch: torch.Tensor, separator: int | None) -> Output:

@@ -44,7 +44,13 @@ def plain_score(model: Any, context: bytes, answer: bytes) -> tuple[float, bool]
 def test_scores_are_those_of_a_plain_loop(run_dir: Path) -> None:
     config, tokenizer, model, device = generate.load_run(generate.newest_checkpoint(str(run_dir)))
     asked = evaluation.Model(model, tokenizer, 48, 3, device)
-    pairs = [("router", " expert dis"), ("", "token"), ("batch of", " shard"), ("a", "n"), ("expert " * 4, "dispatch")]
+    pairs = [
+        ("router", " expert dis"),
+        ("", "token"),
+        ("batch of", " shard"),
+        ("a", "n"),
+        ("expert " * 4 + "dis", "patch"),
+    ]
     requests = [type("Request", (), {"args": pair})() for pair in pairs]
     for (context, answer), (score, greedy) in zip(pairs, asked.loglikelihood(requests), strict=True):
         wanted, best = plain_score(model, context.encode(), answer.encode())

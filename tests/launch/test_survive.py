@@ -146,6 +146,8 @@ from moesaic.launch import data
 real = data.train_batch
 
 def train_batch(stream, seed, first, count):  # slow enough to be met in the middle
+    if not isinstance(stream, data.Ahead):  # read, but maybe never taken
+        return real(stream, seed, first, count)
     with open(os.environ["NOTES"], "a") as file:
         file.write(f"{os.getpid()} {os.environ['RANK']} {os.environ['WORLD_SIZE']} {first} {count}\\n")
     time.sleep(0.1)
