@@ -31,7 +31,7 @@ OPTIONAL_MODULES = {
 }  # fmt: skip
 
 FILE_BUDGET = 600
-TOTAL_BUDGET = 20_000
+TOTAL_BUDGET = 20_500
 
 
 def sources(*folders: str) -> list[Path]:

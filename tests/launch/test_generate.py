@@ -114,6 +114,7 @@ def test_a_batch_with_a_cache_gives_what_each_prompt_gives_alone(attention: str)
             *knobs[:3],
             *knobs[4:],
             "model.attention=mla",
+            "model.qk_norm=none",
             "model.mla.kv_lora_rank=8",
             "model.mla.q_lora_rank=null",
         ]
