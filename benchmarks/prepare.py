@@ -1,6 +1,7 @@
-"""launch/prepare.py against `datasets.map` with the same tokenizer: tokens/s of one core, from a JSONL file to token files on disk.
+"""launch/prepare.py against `datasets.map` with the same tokenizer: tokens/s of one core, from a JSONL file to tokens on disk.
 
-Both sides read the same file, tokenize with the same BPE in one process and one thread, and write their tokens; the peer's cache is off.
+Both sides read the same file, tokenize with the same BPE in one process and one thread, and write their tokens; the
+peer's cache is off.
 """
 
 import os
