@@ -61,7 +61,7 @@ kernels: install
 	$(BIN)/python -m moesaic.kernels.targets --page docs/kernels.md $(ARGS)
 
 # Beside those marked as needing a GPU: tests that run kernels interpreted or, with TRITON_INTERPRET=0, compiled.
-GPU_TESTS := $(patsubst %,tests/kernels/test_%.py,cross_entropy_triton rope grouped_gemm experts)
+GPU_TESTS := $(patsubst %,tests/kernels/test_%.py,cross_entropy_triton rope grouped_gemm experts fused_ep)
 
 # Both say in one line that there is no GPU, where there is none, and fail.
 test-gpu: install

@@ -412,9 +412,14 @@ def fused_options(setting: Setting, x: Tensor, *weights: Tensor) -> dict[str, An
     }  # fmt: skip
 
 
-def columns(width: int, tile: Tile, pair: bool = False) -> int:
-    """Column tiles of a result."""
-    return triton.cdiv(width, tile.n // 2 if pair else tile.n)
+def columns(width: int, n: int, pair: bool = False) -> int:
+    """Column tiles of a result, n wide, or half of it for each of a pair."""
+    return triton.cdiv(width, n // 2 if pair else n)
+
+
+def most_columns(width: int, tile: Tile, pair: bool = False) -> int:
+    """The most there can be: `launch_options` narrows tiles of rows that don't begin at multiples of 16 bytes."""
+    return columns(width, min(tile.n, 64), pair)
 
 
 def forward(
@@ -437,6 +442,9 @@ def forward(
     bn, bk, m = options["BN"], options["BK"], options["BM"]
     w_up, up_described = describe(w_up_eGD, bn // 2 if pair else bn, bk)
     w_down, down_described = describe(w_down_eDF, bn, bk)
+    assert columns(d, bn) <= heap.regions["back"][0][2] and columns(f, bn, pair) <= heap.regions["ready"][0][1], (
+        heap.regions
+    )
     h_RG, a_RF = x_TD.new_empty(capacity, g), x_TD.new_empty(capacity, f)
     y_TD, kept_RD = torch.empty_like(x_TD), x_TD.new_empty(capacity, d) if keep else None
     tables = torch.empty(tables_size(heap.ranks, setting.experts), dtype=torch.int32, device=x_TD.device)
@@ -444,7 +452,7 @@ def forward(
     _fused_forward_kernel[(grid or setting.programs,)](
         x_TD, w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E, h_RG, a_RF, kept_RD,
         y_TD, heap.table, tables, sent_WP, x_TD.shape[0], heap.rank, capacity // m, setting.spins, setting.programs, first,
-        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, setting.tile, pair)), BT=m, KIND=activation, PAIR=pair,
+        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, bn, pair)), BT=m, KIND=activation, PAIR=pair,
         UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0, **options,
     )  # fmt: skip
     return y_TD, h_RG, tables, kept_RD
@@ -460,7 +468,7 @@ def compile_setting(target: str, d: int, f: int, dtype: torch.dtype, once: bool)
     ranks, n_experts, tokens, k, tile = 8, 64, 4096, 8, fused_tile(target)
     tiles = room(ranks, n_experts, 2 * tokens * k, tile.m)
     shapes = regions(
-        ranks, n_experts, d, dtype, tokens * k, tiles, tile.m, columns(d, tile), columns(f, tile, True), True
+        ranks, n_experts, d, dtype, tokens * k, tiles, tile.m, most_columns(d, tile), most_columns(f, tile, True), True
     )
     table = meta(len(shapes), ranks, dtype=torch.int64)
     heap = Heap(0, ranks, shapes, meta(starts(shapes)[1], dtype=torch.uint8), [], table)

@@ -285,6 +285,7 @@ def backward(
     w_up, up_described = describe(w_up_eGD, bk, bn)
     w_down, down_described = describe(w_down_eDF, bk, bn)
     ft = triton.cdiv(f, bn)
+    assert triton.cdiv(d, bn) <= heap.regions["back"][0][2] and ft <= heap.regions["ready"][0][1], heap.regions
     dh_RG, a_RF = torch.empty_like(h_RG), h_RG.new_empty(h_RG.shape[0], f)
     parts_RP = weights_S.new_empty(h_RG.shape[0], ft)
     dx_TD, dweights_S = torch.empty_like(x_TD), torch.zeros_like(weights_S)  # unused slots have no gradient

@@ -83,8 +83,8 @@ class Space:
             rows = min(rows, int(factor * slots) + 1)
         tiles = fused_ep.room(self.ranks, config.n_experts, rows, tile.m)
         shapes = regions(
-            self.ranks, config.n_experts, d, self.compute, slots, tiles, tile.m, fused_ep.columns(d, tile),
-            fused_ep.columns(f, tile, gated), not self.parallel.fused_keep,
+            self.ranks, config.n_experts, d, self.compute, slots, tiles, tile.m, fused_ep.most_columns(d, tile),
+            fused_ep.most_columns(f, tile, gated), not self.parallel.fused_keep,
         )  # fmt: skip
         allocate = shared_memory if self.device.type == "cpu" else self.device_memory
         heap = make_heap(self.rank, shapes, self.exchange, allocate)

@@ -209,8 +209,8 @@ def run(
     """
     tiles = fused_ep.room(s.ranks, s.experts, sum(s.tokens) * s.top_k, TILE.m)
     shapes = regions(
-        s.ranks, s.experts, s.d, torch.float32, max(1, max(s.tokens) * s.top_k), tiles, TILE.m, fused_ep.columns(s.d, TILE),
-        fused_ep.columns(s.f, TILE, True), not s.keep, trace,
+        s.ranks, s.experts, s.d, torch.float32, max(1, max(s.tokens) * s.top_k), tiles, TILE.m, fused_ep.most_columns(s.d, TILE),
+        fused_ep.most_columns(s.f, TILE, True), not s.keep, trace,
     )  # fmt: skip
     heaps = shared_heaps(s.ranks, shapes)
     settings = [fused_ep.Setting(h, s.experts, TILE, s.once, spins, s.programs, s.wave, trace) for h in heaps]
@@ -292,7 +292,7 @@ def main() -> int:
             done, failed = done + 1, failed + bool(told)
             if told:
                 print(f"FAILED {told}", flush=True)
-            if done % 100 == 0:
+            if done % 25 == 0:
                 print(f"{done} schedules, {failed} failed, {time.monotonic() - began:.0f} s", flush=True)
     print(f"{done} schedules from seed {given.seed}, {failed} failed, {time.monotonic() - began:.0f} s")
     return 1 if failed else 0

@@ -117,8 +117,8 @@ def test_all_shapes_and_activations_on_a_gpu(activation: str, bias: bool) -> Non
 
 MUTANTS = [
     ("_up_kernel", "expert, f, F + f, G", "expert, f, f, G"),  # the gate twice
-    ("_up_kernel", "tl.store(places + F, up, mask=exists)", "pass"),  # what was in memory
-    ("_up_kernel", "a_MN *= up.to(tl.float32)", "pass"),
+    ("store_activated", "tl.store(places + F, up, mask=exists)", "pass"),  # what was in memory
+    ("store_activated", "a_MN *= up.to(tl.float32)", "pass"),
     ("_up_kernel", "tl.load(biases + F,", "tl.load(biases,"),
     ("_up_kernel", "E - 1) * n_tiles", "E - 1) * n_tiles - 1"),
     ("_dact_columns", "dgate_MN = da_MN * w_M1", "dgate_MN = da_MN"),

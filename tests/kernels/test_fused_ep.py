@@ -1,0 +1,90 @@
+"""The fused kernels by themselves, on one rank: outputs and every gradient, all types, odd shapes, memory that nobody wrote.
+
+With TRITON_INTERPRET=0 on a GPU (make test-gpu). Several ranks: tests/parallel/test_fused.py and test_fused_schedules.py.
+"""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.kernels import fused_ep
+from moesaic.kernels.experts import ACTIVATIONS, experts_reference
+from moesaic.kernels.fused_ep_backward import backward
+from moesaic.kernels.fused_protocol import regions
+from moesaic.kernels.permute import Rows
+from moesaic.kernels.symmetric import make_heap
+from moesaic.kernels.testing import Operation, check
+from moesaic.kernels.tiles import fused_tile
+from tests.kernels.test_experts import SHAPES, TOLERANCE, inputs
+
+
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, w_up: Tensor, w_down: Tensor, rows: Rows, activation: str, keep: bool
+    ) -> Tensor:  # fmt: skip
+        (n_experts, _, d), f, tile = w_up.shape, w_down.shape[2], fused_tile(x.device)
+        slots = rows.source_R.numel()
+        tiles = fused_ep.room(1, n_experts, slots, tile.m)
+        pair = activation != "relu2"
+        shapes = regions(
+            1, n_experts, d, x.dtype, slots, tiles, tile.m, fused_ep.most_columns(d, tile), fused_ep.most_columns(f, tile, pair),
+            not keep,
+        )  # fmt: skip
+
+        def alone(size: int, exchange: Any) -> Any:
+            memory = torch.zeros(size, dtype=torch.uint8, device=x.device)
+            return memory, [memory], [memory.data_ptr()]
+
+        heap = make_heap(0, shapes, lambda value: [value], alone)
+        ctx.sent = torch.zeros(1, len(fused_ep.PHASES), dtype=torch.int64, device=x.device)
+        programs = fused_ep.grid_programs(x.device, 0)
+        ctx.setting = fused_ep.Setting(heap, n_experts, tile, not keep, 1_000_000, programs, wave=2)
+        ctx.rows, ctx.activation, ctx.inputs = rows, activation, (x, weights, w_up, w_down)
+        y, *ctx.kept = fused_ep.forward(x, weights, w_up, w_down, rows, activation, ctx.setting, ctx.sent, keep)
+        assert not heap.view("failed").any()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x, weights, up, down), (h, tables, kept) = ctx.inputs, ctx.kept
+        grads = backward(dy, x, h, kept, tables, weights, up, down, ctx.rows, ctx.activation, ctx.setting, ctx.sent)
+        assert not ctx.setting.heap.view("failed").any() and not ctx.sent.any()  # nothing goes to another rank
+        return *grads, None, None, None
+
+
+def run(activation: str, keep: bool, **given: Any) -> Tensor:
+    x = given["x"]
+    indices = (given[name].to(x.device) for name in ("source_R", "slot_R", "expert_R", "bag"))
+    starts = given["starts"]
+    rows = Rows(*indices, None if starts is None else starts.to(x.device), given["counts_E"].to(x.device))
+    return Fused.apply(x, given["weights"], given["w_up"], given["w_down"], rows, activation, keep)
+
+
+def plain(activation: str, **given: Any) -> Tensor:
+    names = ("x", "weights", "w_up", "w_down")
+    return experts_reference(*(given[n] for n in names), None, None, given["source_R"], given["counts_E"], activation)
+
+
+def draw(activation: str, s: Any, dtype: torch.dtype, scale: float, generator: torch.Generator) -> dict[str, Any]:
+    given = inputs(s, dtype, scale, generator, activation, bias=False)
+    rows = given.pop("rows")
+    given = {name: given[name] for name in ("x", "weights", "w_up", "w_down")}
+    fields = ("source_R", "slot_R", "expert_R", "bag", "starts", "counts_E")
+    return given | {name: getattr(rows, name) for name in fields}
+
+
+def operation(activation: str, keep: bool) -> Operation:
+    return Operation(
+        f"fused {activation}", functools.partial(run, activation, keep), functools.partial(plain, activation),
+        functools.partial(draw, activation), SHAPES, TOLERANCE, ("x", "weights", "w_up", "w_down"), (1.0,),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("activation", "keep"), [("swiglu", False), ("relu2", True)])
+def test_equals_the_specification(activation: str, keep: bool, device: str) -> None:
+    assert activation in ACTIVATIONS
+    check(operation(activation, keep), device)
