@@ -20,6 +20,8 @@ from moesaic.kernels.testing import Operation, check
 from moesaic.kernels.tiles import fused_tile
 from tests.kernels.test_experts import SHAPES, TOLERANCE, inputs
 
+SMALL = dict(tokens=5, k=2, experts=3, d=20, f=9, first=0, unused=3)
+
 
 class Fused(torch.autograd.Function):
     @staticmethod
@@ -77,14 +79,22 @@ def draw(activation: str, s: Any, dtype: torch.dtype, scale: float, generator: t
     return given | {name: getattr(rows, name) for name in fields}
 
 
-def operation(activation: str, keep: bool) -> Operation:
+def operation(activation: str, keep: bool, shapes: Any) -> Operation:
     return Operation(
         f"fused {activation}", functools.partial(run, activation, keep), functools.partial(plain, activation),
-        functools.partial(draw, activation), SHAPES, TOLERANCE, ("x", "weights", "w_up", "w_down"), (1.0,),
+        functools.partial(draw, activation), shapes, TOLERANCE, ("x", "weights", "w_up", "w_down"), (1.0,),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("activation", "keep"), [("swiglu", False), ("relu2", True)])
-def test_equals_the_specification(activation: str, keep: bool, device: str) -> None:
-    assert activation in ACTIVATIONS
-    check(operation(activation, keep), device)
+@pytest.mark.parametrize(
+    ("activation", "keep", "shapes"), [("swiglu", False, SHAPES[1:3]), ("relu2", True, SHAPES[1:2])]
+)
+def test_equals_the_specification(activation: str, keep: bool, shapes: Any, device: str) -> None:
+    check(operation(activation, keep, shapes), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_all_shapes_and_activations_on_a_gpu(activation: str, keep: bool) -> None:
+    check(operation(activation, keep, SHAPES), "cuda", every=True)
