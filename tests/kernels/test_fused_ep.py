@@ -23,6 +23,11 @@ from tests.kernels.test_experts import SHAPES, TOLERANCE, inputs
 SMALL = dict(tokens=5, k=2, experts=3, d=20, f=9, first=0, unused=3)
 
 
+def failing(setting: fused_ep.Setting, result: Tensor) -> Tensor:
+    """NaN where a wait was in vain, as without the forward kernel, which the harness leaves out in turn."""
+    return torch.full_like(result, torch.nan) if setting.heap.view("failed").any() else result
+
+
 class Fused(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -44,18 +49,19 @@ class Fused(torch.autograd.Function):
         heap = make_heap(0, shapes, lambda value: [value], alone)
         ctx.sent = torch.zeros(1, len(fused_ep.PHASES), dtype=torch.int64, device=x.device)
         programs = fused_ep.grid_programs(x.device, 0)
-        ctx.setting = fused_ep.Setting(heap, n_experts, tile, not keep, 1_000_000, programs, wave=2)
+        ctx.setting = fused_ep.Setting(
+            heap, n_experts, tile, not keep, 2_000 if x.is_cpu else 10_000_000, programs, wave=2
+        )
         ctx.rows, ctx.activation, ctx.inputs = rows, activation, (x, weights, w_up, w_down)
         y, *ctx.kept = fused_ep.forward(x, weights, w_up, w_down, rows, activation, ctx.setting, ctx.sent, keep)
-        assert not heap.view("failed").any()
-        return y
+        return failing(ctx.setting, y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x, weights, up, down), (h, tables, kept) = ctx.inputs, ctx.kept
         grads = backward(dy, x, h, kept, tables, weights, up, down, ctx.rows, ctx.activation, ctx.setting, ctx.sent)
-        assert not ctx.setting.heap.view("failed").any() and not ctx.sent.any()  # nothing goes to another rank
-        return *grads, None, None, None
+        assert not ctx.sent.any()  # nothing goes to another rank
+        return *(failing(ctx.setting, grad) for grad in grads), None, None, None
 
 
 def run(activation: str, keep: bool, **given: Any) -> Tensor:
