@@ -26,8 +26,8 @@ KERNELS_MAY_IMPORT = ("torch", "triton", "moesaic.kernels")
 
 # Import names of dependencies that may be missing here, those of optional extras included.
 OPTIONAL_MODULES = {
-    "accelerate", "datasets", "deepspeed", "evaluate", "huggingface_hub", "kernels", "lm_eval", "matplotlib", "moe", "parallel", "pyarrow",
-    "recipes", "tqdm",
+    "accelerate", "datasets", "deepspeed", "evaluate", "huggingface_hub", "kernels", "lm_eval", "matplotlib", "moe",
+    "parallel", "pyarrow", "recipes", "tqdm",
     "rich", "safetensors", "tokenizers", "torch", "transformers", "triton", "wandb",
 }  # fmt: skip
 
