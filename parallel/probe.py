@@ -103,8 +103,8 @@ def wrong_products(device: torch.device, dtype: torch.dtype, kind: str, n: int, 
     """A line for each rank whose n x n matrix products are not right.
 
     Products of small whole numbers are known to the bit, in whatever order they are added: sums stay below 2^24, and each fits
-    bf16 and tf32. Products of other numbers use all bits: a rank must get the same ones `repeats` times, and those that most ranks
-    with the same `kind` of device get. Where two ranks are of a kind and differ, both are named.
+    bf16 and tf32. Products of other numbers use all bits: a rank must get the same ones `repeats` times, and those that most
+    ranks with the same `kind` of device get. Where two ranks are of a kind and differ, both are named.
     """
     random = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-127, 128, (n, n), generator=random) for _ in range(2))

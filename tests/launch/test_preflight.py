@@ -69,7 +69,7 @@ def broken(folder: str) -> list[str]:
         return exchange(out, sent, *args, **kwargs)
 
     patches = [
-        mock.patch.object(time, "time", lambda: now() + 5),
+        mock.patch.object(time, "time", side_effect=lambda: now() + 5),
         mock.patch.object(torch, "mm", wrong_bit),
         mock.patch.object(dist, "all_to_all_single", wrong_rows),
         mock.patch.object(preflight.platform, "python_version", return_value="2.7"),
