@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import moesaic
 from moesaic.launch import cli
 from moesaic.launch.schema import Config
 from moesaic.launch.train import check_devices, compute_dtype, micro_batches, settle_model, together
@@ -117,8 +116,8 @@ def processor() -> str:
 
 
 def versions(place: Place) -> Iterator[Finding]:
-    mine = {"python": platform.python_version(), "moesaic": moesaic.__version__, "machine": platform.machine()}
-    mine |= {name: installed(name) for name in ("torch", "triton", "deepspeed", "numpy")}
+    mine = {"python": platform.python_version(), "machine": platform.machine()}
+    mine |= {name: installed(name) for name in ("moesaic", "torch", "triton", "deepspeed", "numpy")}
     mine |= {"cuda": torch.version.cuda or "-", "hip": torch.version.hip or "-", "nccl": "-"}
     if place.device.type == "cuda":
         mine["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
