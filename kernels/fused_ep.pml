@@ -5,7 +5,7 @@
    and at the end: rows that are not there yet, and rows overwritten while they are read, are both a failed assertion.
 
    W ranks, P programs of each, N launches, X experts of a rank, BM rows of a tile, FT and NT columns, WAVE tiles of a wave, MT
-   matrix tiles of an expert's gradients, CT token tiles of a rank, MOST rows of a source and expert. With TRACE (a file that
+   matrix tiles of an expert's gradients, CT token tiles of a rank, MOST rows of a source and expert. With TRACE, and trace.pml, which
    tests/kernels/spin.py writes of a kernel's events) every event must be the next one of the trace. */
 
 #ifndef W
@@ -79,7 +79,7 @@ byte queue[W], done[W], epoch[W];
 #ifdef TRACE
 chan log = [0] of { byte, byte, byte, byte, short, short, short, short };
 #define EVENT(what, tile, index, peer, value) log ! w, p, n, what, tile, index, peer, value
-#include TRACE
+#include "trace.pml"
 #else
 #define EVENT(what, tile, index, peer, value) skip
 #define ALIAS(n, w, t, s, u) (shared[n] && EXPERT(n, w, u) < EXPERT(n, w, t) && HAS(n, w, u, s))
@@ -115,11 +115,11 @@ inline decode() {
     :: kind == NONE && first < tiles[n * W + w] ->
       last = (first + WAVE < tiles[n * W + w] -> first + WAVE : tiles[n * W + w]);
       if
-      :: k < (last - first) * FT -> kind = UP; tile = first + k / FT; column = k % FT
+      :: k < (last - first) * FT -> kind = UP; tile = first + k % (last - first); column = k / (last - first)
       :: else ->
         k = k - (last - first) * FT;
         if
-        :: k < (last - first) * NT -> kind = DOWN; tile = first + k / NT; column = k % NT
+        :: k < (last - first) * NT -> kind = DOWN; tile = first + k % (last - first); column = k / (last - first)
         :: else -> k = k - (last - first) * NT
         fi
       fi;
@@ -198,12 +198,17 @@ inline wait_ready(t) {
 
 proctype program(byte w, p) {
   byte n = 1, number, kind, tile, column, peer, i, j;
+  bool known;
 launch:
   atomic {
     epoch[w] == n - 1;                  /* the launch before has ended on this rank: one stream */
   take:
     number = queue[w]; queue[w] = queue[w] + 1;
     decode();
+    if
+    :: number > 0 && !known -> planned[w] == n; known = true; EVENT(5, NIL, NIL, NIL, n)
+    :: else
+    fi;
     EVENT(0, NIL, number, NIL, kind);
     if
     :: kind == PLAN ->
@@ -214,7 +219,7 @@ launch:
       od;
       i = 0
     :: kind == NONE -> goto finish
-    :: else -> planned[w] == n; EVENT(5, NIL, NIL, NIL, n)
+    :: else
     fi
   }
   atomic {
@@ -323,13 +328,15 @@ launch:
   }
 finish:
   atomic {
-    EVENT(13, NIL, NIL, NIL, done[w]);
+    i = done[w];
     done[w] = done[w] + 1;
+    EVENT(13, NIL, NIL, NIL, i);
     if
-    :: done[w] == P -> done[w] = 0; queue[w] = 0; epoch[w] = n
+    :: i == P - 1 -> done[w] = 0; queue[w] = 0; epoch[w] = n
     :: else
     fi;
-    number = 0; kind = 0; tile = 0; column = 0; peer = 0;
+    i = 0;
+    known = false; number = 0; kind = 0; tile = 0; column = 0; peer = 0;
     n++;
     if
     :: n <= N -> goto launch
@@ -339,8 +346,9 @@ finish:
 }
 
 #ifndef TRACE
-/* Every launch forward or backward. Rows of every source and expert: any number up to MOST. With RELATED, for fewer states, each 0
-   or 1 in the first launch, and in a later one the same, the opposite, all 0 or all 1. */
+/* Every launch forward or backward. Rows of every source and expert: any number up to MOST. With RELATED, for fewer states: in the
+   first launch an expert has a row of no rank, its own, the next one, or all; in later ones each source and expert has as many as
+   in the first, the opposite, 0, or 1. */
 inline choose() {
   for (l : 1 .. N) {
     if
@@ -366,6 +374,12 @@ inline choose() {
       tile = 0;
       for (x : 0 .. X - 1) {
         all = 0;
+#ifdef RELATED
+        do
+        :: pick < 3 -> pick++
+        :: break
+        od;
+#endif
         for (s : 0 .. W - 1) {
           count = 0;
 #ifdef RELATED
@@ -374,10 +388,8 @@ inline choose() {
             count = (was >> ((r * X + x) * W + s)) & 1;
             count = (relation < 2 -> (relation -> 1 - count : count) : relation - 2)
           :: else ->
-            if
-            :: was = was | (1 << ((r * X + x) * W + s)); count = 1
-            :: skip
-            fi
+            count = (pick == 1 && s == r) || (pick == 2 && s == (r + 1) % W) || pick == 3;
+            was = was | (count << ((r * X + x) * W + s))
           fi;
 #else
           do
@@ -388,7 +400,7 @@ inline choose() {
           all = all + count;
           d_step { for (k : 1 .. count) { set_source() } }
         }
-        tile = tile + (all + BM - 1) / BM
+        tile = tile + (all + BM - 1) / BM; pick = 0
       }
       tiles[l * W + r] = tile
     }
@@ -404,7 +416,7 @@ inline set_source() {
 #endif
 
 init {
-  byte l, r, x, s, tile, all, count, relation;
+  byte l, r, x, s, tile, all, count, relation, pick;
   int was;
   atomic {
     choose();
@@ -415,4 +427,8 @@ init {
   d_step {
     for (r : 0 .. W - 1) { assert(epoch[r] == N && queue[r] == 0 && done[r] == 0 && planned[r] == N) }
   }
+#ifdef TRACE
+  accepted = true;
+  assert(!accepted)                     /* how SPIN tells that there is a run with these events */
+#endif
 }
