@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Computed once, so that every rank and every restart of one `make train` writes to the same folder.
 RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install train test check kernels test-gpu bench bench-gpu parity reshard chaos fused-schedules study-rounding \
+.PHONY: model-check help install train test check kernels test-gpu bench bench-gpu parity reshard chaos fused-schedules study-rounding \
   study-precision clean
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make kernels   compile every Triton kernel for every target, no GPU needed; the tables of docs/kernels.md; fails on a spill"
 	@echo "make test-gpu  run the kernels' tests on a GPU; make bench-gpu times them there"
 	@echo "make bench     run every file in benchmarks/"
+	@echo "make model-check   SPIN on the protocol of the fused kernels, all states of small sizes; some minutes, 3 GB; needs spin and gcc"
 	@echo "make parity    every way to spread a model against one process, and the tables of docs/parity.md; up to half an hour on two cores"
 	@echo "make reshard   a checkpoint of every layout, loaded into every other one; some minutes on two cores"
 	@echo "make chaos     FAULTS=200 faults of SEED=0, each met by a small run that must go on as if nothing had happened; FROM=n goes on"
@@ -76,6 +77,9 @@ bench-gpu: install
 bench: .venv/installed-bench
 	@set -e; for file in $(filter-out benchmarks/compare.py benchmarks/study_%.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$file; done
+
+model-check: install
+	$(BIN)/python -m tests.kernels.spin
 
 parity: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.report $(ARGS)

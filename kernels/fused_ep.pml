@@ -6,7 +6,7 @@
 
    W ranks, P programs of each, N launches, X experts of a rank, BM rows of a tile, FT and NT columns, WAVE tiles of a wave, MT
    matrix tiles of an expert's gradients, CT token tiles of a rank, MOST rows of a source and expert. With TRACE, and trace.pml, which
-   tests/kernels/spin.py writes of a kernel's events) every event must be the next one of the trace. */
+   tests/kernels/spin.py writes of a kernel's events, every event must be the next one of the trace. */
 
 #ifndef W
 #define W 2
@@ -70,6 +70,7 @@ byte counts[W * 2 * W], met[W * 2 * W];
 byte rows[W * TILES * W], arrived[W * TILES * W];       /* rows: with origin, alias and weight, which one flag guards */
 byte planned[W], ready[W * TILES * FT], h[W * TILES * FT];
 byte slots[W * W * TILES * NT], back[W * W * TILES * NT];
+byte tables[W];                         /* which rows stand where: written by the plan */
 byte queue[W], done[W], epoch[W];
 #define PARITY(w, n, s) [((w) * 2 + (n) % 2) * W + (s)]
 #define TILE(w, t, s) [((w) * TILES + (t)) * W + (s)]
@@ -81,6 +82,7 @@ chan log = [0] of { byte, byte, byte, byte, short, short, short, short };
 #define EVENT(what, tile, index, peer, value) log ! w, p, n, what, tile, index, peer, value
 #include "trace.pml"
 #else
+#define UPS(n) FT
 #define EVENT(what, tile, index, peer, value) skip
 #define ALIAS(n, w, t, s, u) (shared[n] && EXPERT(n, w, u) < EXPERT(n, w, t) && HAS(n, w, u, s))
 #define NEEDS(n, s, c, w, t) HAS(n, w, t, s)
@@ -115,9 +117,9 @@ inline decode() {
     :: kind == NONE && first < tiles[n * W + w] ->
       last = (first + WAVE < tiles[n * W + w] -> first + WAVE : tiles[n * W + w]);
       if
-      :: k < (last - first) * FT -> kind = UP; tile = first + k % (last - first); column = k / (last - first)
+      :: k < (last - first) * UPS(n) -> kind = UP; tile = first + k % (last - first); column = k / (last - first)
       :: else ->
-        k = k - (last - first) * FT;
+        k = k - (last - first) * UPS(n);
         if
         :: k < (last - first) * NT -> kind = DOWN; tile = first + k % (last - first); column = k / (last - first)
         :: else -> k = k - (last - first) * NT
@@ -144,6 +146,7 @@ inline decode() {
 /* All that a task reads is of this epoch. */
 inline check_reads() {
   d_step {
+    assert(kind == PLAN || tables[w] == n);
     if
     :: kind == PLAN && !backward[n] ->
       for (a : 0 .. W - 1) { assert(counts PARITY(w, n, a) == n) }
@@ -164,7 +167,7 @@ inline check_reads() {
             :: else
             fi
           }
-          for (a : 0 .. FT - 1) { assert(kind == UP || h LOCAL(w, b, a) == n) }
+          for (a : 0 .. UPS(n) - 1) { assert(kind == UP || h LOCAL(w, b, a) == n) }
         :: else
         fi
       }
@@ -190,7 +193,7 @@ inline wait_arrived(t, s) {
 inline wait_ready(t) {
   j = 0;
   do
-  :: j < FT -> ready LOCAL(w, t, j) == n; EVENT(9, t, j, NIL, n); j++
+  :: j < UPS(n) -> ready LOCAL(w, t, j) == n; EVENT(9, t, j, NIL, n); j++
   :: else -> break
   od;
   j = 0
@@ -294,6 +297,7 @@ launch:
   d_step {
     check_reads();
     if
+    :: kind == PLAN -> tables[w] = n
     :: kind == DISPATCH -> rows TILE(peer, tile, w) = n
     :: kind == UP -> h LOCAL(w, tile, column) = n
     :: kind == DOWN ->

@@ -1,6 +1,6 @@
-"""SPIN runs of kernels/fused_ep.pml: the campaign of `make model-check`, mistakes made on purpose, traces of the kernels replayed.
+"""SPIN on kernels/fused_ep.pml: the campaign of `make model-check`, mistakes made on purpose, traces of the kernels replayed.
 
-    python -m tests.kernels.spin
+python -m tests.kernels.spin
 """
 
 import re
@@ -137,14 +137,15 @@ def in_order(events: Sequence[Sequence[int]]) -> list[list[int]]:
 def replay(s: Schedule, events: Sequence[Sequence[int]]) -> str:
     """Empty if the model has a run with these events; else the first event that it has none with, or what the run violates."""
     lines, tiles = layout(s)
-    ft, nt, gates = -(-s.f // (TILE.n // 2)), -(-s.d // TILE.n), -(-2 * s.f // TILE.n)
+    ft, back_ft, nt, gates = (-(-size // TILE.n) for size in (2 * s.f, s.f, s.d, 2 * s.f))
     n = len(s.steps)
     sizes = {"W": s.ranks, "P": s.programs, "N": n, "X": s.experts // s.ranks, "BM": TILE.m, "TILES": tiles, "FT": ft, "NT": nt,
-             "WAVE": s.wave, "MT": nt * ft + gates * nt}  # fmt: skip
+             "WAVE": s.wave, "MT": nt * back_ft + gates * nt}  # fmt: skip
     records = in_order(events)
     head = [
         "#undef CT",
         "#define CT token_tiles[w]",
+        f"#define UPS(n) (backward[n] -> {back_ft} : {ft})",
         "#define ALIAS(n, w, t, s, u) ((alias[(((n) * W + (w)) * TILES + (t)) * W + (s)] >> (u)) & 1)",
         f"#define NEEDS(n, s, c, w, t) ((needs[(((n) * W + (s)) * {ROOM} + (c)) * W + (w)] >> (t)) & 1)",
         f"int alias[(N + 1) * W * TILES * W], needs[(N + 1) * W * {ROOM} * W];",
@@ -171,31 +172,34 @@ Change = tuple[str, str]
 # What each is, what it changes, and in which sizes it shows. Every text must stand in the model once.
 MUTATIONS: dict[str, tuple[list[Change], Places]] = {
     "plan does not wait": ([("met PARITY(w, n, i) == n; EVENT(3", "EVENT(3")], {}),
-    "no wait for the plan": ([("planned[w] == n; known", "known")], {"P": 2}),
+    "no wait for the plan": ([("planned[w] == n; known", "known")], {"P": 2, "N": 1}),
     "up does not wait for rows": ([("arrived TILE(w, t, s) == n;", "skip;")], {}),
-    "up does not wait for rows held elsewhere": ([("ALIAS(n, w, tile, i, j) -> wait_arrived(j, i)", "ALIAS(n, w, tile, i, j) -> skip")],
-                                                 {"X": 2, "N": 1, "BM": 1}),  # fmt: skip
+    "up does not wait for rows held elsewhere": (
+        [("i, j) -> wait_arrived(j, i)", "i, j) -> skip")], {"X": 2, "N": 1, "BM": 1}),
     "down does not wait": ([(":: kind == DOWN -> wait_ready(tile)", ":: kind == DOWN -> skip")], {"P": 2, "N": 1}),
-    "down waits for one column": ([("j < FT -> ready", "j < 1 -> ready")], {"P": 2, "N": 1, "FT": 2}),
+    "down waits for one column": ([("j < UPS(n) -> ready", "j < 1 -> ready")], {"P": 2, "N": 1, "FT": 2}),
     "weight does not wait": ([("EXPERT(n, w, i) == tile -> wait_ready(i)", "EXPERT(n, w, i) == tile -> skip")], {"P": 2, "N": 1}),
     "combine does not wait": ([("back RETURN(w, i, j, column) == n;", "skip;")], {}),
     "counts after their flag": ([("counts PARITY(i, n, w) = n; i++", "met PARITY(i, n, w) = n; i++"),
                                  ("i, n); met PARITY(i, n, w) = n; i++", "i, n); counts PARITY(i, n, w) = n; i++")], {}),
     "rows after their flag": ([("-> rows TILE(peer, tile, w) = n", "-> arrived TILE(peer, tile, w) = n"),
                                ("peer, n); arrived TILE(peer, tile, w) = n", "peer, n); rows TILE(peer, tile, w) = n")], {}),
-    "h after its flag": ([(":: kind == UP -> h LOCAL(w, tile, column) = n", ":: kind == UP -> ready LOCAL(w, tile, column) = n"),
-                          ("NIL, n); ready LOCAL(w, tile, column) = n", "NIL, n); h LOCAL(w, tile, column) = n")], {"P": 2, "N": 1}),
+    "h after its flag": ([("UP -> h LOCAL(w, tile, column) = n", "UP -> ready LOCAL(w, tile, column) = n"),
+                          ("NIL, n); ready LOCAL(w, tile, column) = n", "NIL, n); h LOCAL(w, tile, column) = n")],
+                         {"P": 2, "N": 1}),
     "slots after their flag": ([("-> slots RETURN(a, w, tile, column) = n", "-> back RETURN(a, w, tile, column) = n"),
-                                ("i, n); back RETURN(i, w, tile, column) = n", "i, n); slots RETURN(i, w, tile, column) = n")], {}),
+                                ("i, n); back RETURN(i, w, tile, column) = n", "i, n); slots RETURN(i, w, tile, column) = n")],
+                              {}),
     "one set of counts for all launches": ([("[((w) * 2 + (n) % 2) * W + (s)]", "[(w) * 2 * W + (s)]")], {}),
     "any flag will do": ([("arrived TILE(w, t, s) == n;", "arrived TILE(w, t, s) > 0;")], {}),
     "any returned row will do": ([("back RETURN(w, i, j, column) == n;", "back RETURN(w, i, j, column) > 0;")], {}),
     "epoch does not advance": ([("queue[w] = 0; epoch[w] = n", "queue[w] = 0")], {}),
     "queue is not reset": ([("done[w] = 0; queue[w] = 0;", "done[w] = 0;")], {}),
     "finished programs are not reset": ([("-> done[w] = 0; queue", "-> queue")], {}),
-    "down before up": ([("kind = UP; tile = first", "kind = DOWN; tile = first "), ("kind = DOWN; tile = first +", "kind = UP; tile = first +")], {}),
+    "down before up": ([("kind = UP; tile = first", "kind = DOWN; tile = first "),
+                        ("kind = DOWN; tile = first +", "kind = UP; tile = first +")], {}),
     "no flag for other ranks": ([(":: HAS(n, w, tile, i) -> EVENT(10", ":: i == w && HAS(n, w, tile, i) -> EVENT(10")], {}),
-    "a launch before the last has ended": ([("epoch[w] == n - 1; ", "true; ")], {"P": 2}),
+    "a launch before the last has ended": ([("epoch[w] == n - 1; ", "true; ")], {"P": 2, "BM": 1}),
 }  # fmt: skip
 
 
@@ -228,7 +232,10 @@ def main() -> int:
         sampled = re.search(r"hash factor: [^\n]*", found.told)
         clean = "errors: 0" in found.told and (found.ok or bool(limit))
         bad += not clean
-        print(f"{'ok    ' if clean else 'FAILED'} {name}: {found.states:,} states{'; ' + sampled[0] if sampled else ''}", flush=True)
+        print(
+            f"{'ok    ' if clean else 'FAILED'} {name}: {found.states:,} states{'; ' + sampled[0] if sampled else ''}",
+            flush=True,
+        )
         if not clean:
             print(found.told)
     return bad
