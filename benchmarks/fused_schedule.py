@@ -209,8 +209,7 @@ def route(layer: Layer, ranks: int, tokens: int, zipf: float, seed: int = 0) -> 
 
 
 def fused(layer: Layer, chosen: np.ndarray, machine: Machine) -> list[list[Task]]:
-    """Every rank's queue, in the order of docs/fused.md: plan, dispatch to itself first, waves of row tiles with GEMM 1 before GEMM 2,
-    sums."""
+    """Every rank's queue, in the order of docs/fused.md: plan; dispatch, to itself first; waves of row tiles; sums."""
     W, T, K = chosen.shape
     per_rank = layer.n_experts // W
     up_tiles, down_tiles = tile_seconds(layer, chosen, machine)

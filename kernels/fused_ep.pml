@@ -296,6 +296,8 @@ launch:
   }
   d_step {
     check_reads();
+    /* Nothing is done twice. */
+    assert((kind != DISPATCH || rows TILE(peer, tile, w) != n) && (kind != UP || h LOCAL(w, tile, column) != n));
     if
     :: kind == PLAN -> tables[w] = n
     :: kind == DISPATCH -> rows TILE(peer, tile, w) = n

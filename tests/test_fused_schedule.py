@@ -6,7 +6,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from benchmarks.fused_schedule import Layer, Machine, Task, fused, lower_bound, makespan, route, run_phases, simulate, unfused
+from benchmarks.fused_schedule import (
+    Layer,
+    Machine,
+    Task,
+    fused,
+    lower_bound,
+    makespan,
+    route,
+    run_phases,
+    simulate,
+    unfused,
+)
 
 SLOW = Machine(workers=1, flops=1.0, copy=np.inf, link=10.0, latency=0.5)
 

@@ -175,10 +175,10 @@ MUTATIONS: dict[str, tuple[list[Change], Places]] = {
     "no wait for the plan": ([("planned[w] == n; known", "known")], {"P": 2, "N": 1}),
     "up does not wait for rows": ([("arrived TILE(w, t, s) == n;", "skip;")], {}),
     "up does not wait for rows held elsewhere": (
-        [("i, j) -> wait_arrived(j, i)", "i, j) -> skip")], {"X": 2, "N": 1, "BM": 1}),
+        [("i, j) -> wait_arrived(j, i)", "i, j) -> skip")], {"W": 1, "P": 3, "X": 2, "N": 1, "BM": 1, "WAVE": 2}),
     "down does not wait": ([(":: kind == DOWN -> wait_ready(tile)", ":: kind == DOWN -> skip")], {"P": 2, "N": 1}),
     "down waits for one column": ([("j < UPS(n) -> ready", "j < 1 -> ready")], {"P": 2, "N": 1, "FT": 2}),
-    "weight does not wait": ([("EXPERT(n, w, i) == tile -> wait_ready(i)", "EXPERT(n, w, i) == tile -> skip")], {"P": 2, "N": 1}),
+    "weight does not wait": ([("i) == tile -> wait_ready(i)", "i) == tile -> skip")], {"W": 1, "P": 3, "N": 1}),
     "combine does not wait": ([("back RETURN(w, i, j, column) == n;", "skip;")], {}),
     "counts after their flag": ([("counts PARITY(i, n, w) = n; i++", "met PARITY(i, n, w) = n; i++"),
                                  ("i, n); met PARITY(i, n, w) = n; i++", "i, n); counts PARITY(i, n, w) = n; i++")], {}),
@@ -199,7 +199,6 @@ MUTATIONS: dict[str, tuple[list[Change], Places]] = {
     "down before up": ([("kind = UP; tile = first", "kind = DOWN; tile = first "),
                         ("kind = DOWN; tile = first +", "kind = UP; tile = first +")], {}),
     "no flag for other ranks": ([(":: HAS(n, w, tile, i) -> EVENT(10", ":: i == w && HAS(n, w, tile, i) -> EVENT(10")], {}),
-    "a launch before the last has ended": ([("epoch[w] == n - 1; ", "true; ")], {"P": 2, "BM": 1}),
 }  # fmt: skip
 
 
