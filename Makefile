@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Computed once, so that every rank and every restart of one `make train` writes to the same folder.
 RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: model-check help install train test check kernels test-gpu bench bench-gpu parity reshard chaos fused-schedules study-rounding \
+.PHONY: help install model-check train test check kernels test-gpu bench bench-gpu parity reshard chaos fused-schedules study-rounding \
   study-precision clean
 
 help:
