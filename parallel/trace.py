@@ -64,8 +64,12 @@ class _State:
         self.last: Call | None = None
         self.moved = time.monotonic()
         self.unhurried = False
+        self.recorder: Recorder | None = None
         self.thread = threading.get_ident()
 
+
+# Does a collective in the place of its caller, and keeps what it wants of it: (the call, the function, its arguments) -> result.
+Recorder = Callable[[Call, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _state = _State()
 _local = threading.local()
@@ -101,6 +105,16 @@ def observe() -> None:
             setattr(dist, name, _noted(name, function))
 
 
+def record_with(recorder: Recorder | None) -> None:
+    """From now on `recorder` does the collectives that are noted; None: nobody."""
+    _state.recorder = recorder
+
+
+def ranks_of(group: str) -> list[int]:
+    """The ranks of a group that was noted."""
+    return _state.ranks[group]
+
+
 def last_call() -> Call | None:
     """The newest collective that this process began."""
     return _state.last
@@ -126,7 +140,8 @@ def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         _state.moved = now
         _local.inside = True
         try:
-            result = function(*args, **kwargs)
+            recorder = _state.recorder
+            result = recorder(call, function, args, kwargs) if recorder else function(*args, **kwargs)
         finally:
             _local.inside = False
         _state.moved = time.monotonic()
@@ -172,6 +187,37 @@ def name_groups(model: nn.Module) -> None:
             for group in module._get_fsdp_state()._fsdp_param_groups:
                 for method, what in (("unshard", "weights"), ("post_backward", "gradients")):
                     setattr(group, method, named(getattr(group, method), f"{name or 'the rest'} {what}"))
+
+
+def name_buckets(engine: Any, zero: Any, names: dict[nn.Parameter, str]) -> None:
+    """The same of DeepSpeed's engine and its optimizer `zero`: whose parameters a bucket holds, from the first to the last block."""
+
+    def who(parameters: Any) -> str:
+        found = {tuple(names[p].split(".")[:2]) for p in parameters if names.get(p, "").startswith("blocks.")}
+        layers = [".".join(layer) for layer in sorted(found, key=lambda layer: int(layer[1]))]
+        some = layers[:1] if len(layers) < 2 else [f"{layers[0]} to {layers[-1]}"]
+        return " and ".join(some + ["the rest"] * any(not names.get(p, "").startswith("blocks.") for p in parameters))
+
+    def named(method: Callable[..., Any], parameters: Callable[..., Any], what: str) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with within(f"{who(parameters(*args))} {what}"):
+                return method(*args, **kwargs)
+
+        return call
+
+    def in_bucket(tensor: Any, dtype: torch.dtype) -> list[Any]:
+        return [zero.bit16_groups[group][i] for group, i, _ in zero.ipg_buckets[dtype].params]
+
+    engine.allreduce_gradients = named(engine.allreduce_gradients, lambda *_: list(names), "gradients")  # stage 0: all at once
+    if hasattr(zero, "average_tensor"):  # stages 1 and 2
+        zero.average_tensor = named(zero.average_tensor, in_bucket, "gradients")
+    scatter = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+    if hasattr(zero, scatter):
+        setattr(zero, scatter, named(getattr(zero, scatter), lambda parameters, *_: parameters, "gradients"))
+        for p in names:
+            if hasattr(p, "all_gather_coalesced"):
+                p.all_gather_coalesced = named(p.all_gather_coalesced, lambda parameters, *_: parameters, "weights")
 
 
 # ---------------------------------------------------------------- when a collective never ends
