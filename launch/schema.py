@@ -130,6 +130,8 @@ class Config:
     init_from        a folder with config.json and safetensors whose weights a run starts from (null: random ones); of no effect
                      on a run that resumes
     model_from_init  take the shape of the model from init_from; false: it must equal that of `model`
+    profile          none, or collectives: what each layer's collectives cost, in run_dir/profile, see docs/profiling.md
+    profile_steps    the steps that are traced, counted from where this launch begins, 1 being its first
     """
 
     name: str = "run"
@@ -144,6 +146,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: str = "none"
+    profile_steps: list[int] = field(default_factory=lambda: [3, 4])
 
     def __post_init__(self) -> None:
         check(self)
@@ -214,5 +218,10 @@ def check(c: Config) -> None:
             f"parallel.expert_path=fused: has no products of precision={c.precision.recipe} yet; use all_to_all")  # fmt: skip
     require(c.parallel.expert_path != "fused" or not c.model.expert_bias,
             "model.expert_bias=true: must be false with parallel.expert_path=fused")  # fmt: skip
+    require(c.profile in ("none", "collectives"), f"profile={c.profile}: must be one of none, collectives")
+    require(c.profile == "none" or (bool(c.profile_steps) and min(c.profile_steps) >= 1),
+            f"profile_steps={c.profile_steps}: must hold steps, the first of a launch being 1")  # fmt: skip
+    require(c.profile == "none" or min(c.profile_steps) <= c.train.steps,
+            f"profile_steps={c.profile_steps}: must hold one of the run's steps, train.steps={c.train.steps}")  # fmt: skip
     require(c.wandb.mode in ("offline", "online", "disabled"),
             f"wandb.mode={c.wandb.mode}: must be one of offline, online, disabled")  # fmt: skip

@@ -190,6 +190,11 @@ def train(config: Config, device: torch.device) -> None:
     logged, evaluated, kept = tokens, saved.get("evaluated", step), step
     guards.listen()  # until here there is nothing to save, and a signal ends a rank at once
     asked = guards.agree(torch.zeros((), device=device), guards.asked())[1]
+    profile = None
+    if config.profile == "collectives":
+        from moesaic.launch.collectives_report import Profile  # not before it is asked for
+
+        profile = Profile(config, engine, device, expert, step, wandb, say)
     trace.watch(config.parallel.timeout, run_dir / "hang", print_error)
     reading = (every.global_batch, micro_batches(every.global_batch, every, rank, world))
     ahead = Ahead(lambda first, count: train_batch(data.train, every.seed, first, count), samples, *reading)
@@ -229,9 +234,16 @@ def train(config: Config, device: torch.device) -> None:
         # A step. Where loss or gradient is not finite, on any rank, it changes nothing but these counts, on all of them.
         lr = learning_rate(step, steps, config.optim)
         set_lr(engine.optimizer, lr)
+        if profile:
+            profile.begin(step + 1)
         my_loss, rows_LE, figures_LF = train_step(engine, ahead, config.train, samples, device, separator)
         loss, asked = guards.agree(my_loss, guards.asked())
         norm = engine.step(config.optim.clip, skip=not math.isfinite(loss)).item()
+        if profile:
+            meter.stop()
+            with trace.unhurried():
+                profile.end(rows_LE)
+            meter.start()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if deoscillation and (snapped := deoscillation.after(step + 1)) is not None:
             say(f"step {step + 1}: {snapped:,} weights that hopped between two values were put on one")
@@ -288,6 +300,8 @@ def train(config: Config, device: torch.device) -> None:
             say(f"went back from step {jumped_at} to {back}; the data read since is passed over")
 
     end_reading()
+    if profile:
+        profile.finish()
     trace.unwatch()
     saver.finish()
     dist.barrier()  # rank 0 may be the host of the store in which others still look whether the last save is complete

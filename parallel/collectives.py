@@ -3,8 +3,8 @@
 `Recorder` does the collectives that moesaic.parallel.trace notes, whichever engine asks for them and whichever backend carries
 them, and keeps an `Event` of each. `exchange` then puts the ranks' events side by side.
 
-**Bytes** are those that must travel: each rank's part, straight from the rank that has it to the rank that needs it, of which rings and
-trees need as many in sum. With n ranks, own rank w, and c_p the bytes of the p-th of n parts (of whole numbers, first parts larger):
+**Bytes** are those that must travel: each rank's part, straight from the rank that has it to the one that needs it; rings move as
+many. With n ranks, own rank w, and c_p the bytes of the p-th of n parts (of whole numbers, first parts larger):
 
     operation                       sent to p                       received from p
     all_gather                      what this rank gives            what p gives
@@ -14,15 +14,15 @@ trees need as many in sum. With n ranks, own rank w, and c_p the bytes of the p-
     broadcast, scatter              from the source alone           from the source alone
     gather, reduce                  to the destination alone        to the destination alone
 
-What is sent in all is what is received in all. The hop is `intra` within a node and `inter` between two. Of collectives that carry
-Python objects the sizes are not seen: they count as calls.
+What is sent in all is what is received in all. The hop is `intra` within a node and `inter` between two. The sizes of collectives
+that carry Python objects are not seen: they count as calls.
 
-**Time** is from this rank's arrival to its end. Up to the arrival of the last rank of the group it is `wait`, the rest is transfer.
-`exposed` is the part in which this rank did nothing else. Over gloo these are times of the host, which a call holds until it is done
-(or `wait` of a handle does). On a GPU they are those of the collective's kernel, in the Kineto trace: moesaic.parallel.kineto.
+**Time** is from this rank's arrival to its end. Up to the arrival of the group's last rank it is `wait`, the rest is transfer.
+`exposed` is the part in which this rank did nothing else. Over gloo these are times of the host, which the call holds until it is
+done, or `wait` of a handle. On a GPU they are those of the collective's kernel, from the Kineto trace: moesaic.parallel.kineto.
 
-**Bandwidth** as in NCCL's tests (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md): algorithm bandwidth is the buffer's size over the
-transfer's time; times `bus_factor`, what the wires carried, it is bus bandwidth.
+**Bandwidth** as in NCCL's tests (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md): algorithm bandwidth is the buffer's size over
+the transfer's time; times `bus_factor`, what the wires carried, it is bus bandwidth.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ COLLECTIVE, MODULE, PHASE = "moesaic collective ", "moesaic module ", "moesaic p
 
 @dataclass
 class Event:
-    """A collective of this rank. Times in seconds of this rank's time.monotonic(), bytes by hop, `buffer` in bytes. `ended` is None
-    where the host doesn't learn it. `behind` is the rank of the run that came last."""
+    """A collective of this rank. Times in seconds of this rank's time.monotonic(), bytes by hop, `buffer` in bytes. `ended` is
+    None where the host doesn't learn it. `behind` is the rank of the run that came last."""
 
     index: int
     phase: str
@@ -269,7 +269,9 @@ def recording(recorder: Recorder, engine: Engine) -> Iterator[None]:
     for name, module in ranges(model):
         hooks.append(module.register_forward_pre_hook(enter(name), prepend=True))
         hooks.append(module.register_forward_hook(leave, always_call=True))  # recomputation may end in the middle
-    hooks.append(engine.model.register_forward_pre_hook(lambda *_: open_phase.enter_context(phase("forward")), prepend=True))
+    hooks.append(
+        engine.model.register_forward_pre_hook(lambda *_: open_phase.enter_context(phase("forward")), prepend=True)
+    )
     hooks.append(engine.model.register_forward_hook(lambda *_: open_phase.close()))
     open_phase = contextlib.ExitStack()
     wait = dist.Work.wait

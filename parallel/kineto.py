@@ -1,13 +1,13 @@
-"""What a Kineto trace says of a step, by layer and phase: work of the host, kernels and how long they waited in the queue, what the
-kernels of collectives took and how much of that was hidden, and memory.
+"""What a Kineto trace says of a step, by layer and phase: work of the host, kernels and how long they waited in the queue, what
+the kernels of collectives took and how much of that was hidden, and memory.
 
 The trace has our ranges (moesaic.parallel.collectives) around phases, modules and collectives. An operator of backward belongs to
 the module whose forward made it: autograd gives both the same sequence number. A kernel belongs where it was launched from, by
 correlation id.
 
-`queue_us` is SKIP's TKLQT (arXiv 2504.11750), the sum over kernels of the time from the begin of the launch to the begin of the kernel. It
-is flat while the host is the slower of the two, and grows with a full queue. A CPU has no launches: there `ops`, their time and the time
-between them (Python, autograd, hooks) say what the host does.
+`queue_us` is SKIP's TKLQT (arXiv 2504.11750): over all kernels, the time from the begin of the launch to the begin of the kernel.
+It is flat while the host is the slower of the two, and grows with a full queue. A CPU has no launches: there `ops`, their time
+and the time between them (Python, autograd, hooks) say what the host does.
 """
 
 import bisect
@@ -40,7 +40,8 @@ class Work:
 @dataclass
 class Reading:
     """work by (module, phase); memory: (us, bytes allocated, module, phase) at each change; spans: (module, phase, begin, end) of
-    modules and of backward's operators, and the phases' own with an empty module, in us; collectives: begin of each on the host."""
+    modules and backward's operators, and of phases with an empty module, in us; collectives: begin of each on the host; kernels:
+    (begin, end) of theirs; computing: of all others."""
 
     work: dict[tuple[str, str], Work] = field(default_factory=lambda: defaultdict(Work))
     memory: list[tuple[float, int, str, str]] = field(default_factory=list)

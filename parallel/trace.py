@@ -190,7 +190,7 @@ def name_groups(model: nn.Module) -> None:
 
 
 def name_buckets(engine: Any, zero: Any, names: dict[nn.Parameter, str]) -> None:
-    """The same of DeepSpeed's engine and its optimizer `zero`: whose parameters a bucket holds, from the first to the last block."""
+    """The same of DeepSpeed's engine and its optimizer: whose parameters a bucket holds, from the first to the last block."""
 
     def who(parameters: Any) -> str:
         found = {tuple(names[p].split(".")[:2]) for p in parameters if names.get(p, "").startswith("blocks.")}
@@ -209,7 +209,9 @@ def name_buckets(engine: Any, zero: Any, names: dict[nn.Parameter, str]) -> None
     def in_bucket(tensor: Any, dtype: torch.dtype) -> list[Any]:
         return [zero.bit16_groups[group][i] for group, i, _ in zero.ipg_buckets[dtype].params]
 
-    engine.allreduce_gradients = named(engine.allreduce_gradients, lambda *_: list(names), "gradients")  # stage 0: all at once
+    engine.allreduce_gradients = named(
+        engine.allreduce_gradients, lambda *_: list(names), "gradients"
+    )  # stage 0: all at once
     if hasattr(zero, "average_tensor"):  # stages 1 and 2
         zero.average_tensor = named(zero.average_tensor, in_bucket, "gradients")
     scatter = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
