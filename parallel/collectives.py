@@ -186,11 +186,12 @@ class Recorder:
         return "intra" if rank // self.node == self.rank // self.node else "inter"
 
     def __call__(self, call: trace.Call, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if not isinstance(threading.current_thread(), threading._MainThread | threading._DummyThread):
+        thread = threading.current_thread()
+        if thread is not threading.main_thread() and not isinstance(thread, threading._DummyThread):
             return function(*args, **kwargs)  # a save in the background; autograd's own threads are none of Python's
         ranks = trace.ranks_of(call.group)
         arguments = inspect.signature(function).bind(*args, **kwargs).arguments
-        self.groups.setdefault(call.group, arguments.get("group") or dist.group.WORLD)
+        self.groups[call.group] = arguments.get("group") or dist.distributed_c10d._get_default_group()
         event = Event(len(self.events), self.phase, *attribute(call.purpose, self.modules[-1]), call.operation, call.group,
                       call.number, ranks, call.began)  # fmt: skip
         own = ranks.index(self.rank)
@@ -265,7 +266,7 @@ def recording(recorder: Recorder, engine: Engine) -> Iterator[None]:
         open_ranges.pop().__exit__(None, None, None)
         recorder.modules.pop()
 
-    hooks = []
+    hooks, open_phase = [], contextlib.ExitStack()
     for name, module in ranges(model):
         hooks.append(module.register_forward_pre_hook(enter(name), prepend=True))
         hooks.append(module.register_forward_hook(leave, always_call=True))  # recomputation may end in the middle
@@ -273,7 +274,6 @@ def recording(recorder: Recorder, engine: Engine) -> Iterator[None]:
         engine.model.register_forward_pre_hook(lambda *_: open_phase.enter_context(phase("forward")), prepend=True)
     )
     hooks.append(engine.model.register_forward_hook(lambda *_: open_phase.close()))
-    open_phase = contextlib.ExitStack()
     wait = dist.Work.wait
 
     def timed(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
@@ -282,7 +282,7 @@ def recording(recorder: Recorder, engine: Engine) -> Iterator[None]:
         recorder.waited(work, time.monotonic() - began)
         return result
 
-    dist.Work.wait = timed  # type: ignore[method-assign]
+    dist.Work.wait = timed  # type: ignore[assignment,method-assign]
     engine.backward, engine.step = in_phase("backward", engine.backward), in_phase("optimizer", engine.step)  # type: ignore[method-assign]
     trace.record_with(recorder)
     try:

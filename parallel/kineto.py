@@ -128,7 +128,7 @@ def _sweep(
             kind, index = "range", int(name.removeprefix(COLLECTIVE))
             reading.collectives[index] = ts
         elif name.startswith(BACKWARD):
-            kind, module = "range", forward.get(number, module)  # type: ignore[arg-type]
+            kind, module = "range", forward.get(number, module)
         elif number is not None and phase == "forward":
             forward[number] = module  # the last operator that shows a number is the one that took it
         if stack:
