@@ -59,6 +59,7 @@ class Profile:
         node = config.parallel.node_size
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if node == "auto" else int(node)
         self.recorder = c.Recorder(local)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else each start and stop is a line of every rank
         self.activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with profile(activities=self.activities):
             pass  # the first start is the slow one

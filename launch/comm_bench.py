@@ -4,10 +4,10 @@
     torchrun --nnodes 4 --nproc-per-node 8 ... launch/comm_bench.py hardware=h100_sxm out=/shared/ours.yaml
     python launch/plan.py recipe=7b_moe hardware=runs/here.yaml nodes=1
 
-all_reduce, reduce_scatter, all_gather and all_to_all, even and with Zipf's shares for the ranks, over sizes: inside a node, between
-the ranks of the same place in all nodes, and over all. A time is that of the slowest rank, the median of several. Latency and
-bandwidth of each hop are fitted by the planner's own formula, (log2 n rounded up) * latency + bytes on the wire / bandwidth, twice
-for an all_reduce, to the least relative error. Where a cluster has no such hop, the recipe of `hardware` keeps its own.
+all_reduce, reduce_scatter, all_gather and all_to_all, even and with Zipf's shares for the ranks, over sizes: inside a node,
+between the ranks of the same place in all nodes, and over all. A time is that of the slowest rank, the median of several. Latency
+and bandwidth of each hop are fitted by the planner's own formula, (log2 n rounded up) * latency + bytes on the wire / bandwidth,
+twice for an all_reduce, to the least relative error. Where a cluster has no such hop, the recipe of `hardware` keeps its own.
 """
 
 import csv

@@ -15,7 +15,8 @@ many. With n ranks, own rank w, and c_p the bytes of the p-th of n parts (of who
     gather, reduce                  to the destination alone        to the destination alone
 
 What is sent in all is what is received in all. The hop is `intra` within a node and `inter` between two. The sizes of collectives
-that carry Python objects are not seen: they count as calls.
+that carry Python objects are not seen: they count as calls. What the fused path's kernels store into other ranks' memory is taken
+from their own counters (docs/fused.md): an event a layer and phase, of both directions together and without a time.
 
 **Time** is from this rank's arrival to its end. Up to the arrival of the group's last rank it is `wait`, the rest is transfer.
 `exposed` is the part in which this rank did nothing else. Over gloo these are times of the host, which the call holds until it is
@@ -48,10 +49,12 @@ from moesaic.moe.layer import MoE
 from moesaic.moe.model import Transformer
 from moesaic.parallel import trace
 from moesaic.parallel.engine import Engine
+from moesaic.parallel.fused import FusedPath
 
 REST = "embedding, norm, head"
 LOOP = "no layer"  # the norm of gradients, the loss, the optimizer's gathering
 ACTS = ("counts", "slots", "dispatch", "combine", "combine_grad", "dispatch_grad", "slots_grad", "weights", "gradients")
+KERNEL, BOTH = "fused kernel", "forward+backward"
 COLLECTIVE, MODULE, PHASE = "moesaic collective ", "moesaic module ", "moesaic phase "
 
 
@@ -217,6 +220,23 @@ class Recorder:
             event.ended, event.exposed = returned, returned - event.began
         return result
 
+    def stored(self, layer: str, path: FusedPath, sent_WP: Tensor) -> None:
+        """What a layer's fused kernels sent to each rank of their group, by phase, and so what this one received. Collective."""
+        from moesaic.kernels.fused_ep import PHASES
+
+        group, received_WP = path.space.group, torch.empty_like(sent_WP)
+        dist.all_to_all_single(received_WP, sent_WP.contiguous(), group=group)
+        ranks, sent, received = dist.get_process_group_ranks(group), sent_WP.tolist(), received_WP.tolist()
+        others = [(i, self.hop(rank)) for i, rank in enumerate(ranks) if rank != self.rank]
+        for p, phase in enumerate(PHASES):
+            event = Event(len(self.events), BOTH, layer, "ffn", phase, KERNEL, group.group_name, -1, ranks, 0.0,
+                          sum(sent[i][p] for i, _ in others))  # fmt: skip
+            for hop in ("intra", "inter"):
+                event.sent[hop] = sum(sent[i][p] for i, to in others if to == hop)
+                event.received[hop] = sum(received[i][p] for i, to in others if to == hop)
+                self.sent[hop] += event.sent[hop]
+            self.events.append(event)
+
     def end(self, event: Event) -> None:
         event.ended = event.ended or time.monotonic()
 
@@ -284,15 +304,24 @@ def recording(recorder: Recorder, engine: Engine) -> Iterator[None]:
 
     dist.Work.wait = timed  # type: ignore[assignment,method-assign]
     engine.backward, engine.step = in_phase("backward", engine.backward), in_phase("optimizer", engine.step)  # type: ignore[method-assign]
+    counters = [path.counters_WP.clone() for _, path in fused_paths(model)]
     trace.record_with(recorder)
     try:
         yield
     finally:
         trace.record_with(None)
+        for (layer, path), before_WP in zip(fused_paths(model), counters, strict=True):
+            recorder.stored(layer, path, path.counters_WP - before_WP)
         dist.Work.wait = wait  # type: ignore[method-assign]
         del engine.backward, engine.step  # what the class has is there again
         for hook in hooks:
             hook.remove()
+
+
+def fused_paths(model: Transformer) -> list[tuple[str, FusedPath]]:
+    """Those of the model, by layer."""
+    layers = ((f"blocks.{i}", block.ffn) for i, block in enumerate(model.blocks))
+    return [(name, ffn.path) for name, ffn in layers if isinstance(ffn, MoE) and isinstance(ffn.path, FusedPath)]
 
 
 def ranges(model: Transformer) -> Iterable[tuple[str, nn.Module]]:
@@ -338,6 +367,7 @@ def exchange(events: list[Event], groups: dict[str, dist.ProcessGroup], offset: 
     Calls are matched by their number in their group. One that some rank did not record has no wait.
     """
     mine: dict[str, tuple[int, int]] = {}
+    events = [e for e in events if e.operation != KERNEL]
     for e in events:
         mine[e.group] = (mine.get(e.group, (e.number, 0))[0], e.number)
     told: list[Any] = [None] * dist.get_world_size()
