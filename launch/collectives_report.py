@@ -26,7 +26,7 @@ from moesaic.launch import html_page as html
 from moesaic.launch.metrics import WandbRun
 from moesaic.launch.schema import Config
 from moesaic.parallel import collectives as c
-from moesaic.parallel import kineto
+from moesaic.parallel import kineto, trace
 from moesaic.parallel.engine import Engine
 
 DRAWN = 8  # ranks in trace.json and in the plots of memory
@@ -85,12 +85,15 @@ class Profile:
 
     def end(self, rows_LE: torch.Tensor) -> None:
         """rows_LE: this rank's rows by MoE layer and expert."""
-        if not self.chosen or self.open is None:
-            return
+        if self.chosen and self.open is not None:
+            with trace.unhurried():
+                self._end(self.open, rows_LE)
+
+    def _end(self, tracing: ExitStack, rows_LE: torch.Tensor) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.monotonic() - self.began
-        self.open.close()
+        tracing.close()
         self.open = None
         events, mine, path = self.recorder.events, self.mine, self.folder / "kineto" / f"rank_{self.rank}.json.gz"
         self.tracer.export_chrome_trace(str(path))

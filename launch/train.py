@@ -28,6 +28,7 @@ from moesaic.kernels import autotune
 from moesaic.kernels.symmetric import FusedError, HeapError
 from moesaic.kernels.tiles import TILES, known_tile, rounding_tile
 from moesaic.launch import cli, guards, report
+from moesaic.launch.collectives_report import Profile
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
 from moesaic.launch.generate import sample_texts
 from moesaic.launch.metrics import (
@@ -190,11 +191,7 @@ def train(config: Config, device: torch.device) -> None:
     logged, evaluated, kept = tokens, saved.get("evaluated", step), step
     guards.listen()  # until here there is nothing to save, and a signal ends a rank at once
     asked = guards.agree(torch.zeros((), device=device), guards.asked())[1]
-    profile = None
-    if config.profile == "collectives":
-        from moesaic.launch.collectives_report import Profile  # not before it is asked for
-
-        profile = Profile(config, engine, device, expert, step, wandb, say)
+    profile = Profile(config, engine, device, expert, step, wandb, say) if config.profile != "none" else None
     trace.watch(config.parallel.timeout, run_dir / "hang", print_error)
     reading = (every.global_batch, micro_batches(every.global_batch, every, rank, world))
     ahead = Ahead(lambda first, count: train_batch(data.train, every.seed, first, count), samples, *reading)
@@ -241,8 +238,7 @@ def train(config: Config, device: torch.device) -> None:
         norm = engine.step(config.optim.clip, skip=not math.isfinite(loss)).item()
         if profile:
             meter.stop()
-            with trace.unhurried():
-                profile.end(rows_LE)
+            profile.end(rows_LE)
             meter.start()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if deoscillation and (snapped := deoscillation.after(step + 1)) is not None:

@@ -107,8 +107,9 @@ def test_bad_knobs_are_one_line(knobs: list[str], line: str) -> None:
 
 def row_of(layer: str, purpose: str, wait: float, transfer: float, whom: int, inter: int = 0) -> dict[str, Any]:
     zero = dict.fromkeys(("sent_intra_bytes", "received_intra_bytes", "received_inter_bytes", "overlapped_ms"), 0.0)
-    return zero | {"layer": layer, "purpose": purpose, "thing": purpose, "calls": 1, "wait_ms": wait, "exposed_ms": wait + transfer,
-                   "time_ms": wait + transfer, "waited_for": whom, "sent_inter_bytes": inter, "rank_max_over_mean": 1.0,
+    return zero | {"layer": layer, "purpose": purpose, "thing": purpose, "calls": 1, "wait_ms": wait,
+                   "exposed_ms": wait + transfer, "time_ms": wait + transfer, "waited_for": whom,
+                   "sent_inter_bytes": inter, "rank_max_over_mean": 1.0,
                    "expert_max_over_mean": 1.0}  # fmt: skip
 
 
