@@ -14,6 +14,14 @@ from moesaic.launch.schema import Config
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def names_in(group: str) -> str:
+    """As a message lists what is shipped."""
+    return ", ".join(sorted(path.stem for path in (ROOT / "recipes" / group).glob("*.yaml")))
+
+
+RECIPES = names_in("recipe")
+
+
 # --- what people type
 
 
@@ -100,10 +108,10 @@ def test_knobs_of_the_command_contract():
         ("train=5", "train=5: is a group of knobs, such as train.steps"),
         (
             "recipe=7b_mo",
-            "recipe=7b_mo: unknown; nearest: 7b_moe; must be one of 7b_moe, continue_hf, olmoe_7b, tiny_moe",
+            f"recipe=7b_mo: unknown; nearest: 7b_moe; must be one of {RECIPES}",
         ),
-        ("recipe=foo", "recipe=foo: unknown; must be one of 7b_moe, continue_hf, olmoe_7b, tiny_moe"),
-        ("precision=fp8", "precision=fp8: unknown; must be one of auto, bf16, fp32"),
+        ("recipe=foo", f"recipe=foo: unknown; must be one of {RECIPES}"),
+        ("precision=fp8", f"precision=fp8: unknown; nearest: mxfp8; must be one of {names_in('precision')}"),
         ("train.steps", "train.steps: must be written knob=value"),
         ("train.steps=1=2", "train.steps=1=2: can't be read; put the value in quotes: \"train.steps='...'\""),
         ("run_dir=${nme}", "run_dir: Interpolation key 'nme' not found"),
@@ -118,7 +126,10 @@ def test_knobs_of_the_command_contract():
         ("parallel.expert=3", "parallel.expert=3: must divide model.n_experts=8"),
         ("parallel.node_size=none", "parallel.node_size=none: must be auto or a positive number"),
         ("parallel.expert=all", "parallel.expert=all: must be auto or a positive number"),
-        ("parallel.expert_path=fast", "parallel.expert_path=fast: must be one of auto, local, all_to_all, two_hop"),
+        (
+            "parallel.expert_path=fast",
+            "parallel.expert_path=fast: must be one of auto, local, all_to_all, two_hop, fused",
+        ),
     ],
 )
 def test_mistake(override, line):
@@ -206,7 +217,7 @@ def test_run_calls_main_and_hydra_writes_nothing(program, tmp_path):
         (["train.steps=9"], "train.steps=9: too many"),
         (["train.stpes=9"], "train.stpes: unknown; nearest: train.steps"),
         (["train.steps=0"], "train.steps=0: must be at least 1"),
-        (["recipe=foo"], "recipe=foo: unknown; must be one of 7b_moe, continue_hf, olmoe_7b, tiny_moe"),
+        (["recipe=foo"], f"recipe=foo: unknown; must be one of {RECIPES}"),
         (["--stpes"], "unrecognized arguments: --stpes"),
         (["--multirun", "train.steps=1,x"], "train.steps=x: must be a whole number"),
     ],
@@ -256,7 +267,7 @@ def test_show_config_and_help(program, capfd):
     with pytest.raises(SystemExit) as ended:
         program(refuse, "--help")
     assert not ended.value.code
-    assert "recipe: 7b_moe, continue_hf, olmoe_7b, tiny_moe" in capfd.readouterr().out
+    assert f"recipe: {RECIPES}" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -264,7 +275,7 @@ def test_show_config_and_help(program, capfd):
     [
         ("train:\n  stpes: 5\n", "recipe/mine.yaml: train.stpes: unknown; nearest: train.steps"),
         ("train:\n  steps: x\n", "recipe/mine.yaml: train.steps=x: must be a whole number"),
-        ("defaults:\n  - override /model: foo\n", "model=foo: unknown; must be one of 7b_moe, olmoe_7b, tiny_moe"),
+        ("defaults:\n  - override /model: foo\n", f"model=foo: unknown; must be one of {names_in('model')}"),
         ("train: [\n", None),
     ],
 )
