@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,8 @@ class Browser:
         assert CHROMIUM
         self.timeout, self.requests, self.mistakes = timeout, [], []
         self._id, self._rest = 0, b""
+        # Its socket's path must be short: below 108 bytes, which a test's own folder may exceed.
+        self._temporary = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
         # Chromium reads from 3 and writes to 4. High numbers first, so that neither dup2 overwrites what the other needs.
         its_in, self._out = os.pipe()
         self._in, its_out = os.pipe()
@@ -39,8 +42,8 @@ class Browser:
                    "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
                    "--remote-debugging-pipe", "about:blank"]  # fmt: skip
         self._process = subprocess.Popen(
-            command, env=os.environ | {"TMPDIR": str(folder), "HOME": str(folder)}, pass_fds=(3, 4), start_new_session=True,
-            preexec_fn=connect,
+            command, env=os.environ | {"TMPDIR": self._temporary.name, "HOME": str(folder)},
+            pass_fds=(3, 4), start_new_session=True, preexec_fn=connect,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         for fd in (its_in, its_out, *high):
@@ -52,6 +55,7 @@ class Browser:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._temporary.cleanup()
         os.close(self._in)
         os.close(self._out)
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesaic.launch.data import train_batch
+from moesaic.launch.data import TokenStream, train_batch
 from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
 from moesaic.launch.schema import Config
 from moesaic.launch.train import micro_batches, most_tokens, train_step
@@ -50,6 +50,7 @@ class Samples:
     """
 
     windows = 1_000_000
+    rows = TokenStream.rows  # in the order of a run
 
     def __init__(self, sequence: int, vocab: int) -> None:
         self.sequence, self.vocab = sequence, vocab

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from moesaic.launch.data import train_batch
+from moesaic.launch.data import TokenStream, train_batch
 from moesaic.launch.optim import learning_rate, set_lr
 from moesaic.launch.schema import Config
 from moesaic.launch.train import train_step
@@ -33,6 +33,7 @@ class Windows:
     """A stream of random tokens, each window a function of its number. Keeps which were asked for."""
 
     windows = 1_000_000
+    rows = TokenStream.rows  # in the order of a run
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
