@@ -70,6 +70,7 @@ class Row:
                    move to lanes of vector registers, which is no memory, if the main loop moves any)
     shared         bytes of shared memory (AMD: LDS) of a block; limit: what a block can have on the target
     matrix         the matrix instructions used, with their shapes, and whether the kernel multiplies 16-bit operands (`product`)
+    missing        the instruction that products of 8-bit operands, or of operands with scales, call for and don't use
     tma            loads and stores by the tensor memory accelerator
     wide, accesses of all accesses to global memory without it, those that move 16 bytes a thread
     occupancy      warps that registers, shared memory and tensor memory let a processor hold, of those that it can hold
@@ -89,6 +90,7 @@ class Row:
     limit: int = 0
     matrix: str = ""
     product: bool = False
+    missing: str = ""
     tma: int = 0
     wide: int = 0
     accesses: int = 0
@@ -118,6 +120,8 @@ class Row:
             found.append(f"{self.shared} bytes of shared memory, the target has {self.limit}")
         if self.product and not self.matrix.startswith(TARGETS[self.target].matrix):
             found.append(f"no {TARGETS[self.target].matrix} instruction, but {self.matrix or 'none'}")
+        if self.missing:
+            found.append(f"no instruction {self.missing}")
         if self.float_atomics:
             found.append(f"{self.float_atomics} atomic operations on floats")
         if self.undrained:
@@ -270,7 +274,7 @@ def loops(code: Code) -> list[set[int]]:
 
 # Of 16-bit operands a matrix unit does `macs` a cycle; of others, this many times that.
 _SPEED = {
-    "16": 1.0, "8": 2.0, "tf32": 0.5, "fp32 on gfx942": 1 / 8, "fp32 on gfx950": 1 / 16,
+    "16": 1.0, "8": 2.0, "4": 4.0, "tf32": 0.5, "fp32 on gfx942": 1 / 8, "fp32 on gfx950": 1 / 16,
 }  # fmt: skip
 
 
@@ -296,9 +300,10 @@ def matrix_instruction(instruction: str, target: str, tensor_macs: float = 0.0) 
     if match := re.match(r"v_s?mfma\w*?_f32_(\d+)x(\d+)x(\d+)(?:_\d+b)?_(\w+)", instruction):
         m, n, k = (int(match[i]) for i in (1, 2, 3))
         kinds = match[4]
-        narrow = "8" if "8" in kinds else None
+        narrow = ("4" if "cbsz:4" in instruction else "8") if "8" in kinds else None
         kind = narrow or ("16" if "f16" in kinds else "tf32" if kinds == "xf32" else f"fp32 on {target}")
-        return f"MFMA {m}x{n}x{k} {kinds}", m * n * k / macs_a_cycle / _SPEED[kind], 1
+        scaled = " scaled" if "_scale_" in instruction else ""
+        return f"MFMA {m}x{n}x{k} {kinds}{scaled}", m * n * k / macs_a_cycle / _SPEED[kind], 1
     return None
 
 
@@ -377,6 +382,7 @@ def read(asm: Any, metadata: Any, target: str) -> Row:
         # The target's own first: an old instruction beside it does no harm.
         matrix=", ".join(sorted(names, key=lambda name: (not name.startswith(TARGETS[target].matrix), name))),
         product=multiplies_narrow(asm["ttir"]),
+        missing=missing_instruction(asm["ttir"], asm["amdgcn" if amd else "ptx"], target),
         float_atomics=max(len(float_atomics(text)) for text in (asm["ttir"], "\n".join(code.instructions))),
         occupancy=occupancy(
             target, found["registers"], metadata.shared, metadata.num_warps, getattr(metadata, "tmem_size", 0) or 0
@@ -490,6 +496,21 @@ def occupancy(target: str, registers: int, shared: int, warps: int, tensor_colum
 def multiplies_narrow(ttir: str) -> bool:
     """Whether the kernel has a product (`tl.dot`, `tl.dot_scaled`) of operands of at most 16 bits."""
     return re.search(r"tt\.dot(_scaled)? .*: (tensor<\d+x\d+x(bf16|f16|f8\w+|i8)>)", ttir) is not None
+
+
+# In PTX or AMD's assembly: products of fp8 operands, and of operands with scales where the hardware has such.
+_FP8 = {
+    "sm_90a": r"wgmma\.mma_async\S*k32\.f32\.e[45]m[23]", "sm_100a": r"tcgen05\.mma\S*kind::f8f6f4",
+    "gfx942": r"v_mfma_f32_\w*[fb][pf]8_", "gfx950": r"v_mfma_\w*f8",
+}  # fmt: skip
+_SCALED = {"sm_100a": r"tcgen05\.mma\S*block_scale", "gfx950": r"v_mfma_scale_"}
+
+
+def missing_instruction(ttir: str, assembly: str, target: str) -> str:
+    """The pattern of the instruction that the products of `ttir` call for, if it isn't in the assembly; else nothing."""
+    wanted = [_FP8[target]] if re.search(r"tt\.dot .*: tensor<\d+x\d+xf8", ttir) else []
+    wanted += [_SCALED[target]] if "tt.dot_scaled" in ttir and target in _SCALED else []
+    return ", ".join(pattern for pattern in wanted if not re.search(pattern, assembly))
 
 
 _FLOAT_ATOMICS = re.compile(

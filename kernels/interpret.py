@@ -12,6 +12,7 @@ integers, and multiplies and adds those. Here, every conversion and every produc
                   infinite in e5m2, NaN in the kinds without infinity of AMD's gfx942. GPUs differ there: a kernel clamps first
     tl.dot        operands exactly as fp32, summed in fp32; of fp32 operands, the bits that TF32 has, unless the kernel says
                   input_precision="ieee": what would lose precision on a GPU loses it here
+    tl.dot_scaled exactly the values that codes and scales (e8m0 as uint8, or e4m3) stand for, summed in fp32
     other arithmetic in bf16 or fp8 raises NotImplementedError: kernels do it in fp32
 
 What the interpreter cannot show: what happens at the same time. It runs the programs of a grid one after another.
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
@@ -103,6 +105,43 @@ def _dot(
     return TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def _scaled(codes: TensorHandle, scale: TensorHandle | None, kind: Any) -> torch.Tensor:
+    """Values (·, K), fp32, of codes with scales (·, K / group). 4-bit codes are two a byte, the first in the low bits."""
+    if kind == interpreter._ir.ScaleDotElemTypeTY.E2M1:
+        half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        nibbles = torch.from_numpy(np.stack((codes.data & 15, codes.data >> 4), axis=-1)).flatten(-2)
+        values = torch.cat((half, -half))[nibbles.long()]
+    else:
+        values = _values(codes).float()
+    if scale is None:
+        return values
+    if scale.dtype.scalar == tl.uint8:
+        scales = torch.from_numpy(np.array(scale.data)).view(torch.float8_e8m0fnu).float()
+    else:
+        scales = _values(scale).float()
+    return values * scales.repeat_interleave(values.shape[-1] // scales.shape[-1], -1)
+
+
+def _dot_scaled(
+    builder: Any, a: TensorHandle, a_scale: TensorHandle | None, a_kind: Any, b: TensorHandle, b_scale: TensorHandle | None,
+    b_kind: Any, fast: bool, a_k_pack: bool, b_k_pack: bool, d: TensorHandle,
+) -> TensorHandle:  # fmt: skip
+    if not (a_k_pack and b_k_pack):
+        raise NotImplementedError("tl.dot_scaled of 4-bit codes that are packed along another dimension than K")
+    across = TensorHandle(np.swapaxes(b.data, -1, -2), b.dtype.scalar)
+    left, right = _scaled(a, a_scale, a_kind), _scaled(across, b_scale, b_kind)
+    return TensorHandle(np.matmul(left.numpy(), right.mT.numpy()) + d.data, d.dtype.scalar)
+
+
+def _named_formats(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`tl.dot_scaled` wants its formats as the compiler passes names; interpreted, they are strings."""
+
+    def dot_scaled(semantic: Any, *arguments: Any) -> Any:
+        return original(semantic, *(tl.constexpr(a) if isinstance(a, str) else a for a in arguments))
+
+    return dot_scaled
+
+
 def _refusing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def method(builder: Any, *arguments: Any) -> Any:
         for argument in arguments:
@@ -139,6 +178,14 @@ def _interpret_library() -> None:
                     setattr(tl.tensor, name, lambda *a, twin=twin, **k: twin(*a, **k))
     interpreter._patch_lang(_sees_the_language)
     interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+    known = tl.dtype.to_ir  # to which Triton forgot to add AMD's fp8
+
+    def to_ir(dtype: tl.dtype, builder: Any) -> Any:
+        return (
+            getattr(builder, f"get_{dtype}_ty")() if dtype in (tl.float8e4b8, tl.float8e5b16) else known(dtype, builder)
+        )
+
+    tl.dtype.to_ir = to_ir
 
 
 core = tl.core  # next to `tl` among the globals of this module, where `_patch_lang` looks for what to patch
@@ -160,6 +207,8 @@ def _make_exact() -> None:
         setattr(InterpreterBuilder, f"create_{name}", _cast)
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_dot = _dot
+    InterpreterBuilder.create_dot_scaled = _dot_scaled
+    TritonSemantic.dot_scaled = _named_formats(TritonSemantic.dot_scaled)
     for name in ARITHMETIC:
         setattr(InterpreterBuilder, f"create_{name}", _refusing(name, getattr(InterpreterBuilder, f"create_{name}")))
     InterpretedFunction.run = _quietly(InterpretedFunction.run)

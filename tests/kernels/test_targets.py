@@ -159,11 +159,38 @@ def test_faults() -> None:
         ({"shared": 101}, "101 bytes of shared memory"),
         ({"matrix": "mma 16x8x16"}, "no wgmma instruction, but mma"),
         ({"matrix": ""}, "no wgmma instruction, but none"),
+        ({"missing": "v_mfma_scale_"}, "no instruction v_mfma_scale_"),
         ({"float_atomics": 1}, "atomic operations on floats"),
         ({"error": "ValueError: x"}, "ValueError: x"),
     ]:
         bad = Row(**{**vars(good), **change})
         assert words in "; ".join(bad.faults()) and bad.line().startswith("FAILED")
+
+
+def test_products_of_few_bits() -> None:
+    fp8 = "%1 = tt.dot %a, %b, %c : tensor<128x128xf8E4M3FN> * tensor<128x128xf8E4M3FN> -> tensor<128x128xf32>"
+    for target, right, wrong in [
+        ("sm_90a", "wgmma.mma_async.m64n128k32.f32.e4m3.e4m3", "wgmma.mma_async.m64n128k16.f32.bf16.bf16"),
+        ("sm_100a", "tcgen05.mma.cta_group::1.kind::f8f6f4 [%r1]", "tcgen05.mma.kind::f16 [%r1]"),
+        ("gfx942", "v_mfma_f32_32x32x16_fp8_fp8 v[0:15]", "v_mfma_f32_32x32x8_bf16_1k v[0:15]"),
+        ("gfx950", "v_mfma_f32_32x32x64_f8f6f4 v[0:15]", "v_mfma_f32_32x32x16_bf16 v[0:15]"),
+    ]:  # fmt: skip
+        missing = inspection.missing_instruction
+        assert not missing(fp8, right, target) and missing(fp8, wrong, target)
+        assert not missing(fp8.replace("f8E4M3FN", "bf16"), wrong, target)
+    scaled = (
+        "%1 = tt.dot_scaled %a scale %s, %b scale %t, %c lhs = e2m1 rhs = e2m1 {fastMath = false} : tensor<128x64xi8>"
+    )
+    for target, right, wrong in [
+        ("sm_100a", "tcgen05.mma.kind::mxf4.block_scale.scale_vec::2X [%r1]", "tcgen05.mma.kind::f16 [%r1]"),
+        ("gfx950", "v_mfma_scale_f32_32x32x64_f8f6f4 v[0:15]", "v_mfma_f32_32x32x64_f8f6f4 v[0:15]"),
+    ]:  # fmt: skip
+        assert not missing(scaled, right, target) and missing(scaled, wrong, target)
+    slow, fast = (
+        inspection.matrix_instruction(f"v_mfma_scale_f32_32x32x64_f8f6f4 v[0:15], v[1:4]{kind}", "gfx950")
+        for kind in ("", " op_sel_hi:[0,0,0] cbsz:4 blgp:4")
+    )
+    assert slow and fast and slow[0] == "MFMA 32x32x64 f8f6f4 scaled" and slow[1] == 2 * fast[1]
 
 
 def test_compiled() -> None:
