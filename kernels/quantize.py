@@ -116,6 +116,13 @@ def _mix64(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & 2**33 - 1)
 
 
+def line_hash(key: int, ids: Tensor, odd: int) -> Tensor:
+    """int32, of the key and the number of a row (odd: 0) or column (1)."""
+    # The key is hashed first: else the draws of two keys could be the same numbers, shifted.
+    seed, golden = _mix64(torch.tensor(key)).to(ids.device), 0x9E3779B97F4A7C15 - 2**64
+    return (_mix64(seed + (ids * 2 + odd) * golden) & 0xFFFFFFFF).int()
+
+
 def random_bits(key: int, rows_N: Tensor, columns_K: Tensor | int) -> Tensor:
     """int32 (N, K), a hash of the key, the number of a row, int64, and that of a column, int64 (an int: those from 0).
 
@@ -123,12 +130,7 @@ def random_bits(key: int, rows_N: Tensor, columns_K: Tensor | int) -> Tensor:
     """
     if isinstance(columns_K, int):
         columns_K = torch.arange(columns_K, device=rows_N.device)
-    # The key is hashed first: else the draws of two keys could be the same numbers, shifted.
-    seed, golden = _mix64(torch.tensor(key)), 0x9E3779B97F4A7C15 - 2**64
-    row_N, column_K = (
-        (_mix64(seed.to(ids.device) + (ids * 2 + odd) * golden) & 0xFFFFFFFF).int()
-        for ids, odd in ((rows_N, 0), (columns_K, 1))
-    )
+    row_N, column_K = line_hash(key, rows_N, 0), line_hash(key, columns_K, 1)
     x = row_N[:, None] + column_K
     x ^= x >> 16 & 0xFFFF
     x *= 0x7FEB352D

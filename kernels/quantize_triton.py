@@ -1,0 +1,275 @@
+"""Casts of moesaic.kernels.quantize in one launch: a tile comes from memory once, and is written along rows, columns, or both.
+
+    along rows      codes (N, K), scales (N, K / g): for products whose depth is K
+    along columns   codes (K, P), scales (K, P / g): for weight gradients, whose depth are each expert's rows. Experts begin at
+                    multiples of TILE positions, and what lies between is 0: expert e at TILE (tile_ends[e] - tiles[e])
+
+Elements e4m3 and e2m1; scales fp32, pow2 and e8m0 with the rules amax, floor, ceil, rceil, even and shrink; rounding to nearest
+even or stochastic. Codes and scales are equal to those of `quantize` bit by bit; with a rotation (moesaic.kernels.hadamard),
+where its fp32 sums are. -0 stays: gfx942's products want `scaled_gemm.without_minus_zero` first.
+
+Letters: N rows, K columns, P positions; g the depth of a block.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moesaic.kernels.grouped_gemm import Schedule, find_tile, schedule
+from moesaic.kernels.hadamard import rotation
+from moesaic.kernels.interpret import jit
+from moesaic.kernels.quantize import ELEMENTS, SCALES, Format, Packed, line_hash
+from moesaic.kernels.tiles import product_precision
+
+TILE = 128  # rows of one program, and at most its columns
+INFINITE = tl.constexpr(0x7F800000)  # the bits of fp32's infinity; NaN's are larger
+
+
+@jit
+def codes_of(
+    x, bits, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, STOCHASTIC: tl.constexpr, NAN: tl.constexpr
+):  # fmt: skip
+    """uint8: the codes of fp32 x; `bits`: a random int32 for each."""
+    nan = x != x
+    x = tl.minimum(tl.maximum(tl.where(nan, 0.0, x), -LARGEST), LARGEST)
+    power = (x.to(tl.int32, bitcast=True) & INFINITE).to(tl.float32, bitcast=True)
+    power = tl.maximum(power, 2.0**LEAST)
+    x *= ((254 << 23) - power.to(tl.int32, bitcast=True)).to(
+        tl.float32, bitcast=True
+    ) * 2.0**MANTISSA  # exact, as 1 / power is
+    negative = x.to(tl.int32, bitcast=True) < 0
+    if STOCHASTIC:
+        low = tl.floor(x)
+        x = low + ((bits >> 8 & 0xFFFFFF).to(tl.float32) * 2.0**-24 < x - low).to(tl.float32)
+        negative = x < 0
+    else:
+        x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23, where fp32 has whole numbers: to the nearest, ties to even
+    value = tl.abs(x) * power * 2.0**-MANTISSA
+    # Of a normal number fp32's exponent and first bits, less the difference in bias; of a subnormal one the multiple of the step.
+    normal = (value.to(tl.int32, bitcast=True) >> (23 - MANTISSA)) - (126 + LEAST << MANTISSA)
+    subnormal = (value * 2.0 ** (MANTISSA - LEAST)).to(tl.int32)
+    sign = negative.to(tl.int32) * (64 if NAN else 4) * 2
+    code = tl.where(value >= 2.0**LEAST, normal, subnormal) | sign
+    return tl.where(nan, NAN, code).to(tl.uint8)
+
+
+@jit
+def scales_of(
+    amax, RULE: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, BYTES: tl.constexpr
+):  # fmt: skip
+    """(fp32: of rule amax the scales, else their inverses; the scales as they are stored) of blocks of which amax has
+    the bits of the largest magnitude."""
+    finite = amax < INFINITE
+    value = amax.to(tl.float32, bitcast=True)
+    if RULE == "amax":
+        scale = tl.where(amax == 0, 1.0, tl.div_rn(value, LARGEST))
+        scale = tl.where(scale == 0, 1.0, scale)
+        by, byte = scale, amax
+    else:
+        bits = amax
+        if RULE == "rceil":
+            bits = tl.div_rn(value, LARGEST).to(tl.int32, bitcast=True)
+        elif RULE == "even":
+            bits += 1 << (22 - MANTISSA)
+        byte = bits >> 23
+        if RULE == "rceil" or RULE == "ceil":
+            rest = bits & 0x7FFFFF
+            byte += tl.where(byte == 0, rest > 0x400000, rest != 0).to(tl.int32)
+        if RULE != "rceil":
+            byte -= EXPONENT
+        byte = tl.minimum(tl.maximum(byte, 0), 254)
+        scale = tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True)
+        by = tl.where(byte == 254, 1 << 22, (254 - byte) << 23).to(tl.float32, bitcast=True)
+    stored = tl.where(finite, byte, 255).to(tl.uint8) if BYTES else tl.where(finite, scale, float("nan"))
+    return tl.where(finite, by, float("nan")), stored
+
+
+@jit
+def cast_rows(
+    x_MK, row_hash_M, column_hash_K, rotation_nn, codes, scales, places_M, real_M, column, C, B, BM: tl.constexpr,
+    BK: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, BYTES: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SIZE: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr,
+    NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Casts a tile along its rows, and writes it at rows places_M, from `column`; C bytes and B scales a row."""
+    if SIZE:
+        n = tl.arange(0, SIZE)
+        matrix = tl.load(rotation_nn + n[:, None] * SIZE + n[None, :])
+        x_MK = tl.dot(x_MK.reshape(BM * BK // SIZE, SIZE), matrix, input_precision=PRECISION).reshape(BM, BK)
+    magnitude = x_MK.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    amax = tl.max(magnitude.reshape(BM, BK // G, G), axis=2)
+    by, stored = scales_of(amax, RULE, EXPONENT, MANTISSA, LARGEST, BYTES)
+    x, by = x_MK.reshape(BM, BK // G, G), tl.broadcast_to(by[:, :, None], (BM, BK // G, G))
+    x = (tl.div_rn(x, by) if RULE == "amax" else x * by).reshape(BM, BK)
+    if RULE == "shrink":
+        x *= 0.75
+    bits = tl.zeros([BM, BK], tl.int32)
+    if STOCHASTIC:
+        mixed = (row_hash_M[:, None] + column_hash_K[None, :]).to(tl.uint32, bitcast=True)
+        mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
+        mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
+        bits = (mixed ^ (mixed >> 16)).to(tl.int32, bitcast=True)
+    code = codes_of(x, bits, MANTISSA, LEAST, LARGEST, STOCHASTIC, NAN)
+    if PACK == 2:
+        first, second = tl.split(code.reshape(BM, BK // 2, 2))
+        code = first | (second << 4)
+    cs = column // PACK + tl.arange(0, BK // PACK)
+    tl.store(codes + places_M[:, None] * C + cs[None, :], code, mask=real_M[:, None] & (cs < C)[None, :])
+    bs = column // G + tl.arange(0, BK // G)
+    tl.store(scales + places_M[:, None] * B + bs[None, :], stored, mask=real_M[:, None] & (bs < B)[None, :])
+
+
+@jit
+def _quantize_kernel(
+    x_NK, source_N, row_codes, row_scales, row_hash_N, column_hash_K, row_rotation, CR, BR,
+    column_codes, column_scales, row_hash_K, column_hash_N, column_rotation, CC, BC,
+    counts_E, starts_E, tile_ends_E, E, N, K, stride, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, BYTES: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SIZE: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr,
+    NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, k_tiles = tl.program_id(0), tl.cdiv(K, BK)
+    if tile < tl.load(tile_ends_E + E - 1) * k_tiles:
+        expert, row, end, k_tile = find_tile(tile, k_tiles, counts_E, starts_E, tile_ends_E, E, BM, BE, 1)
+        # A part of the tile at a time, of 64 x TILE values, and each cast from memory or L1 anew: registers hold no more.
+        if ROWS:
+            ks = k_tile * BK + tl.arange(0, BK)
+            there = ks < K
+            k_hash = tl.load(column_hash_K + ks) if STOCHASTIC else tl.zeros([BK], tl.int32)
+            for part in range(0, BM, BM * 64 // BK):
+                rows = row + part + tl.arange(0, BM * 64 // BK)
+                real = rows < end
+                places = tl.load(source_N + rows, mask=real, other=0) if source_N is not None else rows
+                x_MK = tl.load(
+                    x_NK + places[:, None] * stride + ks[None, :], mask=real[:, None] & there[None, :], other=0.0
+                )
+                m_hash = (
+                    tl.load(row_hash_N + rows, mask=real, other=0) if STOCHASTIC else tl.zeros_like(rows).to(tl.int32)
+                )
+                cast_rows(
+                    x_MK.to(tl.float32), m_hash, k_hash, row_rotation, row_codes, row_scales, rows, real, k_tile * BK, CR, BR,
+                    BM * 64 // BK, BK, G, RULE, BYTES, STOCHASTIC, SIZE, EXPONENT, MANTISSA, LEAST, LARGEST, NAN, PACK, PRECISION,
+                )  # fmt: skip
+        if COLUMNS:
+            rows = row + tl.arange(0, BM)
+            real = rows < end
+            places = tl.load(source_N + rows, mask=real, other=0) if source_N is not None else rows
+            m_hash = tl.zeros([BM], tl.int32)
+            if STOCHASTIC:
+                m_hash = tl.load(column_hash_N + tl.where(real, rows, N + rows - end))
+            first = tl.load(tile_ends_E + expert) - tl.cdiv(tl.load(counts_E + expert), BM).to(tl.int32)
+            position = first * BM + (row - tl.load(starts_E + expert)).to(tl.int32)
+            for part in range(0, BK, 64):
+                cs = k_tile * BK + part + tl.arange(0, 64)
+                inside = cs < K
+                x_KM = tl.load(
+                    x_NK + places[None, :] * stride + cs[:, None], mask=inside[:, None] & real[None, :], other=0.0
+                )
+                c_hash = tl.load(row_hash_K + cs) if STOCHASTIC else tl.zeros_like(cs)
+                cast_rows(
+                    x_KM.to(tl.float32), c_hash, m_hash, column_rotation, column_codes, column_scales, cs.to(tl.int64), inside,
+                    position, CC, BC, 64, BM, G, RULE, BYTES, STOCHASTIC, SIZE, EXPONENT, MANTISSA, LEAST, LARGEST, NAN, PACK,
+                    PRECISION,
+                )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the launcher
+
+
+def supported(form: Format) -> bool:
+    return (
+        form.element in ("e4m3", "e2m1")
+        and form.block[0] == 1
+        and TILE % form.block[1] == 0
+        and form.scale != "e4m3"
+        and form.rule in SCALES[form.scale]
+        and form.rule != "quest"
+        and form.rounding != "eden"
+    )
+
+
+def quantize_tiles(
+    x_NK: Tensor, form: Format, plan: Schedule, *, rows: bool = True, columns: bool = False, source_N: Tensor | None = None,
+    keys: tuple[int, int] = (0, 0), ids_N: Tensor | None = None, size: int = 0, signs_n: Tensor | None = None,
+) -> tuple[Packed | None, Packed | None]:  # fmt: skip
+    """(cast along rows, cast along columns), those that are asked for.
+
+    x_NK     of any floating type, rows contiguous; or read through source_N, int64 (N,)
+    plan     of the rows of each expert, in tiles of TILE rows
+    keys     of chance, along rows and along columns; ids_N: the global numbers of rows, int64 (default: from 0)
+    size     of the rotation, 0 for none, with its signs
+    Raises ValueError for a format that is not `supported`.
+    """
+    if not supported(form):
+        raise ValueError(
+            f"{form}: must have e4m3 or e2m1, one row a block, scale fp32, pow2 or e8m0, any rule but quest, "
+            "rounding even or stochastic"
+        )
+    assert plan.m == TILE and x_NK.stride(-1) == 1, (plan.m, x_NK.stride())
+    kind, device, (_, k) = ELEMENTS[form.element], x_NK.device, x_NK.shape
+    n, n_experts, g = (x_NK if source_N is None else source_N).shape[0], plan.counts_E.numel(), form.block[1]
+    pack = 2 if form.element == "e2m1" else 1
+    width = max(g, size, 64)
+    m_tiles, k_tiles = n // TILE + n_experts, triton.cdiv(k, width)
+    code = torch.uint8 if pack == 2 else torch.float8_e4m3fn
+    stored = torch.uint8 if form.scale == "e8m0" else torch.float32
+    factor = torch.ones((), device=device) * (4 / 3 if form.rule == "shrink" else 1)
+    ids_N = torch.arange(n, device=device) if ids_N is None else ids_N
+    matrix = rotation(size, signs_n, device) if size else None
+
+    def outputs(
+        wanted: bool, n_rows: int, depth: int, row_ids: Tensor, column_ids: Tensor, key: int
+    ) -> tuple[Any, ...]:
+        if not wanted:
+            return None, None, None, None, 0, 0
+        depth += -depth % max(size, 1)
+        codes = torch.zeros(n_rows, -(-depth // pack), dtype=torch.uint8, device=device)
+        scales = torch.zeros(n_rows, -(-depth // g), dtype=stored, device=device)
+        hashes: tuple[Any, Any] = (None, None)
+        if form.rounding == "stochastic":
+            hashes = line_hash(key, row_ids, 0), line_hash(key, column_ids, 1)
+        return codes, scales, *hashes, codes.shape[1], scales.shape[1]
+
+    numbers = torch.arange(k_tiles * width, device=device)
+    by_row = outputs(rows, n, k, ids_N, numbers, keys[0])
+    # What a rotation makes of an expert's last rows and the zeros behind them has numbers that nobody else has.
+    positions = torch.cat((ids_N, -1 - torch.arange(TILE, device=device)))
+    by_column = outputs(columns, k, m_tiles * TILE, numbers, positions, keys[1])
+    _quantize_kernel[m_tiles * k_tiles,](
+        x_NK, source_N, *by_row[:4], matrix, *by_row[4:], *by_column[:4], matrix, *by_column[4:],
+        plan.counts_E, plan.starts_E, plan.tile_ends_E, n_experts, n, k, x_NK.stride(0),
+        BE=triton.next_power_of_2(n_experts), BM=TILE, BK=width, ROWS=rows, COLUMNS=columns, G=g, RULE=form.rule,
+        BYTES=form.scale == "e8m0", STOCHASTIC=form.rounding == "stochastic", SIZE=size, EXPONENT=kind.exponent,
+        MANTISSA=kind.mantissa, LEAST=kind.least, LARGEST=kind.largest, NAN=0 if pack == 2 else 0x7F, PACK=pack,
+        PRECISION=product_precision(device, torch.float32), num_warps=8,
+    )  # fmt: skip
+
+    def packed(made: tuple[Any, ...], depth: int) -> Packed | None:
+        if made[0] is None:
+            return None
+        scales = made[1].view(torch.float8_e8m0fnu) if form.scale == "e8m0" else made[1]
+        return Packed(form, made[0].view(code), scales, factor, depth + -depth % max(size, 1))
+
+    return packed(by_row, k), packed(by_column, m_tiles * TILE)
+
+
+def compile_cases(target: str) -> Any:
+    """What moesaic.kernels.targets compiles: casts along rows and columns of 8 x 24576 rows of 128 experts, D 1536."""
+    from moesaic.kernels.targets import meta
+
+    def case(form: Format, size: int) -> None:
+        plan = schedule(meta(128, dtype=torch.int64), TILE)
+        quantize_tiles(meta(8 * 24576, 1536), form, plan, columns=True, size=size)
+
+    return {
+        "fp8, fp32 scales": functools.partial(case, Format("e4m3", (1, 128), "fp32", "amax"), 0),
+        "fp8": functools.partial(case, Format("e4m3", (1, 128), "pow2", "rceil"), 0),
+        "mxfp8": functools.partial(case, Format("e4m3", (1, 32), "e8m0", "rceil"), 0),
+        "mxfp4, rotated, stochastic": functools.partial(
+            case, Format("e2m1", (1, 32), "e8m0", "shrink", "stochastic"), 32
+        ),
+    }
