@@ -295,12 +295,15 @@ def disk(place: Place) -> Iterator[Finding]:
     said = gather(attempt(lambda: check(others, piece, times)))
     problems = problems or [f"rank {r} does not read what another wrote ({p}); all must see the same place"
                             for r, p in enumerate(said) if p]  # fmt: skip
-    dist.barrier()
-    space = shutil.disk_usage(root).free if local else 0
+    # A rank that sees another place has none of these folders, or its own. All look before one deletes.
+    space = min(gather(shutil.disk_usage(root).free if local and os.path.isdir(root) else sys.maxsize))
     if rank == 0:
         storage.remove_folder(folder, "rank0")
-        if missing:
-            remove_empty(Path(root), missing)
+    dist.barrier()
+    if local:
+        attempt(lambda: storage.remove_folder(folder, f"rank{rank}"))  # nothing is there, unless it is another place
+    if missing:
+        remove_empty(Path(root), missing)
     if problems:
         yield FAIL, f"{root}: {problems[0]}"
     else:

@@ -44,7 +44,8 @@ def pairings(world: int) -> list[list[tuple[int, int]]]:
 
 def link_speeds(device: torch.device, size: int, repeats: int = 5) -> list[Speed]:
     """Of every pair of ranks, pairs of a round at the same time. `size`: bytes of a large message; the best of `repeats` counts,
-    and of latencies the middle one of 4 * `repeats`."""
+    and of latencies the middle one of 4 * `repeats`. All by batches, even of one message: NCCL makes a communicator for each two
+    ranks that send without (github.com/pytorch/pytorch/issues/152220)."""
     rank, mine = dist.get_rank(), []
     small, other = (torch.zeros(1, device=device) for _ in range(2))
     out = torch.zeros(size // 4, device=device)
@@ -58,17 +59,13 @@ def link_speeds(device: torch.device, size: int, repeats: int = 5) -> list[Speed
             ways, sent = [], []
             for _ in range(1 + 4 * repeats):
                 began = time.perf_counter()
-                first, then = (dist.send, dist.recv) if rank == a else (dist.recv, dist.send)
-                first(small if first is dist.send else other, peer)
-                then(small if then is dist.send else other, peer)
-                _wait(device)
+                ways_there = (dist.P2POp(dist.isend, small, peer), dist.P2POp(dist.irecv, other, peer))
+                for way in ways_there if rank == a else ways_there[::-1]:
+                    _do([way], device)
                 ways.append((time.perf_counter() - began) / 2)
             for _ in range(1 + repeats):
                 began = time.perf_counter()
-                work = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, back, peer)]
-                for request in dist.batch_isend_irecv(work):
-                    request.wait()
-                _wait(device)
+                _do([dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, back, peer)], device)
                 sent.append(time.perf_counter() - began)
             if rank == a:
                 mine.append(Speed((a, b), 4 * out.numel() / min(sent[1:]), median(ways[1:])))
@@ -104,25 +101,22 @@ def wrong_products(device: torch.device, dtype: torch.dtype, kind: str, n: int, 
 
     Products of small whole numbers are known to the bit, in whatever order they are added: sums stay below 2^24, and each fits
     bf16 and tf32. Products of other numbers use all bits: a rank must get the same ones `repeats` times, and those that most
-    ranks with the same `kind` of device get. Where two ranks are of a kind and differ, both are named.
+    ranks with the same `kind` of device get. Where two ranks are of a kind and differ, both are named. So is a device that gives
+    an error.
     """
-    random = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(-127, 128, (n, n), generator=random) for _ in range(2))
-    a[:, 512:] = 0  # 512 * 127^2 < 2^24
-    right = (a.double() @ b.double()).to(dtype)
-    x, y = (torch.randn(n, n, generator=random).to(device, dtype) for _ in range(2))
-    wrong, digests = 0, Counter[str]()
-    a, b = a.to(device, dtype), b.to(device, dtype)
-    for _ in range(repeats):
-        wrong = max(wrong, int((torch.mm(a, b).cpu() != right).sum()))
-        bits = torch.mm(x, y).cpu().view(torch.uint8).numpy().tobytes()
-        digests[hashlib.blake2b(bits, digest_size=16).hexdigest()] += 1
-    found = gather((kind, wrong, digests))
+    wrong, digests, error = 0, Counter[str](), ""
+    try:
+        wrong, digests = _products(device, dtype, n, repeats)
+    except RuntimeError as failure:  # what torch makes of an error of the device
+        error = str(failure).partition("\n")[0]
+    found = gather((kind, wrong, digests, error))
     lines = []
-    for rank, (its_kind, bad, seen) in enumerate(found):
-        usual = Counter(d for k, _, others in found if k == its_kind for d in others).most_common(2)
+    for rank, (its_kind, bad, seen, failed) in enumerate(found):
+        usual = Counter(d for k, _, others, _ in found if k == its_kind for d in others).most_common(2)
         tie = len(usual) > 1 and usual[0][1] == usual[1][1]
-        if bad:
+        if failed:
+            lines.append(f"rank {rank} ({its_kind}): {failed}")
+        elif bad:
             lines.append(f"rank {rank} ({its_kind}): {bad} values of a product of whole numbers are wrong")
         elif len(seen) > 1:
             lines.append(f"rank {rank} ({its_kind}): the same product came out in {len(seen)} ways")
@@ -131,6 +125,29 @@ def wrong_products(device: torch.device, dtype: torch.dtype, kind: str, n: int, 
                 f"rank {rank} ({its_kind}): a product has other bits than on {'another rank' if tie else 'most ranks'}"
             )
     return lines
+
+
+def _products(device: torch.device, dtype: torch.dtype, n: int, repeats: int) -> tuple[int, Counter[str]]:
+    """Wrong values of the worst product of whole numbers, and how often each digest of the other product came."""
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, (n, n), generator=random) for _ in range(2))
+    a[:, 512:] = 0  # 512 * 127^2 < 2^24
+    right = (a[:, :512].double() @ b[:512].double()).to(dtype)
+    x, y = (torch.randn(n, n, generator=random).to(device, dtype) for _ in range(2))
+    wrong, digests = 0, Counter[str]()
+    a, b = a.to(device, dtype), b.to(device, dtype)
+    rounded = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
+        False  # sums of parts in bf16 would not be exact
+    )
+    try:
+        for _ in range(repeats):
+            wrong = max(wrong, int((torch.mm(a, b).cpu() != right).sum()))
+            bits = torch.mm(x, y).cpu().view(torch.uint8).numpy().tobytes()
+            digests[hashlib.blake2b(bits, digest_size=16).hexdigest()] += 1
+    finally:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = rounded
+    return wrong, digests
 
 
 def clock_offsets(repeats: int = 10) -> list[tuple[float, float]]:
@@ -156,6 +173,8 @@ def clock_offsets(repeats: int = 10) -> list[tuple[float, float]]:
     return gather(offsets)[0]
 
 
-def _wait(device: torch.device) -> None:
+def _do(work: list[dist.P2POp], device: torch.device) -> None:
+    for request in dist.batch_isend_irecv(work):
+        request.wait()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -69,4 +69,6 @@ def _worker(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _worker(Path(sys.argv[1]))
+    from moesaic.parallel.mesh import leave_after  # a thread of gloo may abort the interpreter's own shutdown
+
+    leave_after(lambda: _worker(Path(sys.argv[1])))
