@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Computed once, so that every rank and every restart of one `make train` writes to the same folder.
 RUN_DIR := runs/tiny_moe-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install model-check train test check kernels test-gpu bench bench-gpu parity reshard chaos fused-schedules study-rounding \
+.PHONY: help install model-check train test check kernels test-gpu bench bench-gpu parity reshard chaos fused-schedules study-rounding test-slurm \
   study-precision clean
 
 help:
@@ -15,6 +15,8 @@ help:
 	@echo "make check     formatting, lint, types, structure"
 	@echo "make kernels   compile every Triton kernel for every target, no GPU needed; the tables of docs/kernels.md; fails on a spill"
 	@echo "make test-gpu  run the kernels' tests on a GPU; make bench-gpu times them there"
+	@echo "make test-slurm   a Slurm of its own on this machine: submit, train two ranks, preempt, queue again, go on; needs root and apt"
+	@echo "               install slurm-wlm munge; two minutes"
 	@echo "make bench     run every file in benchmarks/"
 	@echo "make model-check   SPIN on the protocol of the fused kernels, all states of small sizes; some minutes, 3 GB; needs spin and gcc"
 	@echo "make parity    every way to spread a model against one process, and the tables of docs/parity.md; up to half an hour on two cores"
@@ -80,6 +82,9 @@ bench: .venv/installed-bench
 
 model-check: install
 	$(BIN)/python -m tests.kernels.spin
+
+test-slurm: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow tests/launch/test_slurm.py $(ARGS)
 
 parity: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.report $(ARGS)

@@ -15,8 +15,7 @@ for name in MAX_RESTARTS SHUTDOWN_TIMEOUT PORT; do
   [[ ${!name} =~ ^[0-9]+$ ]] || fail "$name=${!name}: must be a whole number"
 done
 
-# torchrun passes on no SIGUSR1 unless told to. A node that joins a running job needs the second: docs/survival.md.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+# A node that joins a running job needs it: docs/survival.md.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 meeting=(--standalone)
@@ -28,4 +27,5 @@ python=${PYTHON:-$python}
 # exec: a scheduler's signals reach torchrun itself.
 exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$RANKS_PER_NODE" \
   --max-restarts "$MAX_RESTARTS" --shutdown-timeout "$SHUTDOWN_TIMEOUT" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   "$root/launch/train.py" recipe="$RECIPE" run_dir="$RUN_DIR" "$@"
