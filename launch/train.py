@@ -105,7 +105,7 @@ def train(config: Config, device: torch.device) -> None:
     together(lambda: check_same_data(fingerprint(data), shared))
     together(lambda: check_resume(config, fingerprint(data), saved, source) if source else None)
     together(lambda: check_tiles(config, device))
-    chosen = agree_on(lambda: choose_tiles(config, run_dir / "tiles.json", device, expert, say))
+    chosen = agree_on(lambda: choose_tiles(config, run_dir / "tiles.json" if source else None, device, expert, say))
     together(lambda: autotune.use(chosen, device, f"train.tiles={config.train.tiles}") if chosen else None)
     together(lambda: make_run_dir(run_dir, checkpoints) if rank == 0 else None)
     data_watch = together(lambda: guards.DataWatch(data))
@@ -441,13 +441,13 @@ def check_tiles(config: Config, device: torch.device) -> None:
 
 
 def choose_tiles(
-    config: Config, own: Path, device: torch.device, expert: int, say: Callable[[str], None]
+    config: Config, own: Path | None, device: torch.device, expert: int, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """The record of tiles that `train.tiles` asks for (None: the table's), as moesaic.kernels.autotune has it. A run that has
-    one, `own`, keeps to it: with other tiles token rounding would choose other tokens."""
+    """The record of tiles that `train.tiles` asks for (None: the table's), as moesaic.kernels.autotune has it. A run that goes on
+    keeps to its `own`: with other tiles token rounding would choose other tokens."""
     if config.train.tiles == "table":
         return None
-    if own.is_file():
+    if own and own.is_file():
         return autotune.read(own)
     if config.train.tiles != "autotune":
         try:

@@ -57,7 +57,7 @@ def test_tiles_of_a_run(place: Place, tmp_path: Path, monkeypatch: pytest.Monkey
     """Those of a record, read once: a resumed run reads its own. Mistakes name the knob."""
     device, own = torch.device("cpu"), tmp_path / "tiles.json"
 
-    def chosen(value: object, path: Path = own) -> object:
+    def chosen(value: object, path: Path | None = own) -> object:
         return train.choose_tiles(cli.compose(place.knobs("none", f"train.tiles={value}")), path, device, 1, print)
 
     autotune.write({"target": "cpu", "tiles": {}}, tmp_path / "other.json")
@@ -65,6 +65,9 @@ def test_tiles_of_a_run(place: Place, tmp_path: Path, monkeypatch: pytest.Monkey
     mine = {"target": "cpu", "tiles": {"varlen_k": {"m": 16, "n": 16, "k": 16}}}
     autotune.write(mine, own)
     assert chosen("autotune") == chosen(tmp_path / "other.json") == mine and chosen("table") is None
+    assert chosen(tmp_path / "other.json", None) == {"target": "cpu", "tiles": {}}, (
+        "a new run's knob, whatever lies in its folder"
+    )
     with pytest.raises(ValueError, match="^train.tiles=/no/such.json: can't be read as a record"):
         chosen("/no/such.json", tmp_path / "none")
     if not torch.cuda.is_available():
