@@ -62,7 +62,10 @@ def model_of(row: dict[str, str]) -> ModelConfig:
 
 def plan(row: dict[str, str]) -> Row | str:
     """A row with the planner's tokens a second, or why there is none."""
-    number = lambda name, default=1: int(float(row[name])) if row[name].strip().isdigit() else default  # noqa: E731
+
+    def number(name: str, default: int = 1) -> int:
+        return int(row[name]) if row[name].strip().isdigit() else default
+
     gpu = row["gpu"].split()[0]
     if row["kind"] != "e2e":
         return "no whole model"

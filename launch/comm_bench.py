@@ -16,6 +16,7 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -159,11 +160,23 @@ def main(o: Options) -> None:
     try:
         require(world > 1, "torchrun: there must be more than one rank, there is nothing to time otherwise")
         require(node >= 1 and world % node == 0, f"node={node}: must divide the number of ranks, {world}")
+        if dist.get_rank() == 0:
+            check_folder(o.out)
         found = measure(o, node, device)
         if dist.get_rank() == 0:
             write(o, base, found, node, world, device.type)
     finally:
         dist.destroy_process_group()
+
+
+def check_folder(out: str) -> None:
+    """Minutes of timing must not end in a folder that nothing can be written to."""
+    require(not Path(out).is_dir(), f"out={out}: is a folder")
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(out).parent).close()
+    except OSError as error:
+        raise ValueError(f"out={out}: can't be written ({error.strerror})") from None
 
 
 def write(o: Options, base: Hardware, found: list[Timed], node: int, world: int, device: str) -> None:
@@ -186,7 +199,6 @@ def write(o: Options, base: Hardware, found: list[Timed], node: int, world: int,
     print("\n".join(said))
     domain = node if base.domain < node or base.domain % node else base.domain
     path = Path(o.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     head = f"Links measured by launch/comm_bench.py, {world} ranks ({device}), {node} a node; all else is that of {base.name}.\n"
     save(dataclasses.replace(base, name=path.stem, node=node, domain=domain, hops=links), path, head + "\n".join(said))
     with path.with_suffix(".csv").open("w", newline="") as file:

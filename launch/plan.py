@@ -10,6 +10,7 @@ Every override of launch/train.py works. Times are those of a simulation, fitted
 
 import dataclasses
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         require(self.nodes >= 1, f"nodes={self.nodes}: must be at least 1")
-        require(self.price >= 0, f"price={self.price}: must not be negative")
+        require(0 <= self.price < math.inf, f"price={self.price}: must be a number, not negative")
         require(1 <= self.imbalance <= 1e3, f"imbalance={self.imbalance}: must be at least 1, an even load")
         require(self.products in ("auto", "fp8", "fp4"), f"products={self.products}: must be one of auto, fp8, fp4")
         require(0 <= self.efficiency <= 1, f"efficiency={self.efficiency}: must lie in 0..1")
@@ -183,7 +184,7 @@ def advise(plan: Plan, fits: bool) -> list[str]:
         tried.append(("parallel.expert", "expert", 1))
     if layout.expert > layout.node:
         tried += [("parallel.expert", "expert", layout.node), ("parallel.expert_path", "path", "two_hop")]
-    layouts = [(knob, value, dataclasses.replace(layout, **{name: value})) for knob, name, value in tried
+    layouts = [(knob, value, dataclasses.replace(layout, **{name: value})) for knob, name, value in dict.fromkeys(tried)
                if getattr(layout, name) != value]  # fmt: skip
     sequences = plan.config.train.global_batch
     layouts += [
@@ -208,7 +209,7 @@ def advise(plan: Plan, fits: bool) -> list[str]:
 def what_if(plan: Plan) -> list[str]:
     """An uneven load, and no token rounding or the nearest."""
     model, lines = plan.config.model, ["what if"]
-    for imbalance in (1.0, 1.25, 1.5, 2.0):
+    for imbalance in (1.0, 1.25, 1.5, 2.0) if plan.layout.expert > 1 else ():  # no rank is fuller than another
         layout = dataclasses.replace(plan.layout, imbalance=imbalance)
         step = time_of(model, layout, plan.machine, plan.precision, efficiency=plan.efficiency).step
         size = memory_of(model, layout).total / GIB
@@ -287,7 +288,10 @@ def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -
     left.axvline(machine.memory_gib, color="black", linestyle="--")
     left.set_xlabel(f"GiB of a rank; dashed: {machine.part}")
     right.set_xlabel("seconds of a step, simulated")
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:  # a folder that isn't there, an ending that is no format
+        raise ValueError(f"picture={path}: can't be written ({error})") from None
     pyplot.close(figure)
 
 
@@ -315,11 +319,11 @@ def main(arguments: Sequence[str]) -> None:
                        plan.efficiency)  # fmt: skip
         lines += describe_search(found, plan)
         rows += [(f"search {i}", c.memory, c.timing) for i, c in enumerate(found[:5], 1) if c.timing]
-    if chosen.picture:
-        draw(rows, plan.machine, chosen.picture)
     if chosen.dry_run == "true":
         lines += describe_dry_run(plan)
     print("\n".join(lines))
+    if chosen.picture:
+        draw(rows, plan.machine, chosen.picture)
 
 
 def program(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,6 +1,6 @@
 """What a machine is, for those that plan on it or simulate it: recipes/hardware/NAME.yaml read into a checked dataclass.
 
-Numbers of a data sheet are peaks, and no program reaches them: the planner has factors for that (moesaic.parallel.plan_time).
+Numbers of a data sheet are peaks, and no program reaches them: the planner has factors for that (moesaic.parallel.time_plan).
 A file that launch/comm_bench.py wrote holds what was measured between this cluster's own ranks.
 
     hardware = load("h100_sxm")

@@ -148,7 +148,7 @@ def load_of(model: ModelConfig, layout: Layout) -> Load:
     rows = round(layout.tokens * visited(model.router, model.n_experts, model.n_experts // ranks))
     node_rows = round(layout.tokens * visited(model.router, model.n_experts, model.n_experts // nodes))
     slots = -(-layout.tokens * model.router.top_k // ranks)
-    more = layout.imbalance
+    more = layout.imbalance if ranks > 1 else 1.0  # one rank has all rows, whichever experts they go to
     return Load(rows, node_rows, slots, math.ceil(rows * ranks * more), math.ceil(slots * ranks * more))
 
 

@@ -119,7 +119,7 @@ def time_of(
     pipeline = pipeline or Pipeline()
     t, load, b = layout.tokens, load_of(model, layout), layout.width
     local = layout.hops == "local"
-    rows = t * model.router.top_k if local else load.computed
+    rows = load.computed
     travelled = 0 if local else load.received
     wide = "fp32" if precision == "fp32" else "bf16"
     ragged = model.router.rounding == "none"

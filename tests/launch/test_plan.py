@@ -1,10 +1,13 @@
 """launch/plan.py: what it tells, and its mistakes in one line."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from moesaic.launch import plan
+from moesaic.launch import cli, options, plan
 
 
 def run(capsys, *arguments):
@@ -57,6 +60,10 @@ def test_what_does_not_fit_is_said(capsys):
         (["parallel.expert=7"], "parallel.expert=7: must divide"),
         (["products=fp4"], "precision=fp4: hardware=h100_sxm has"),
         (["parallel.engine=deepspeed"], "parallel.engine=deepspeed: only fsdp is planned"),
+        (["price=abc"], "price=abc: must be a number"),
+        (["price=inf"], "price=inf: must be a number, not negative"),
+        (["dry_run=maybe"], "dry_run=maybe: must be true or false"),
+        (["parallel.expert_path=fused"], "parallel.expert_path=fused: is not planned"),
         (["node=3"], "node=3"),
         (["hardware=cpu", "nodes=2", "dry_run=true"], "precision.compute=fp32: a dry run needs bf16"),
     ],
@@ -66,3 +73,46 @@ def test_mistakes(capsys, arguments, line):
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1
     assert line in err or line == "node=3"
+
+
+@pytest.mark.parametrize("name", ["none/plan.png", "plan.notaformat"])
+def test_a_picture_that_cannot_be_written_loses_nothing(capsys, tmp_path, name):
+    code, out, err = run(capsys, "recipe=tiny_moe", "hardware=cpu", f"picture={tmp_path / name}")
+    assert code == 2 and "what to change" in out
+    assert err.startswith(f"error: picture={tmp_path / name}: can't be written (") and err.count("\n") == 1
+
+
+def advice(gib, *arguments, nodes):
+    made = plan.make_plan(
+        cli.compose(["recipe=7b_moe", *arguments]), options.parse(plan.PlanOptions, [f"nodes={nodes}"])
+    )
+    made = dataclasses.replace(made, machine=dataclasses.replace(made.machine, memory_gib=gib))
+    return [line.partition(":")[0] for line in plan.advise(made, made.memory.total <= made.machine.memory)], made
+
+
+def test_advice_needs_no_more_memory_than_there_is():
+    """16 ranks in two nodes; experts on every rank are fastest, and take 44.4 GiB."""
+    told, made = advice(45, nodes=2)
+    assert told[0] == "parallel.expert=1" and made.memory.total > 45 * 2**30
+    told, _ = advice(44, nodes=2)
+    assert told and "parallel.expert=1" not in told
+
+
+def test_advice_is_said_once():
+    """One node: a copy in all and a copy a node are the same."""
+    told, _ = advice(70, "parallel.replicate=8", nodes=1)
+    assert told.count("parallel.replicate=1") == 1
+
+
+def test_experts_on_every_rank_are_never_uneven(capsys):
+    plans = [run(capsys, "recipe=7b_moe", "parallel.expert=1", f"imbalance={i}", "json=true")[1] for i in (1, 2)]
+    assert plans[0].replace('"imbalance": 1.0', "") == plans[1].replace('"imbalance": 2.0', "")
+
+
+def test_the_example_of_the_documentation_is_what_is_told(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    command, shown = re.findall(r"```\n(.*?)```", page, re.S)[:2]
+    _, out, _ = run(capsys, *command.split()[2:])
+    lines = iter(out.splitlines())
+    for line in filter(str.strip, shown.splitlines()):  # in this order; parts are left out
+        assert line.strip() == "…" or any(told.startswith(line.rstrip("…")) for told in lines), line

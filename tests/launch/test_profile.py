@@ -156,3 +156,14 @@ def test_shares_follow_zipf() -> None:
     assert comm_bench.shares(100, 4, 0) == [25, 25, 25, 25]
     found = comm_bench.shares(1000, 3, 1)
     assert sum(found) == 1000 and found[0] > found[1] > found[2]
+
+
+@pytest.mark.parametrize("folder", ["a_file", "a_file/below", "/proc/none"])
+def test_a_folder_that_cannot_be_written_is_known_before_any_time_is_taken(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "a_file").write_text("")
+    out = f"{tmp_path / folder}/x.yaml"
+    with pytest.raises(ValueError, match=r"can't be written \(") as error:
+        comm_bench.check_folder(out)
+    assert str(error.value).startswith(f"out={out}: ")
+    comm_bench.check_folder(f"{tmp_path}/new/x.yaml")
+    assert list((tmp_path / "new").iterdir()) == []
