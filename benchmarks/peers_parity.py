@@ -38,8 +38,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.launch.batches import micro_batches
 from moesaic.launch.data import train_batch
-from moesaic.launch.train import micro_batches
 from moesaic.parallel.apply import total
 from moesaic.parallel.zero import import_deepspeed
 from tests.parallel.cells import LAYOUTS, WORKLOADS, Cell

@@ -30,8 +30,9 @@ import torch
 import torch.distributed as dist
 
 from moesaic.launch import cli
+from moesaic.launch.batches import micro_batches
 from moesaic.launch.schema import Config
-from moesaic.launch.train import check_devices, compute_dtype, micro_batches, settle_model, together
+from moesaic.launch.startup import check_devices, compute_dtype, settle_model, together
 from moesaic.moe.flops import parameter_counts
 from moesaic.parallel import hardware as machines
 from moesaic.parallel import probe, storage

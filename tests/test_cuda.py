@@ -7,7 +7,7 @@ moe/attention.py _turn              tests/kernels/test_rope.py         test_on_c
 moe/attention.py block_mask         tests/moe/test_attention.py        interpreted, under FakeTensorMode, against torch's own
 moe/experts.py by grouped products  tests/moe/test_experts.py, test_memory.py
 launch/metrics.py peaks by name     tests/launch/test_metrics.py       test_gpus_by_name
-launch/train.py check_devices       tests/launch/test_train.py
+launch/startup.py check_devices     tests/launch/test_train.py
 kernels/tiles.py target_name        tests/kernels/test_tiles.py
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moesaic.kernels import tiles
-from moesaic.launch import generate, metrics, train
+from moesaic.launch import generate, metrics, startup
 from moesaic.launch.schema import Config
 from moesaic.moe import attention, experts
 from moesaic.parallel import checkpoint, fsdp, zero
@@ -120,8 +120,8 @@ def test_a_measured_peak_waits_for_each_product(monkeypatch: pytest.MonkeyPatch)
 
 def test_types_and_devices_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config()
-    assert train.compute_dtype(config, CUDA) is torch.bfloat16
-    assert train.compute_dtype(config, torch.device("cpu")) is torch.float32
+    assert startup.compute_dtype(config, CUDA) is torch.bfloat16
+    assert startup.compute_dtype(config, torch.device("cpu")) is torch.float32
 
     def stop(model: Any, seed: int, device: torch.device) -> None:
         raise InterruptedError(device)

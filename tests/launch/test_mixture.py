@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.launch import cli, mixture, train
+from moesaic.launch import batches, cli, mixture, train
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch
 from moesaic.launch.mixture import Ahead, Mixture, SetStream, floor_sum
 from moesaic.launch.schema import DataConfig, TrainConfig
@@ -73,7 +73,7 @@ def test_ranks_read_one_global_sequence(tmp_path: Path, world: int) -> None:
     found = []
     for step in range(steps):
         for rank in range(world):
-            for first, count in train.micro_batches(batch, config, rank, world):
+            for first, count in batches.micro_batches(batch, config, rank, world):
                 found += list(train_batch(sources, 4, step * batch + first, count))
     assert np.array_equal(np.array(found), np.array(expected))
     windows = sources.sources[0].windows

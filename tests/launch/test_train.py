@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moesaic.launch import cli, train
+from moesaic.launch import cli, startup, train
 from moesaic.launch.data import open_data, train_batch
 from moesaic.launch.optim import make_optimizer
 from moesaic.moe.model import build
@@ -276,11 +276,11 @@ def test_a_resumed_run_draws_the_same_chances_and_keeps_the_bias(place: Place, t
 
 def test_a_gpu_of_unknown_tile_trains_but_does_not_round(place: Place) -> None:
     unknown = torch.device("meta")  # stands for one
-    train.check_tiles(cli.compose(place.knobs("none")), unknown)
+    startup.check_tiles(cli.compose(place.knobs("none")), unknown)
     with pytest.raises(ValueError, match=r"model\.router\.rounding_tile=null: no tile is known for meta"):
-        train.check_tiles(cli.compose(place.knobs("none", "model.router.rounding=up")), unknown)
+        startup.check_tiles(cli.compose(place.knobs("none", "model.router.rounding=up")), unknown)
     rounds = place.knobs("none", "model.router.rounding=up", "model.router.rounding_tile=64")
-    train.check_tiles(cli.compose(rounds), unknown)
+    startup.check_tiles(cli.compose(rounds), unknown)
 
 
 def test_deepspeed_trains_the_same(place: Place, reference: tuple[Path, str], tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesaic.launch.batches import micro_batches, most_tokens
 from moesaic.launch.data import TokenStream, train_batch
 from moesaic.launch.optim import learning_rate, make_optimizer, set_lr
 from moesaic.launch.schema import Config
-from moesaic.launch.train import micro_batches, most_tokens, train_step
+from moesaic.launch.train import train_step
 from moesaic.moe.balance import update_bias
 from moesaic.moe.model import Fill, Transformer, build, init_parameter
 from moesaic.parallel.apply import parallelize, start_engine, total
