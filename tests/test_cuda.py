@@ -9,6 +9,10 @@ moe/experts.py by grouped products  tests/moe/test_experts.py, test_memory.py
 launch/metrics.py peaks by name     tests/launch/test_metrics.py       test_gpus_by_name
 launch/startup.py check_devices     tests/launch/test_train.py
 kernels/tiles.py target_name        tests/kernels/test_tiles.py
+parallel/fused.py heap, failures    tests/parallel/test_fused.py       test_branch_for_cuda
+parallel/trace.py NCCL's recorder   tests/parallel/test_trace.py
+parallel/kineto.py                  tests/parallel/test_kineto.py      a written trace
+launch/preflight.py memory, NCCL    tests/launch/test_preflight.py     test_a_gpu_that_others_use
 """
 
 import os
@@ -19,14 +23,15 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from moesaic.kernels import tiles
-from moesaic.launch import generate, metrics, startup
+from moesaic.kernels import autotune, bench, tiles
+from moesaic.launch import comm_bench, generate, metrics, mixture, preflight, startup
 from moesaic.launch.schema import Config
 from moesaic.moe import attention, experts
-from moesaic.parallel import checkpoint, fsdp, zero
+from moesaic.parallel import checkpoint, fsdp, probe, zero
 
 CUDA = torch.device("cuda", 0)
 
@@ -135,3 +140,60 @@ def test_types_and_devices_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         with pytest.raises(InterruptedError, match=device):
             generate.main(generate.Options(run_dir="run"))
+
+
+def test_timed_calls_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective of launch/comm_bench.py lasts until the device has done it, and so does a message of a probe."""
+    events: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: events.append("waits"))
+    monkeypatch.setattr(torch, "tensor", lambda values, dtype, device: torch.DoubleTensor(values))
+    for name in ("barrier", "all_reduce"):
+        monkeypatch.setattr(dist, name, lambda *_, name=name: events.append(name))
+    assert comm_bench.seconds_of(lambda: events.append("call"), mock.Mock(), CUDA, 2) > 0
+    assert events == ["barrier", "waits", "call", "waits"] * 3 + ["all_reduce"]
+
+    events.clear()
+    request = SimpleNamespace(wait=lambda: events.append("sent"))
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda work: [request] * len(work))
+    probe._do([mock.Mock()] * 2, CUDA)
+    assert events == ["sent", "sent", "waits"]
+
+
+def test_a_cluster_of_gpus_is_probed_with_larger_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    place = preflight.Place(Config(), CUDA, "NVIDIA H100 80GB HBM3", None, ["a"] * 2)
+    monkeypatch.setattr(probe, "wrong_products", lambda *what: asked.append(what) or [])
+    monkeypatch.setattr(probe, "link_speeds", lambda device, size: asked.append((device, size)) or [])
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    assert [level for level, _ in preflight.products(place)] == ["ok"]
+    list(preflight.links(place))
+    assert asked == [(CUDA, torch.bfloat16, place.kind, 4096, 50), (CUDA, 64 * 2**20)]
+
+
+def test_tiles_are_of_one_kind_of_gpu_and_its_memory_running_out_is_no_slow_tile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    shape = autotune.layer_shape(64, 32, 16, 32, 4, 2, 1)
+    key = autotune.key_of(CUDA, shape)
+    assert (key["device"], key["target"], key["shape"]) == ("NVIDIA H100 PCIe", "sm_90a", shape)
+
+    def full(case: Any) -> str:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "experts", lambda device, shape: iter([SimpleNamespace(name="experts")]))
+    monkeypatch.setattr(bench, "wrong", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        autotune.search(CUDA, shape)
+
+
+def test_waits_for_data_are_added_up_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[Any] = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: devices.append(device) or zeros(n, dtype=dtype))
+    monkeypatch.setattr(mixture, "total", lambda values: values)
+    ahead = SimpleNamespace(lap=lambda: (1.0, 2.0, 300))
+    figures = mixture.data_figures(ahead, None, Config().train, 0, 4.0, 1, 2)  # type: ignore[arg-type]
+    assert figures == {"data/wait": 0.25, "data/tokens_per_s": 150.0} and devices == ["cuda"]
