@@ -49,13 +49,27 @@ def linear_cross_entropy(
     default 16 MiB on a CPU and 512 MiB elsewhere, or the logits of 256 tokens where they take more. `backend`: torch, or triton,
     the kernels of cross_entropy_triton.py, which have no logits in forward and `chunk_bytes` of their gradient in backward.
     """
+    return linear_cross_entropies(x_ND, weight_VD, targets_N, ignored, chunk_bytes, backend=backend)[0]
+
+
+def linear_cross_entropies(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    ignored: int,
+    chunk_bytes: int | None = None,
+    *,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """What `linear_cross_entropy` gives, and each token's own part of it, fp32 (N,), 0 where ignored: to look at, without a
+    gradient."""
     least = 1
     if chunk_bytes is None:
         chunk_bytes, least = (CHUNK_BYTES_CPU if x_ND.device.type == "cpu" else CHUNK_BYTES), LEAST_ROWS
     if backend == "triton":
-        from moesaic.kernels.cross_entropy_triton import fused_linear_cross_entropy
+        from moesaic.kernels.cross_entropy_triton import fused_linear_cross_entropies
 
-        return fused_linear_cross_entropy(x_ND, weight_VD, targets_N, ignored, chunk_bytes)
+        return fused_linear_cross_entropies(x_ND, weight_VD, targets_N, ignored, chunk_bytes)
     rows = max(least, chunk_bytes // (4 * weight_VD.shape[0]))
     # Asked here, for inside a Function's forward gradients are always off, and needs_input_grad knows nothing of no_grad.
     return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, ignored, rows, torch.is_grad_enabled())
@@ -65,8 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, rows: int, differentiated: bool
-    ) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+    ) -> tuple[Tensor, Tensor]:
+        each_N = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
         needed = differentiated and any(ctx.needs_input_grad)
         dx_ND = torch.empty_like(x_ND) if needed else None
         # fp32 whatever the weights are in: it sums over chunks.
@@ -81,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             largest_n1 = z_nV.amax(dim=1, keepdim=True)
             chosen_n1 = z_nV.gather(1, target_n1)
             sum_n1 = z_nV.sub_(largest_n1).exp_().sum(dim=1, keepdim=True)
-            loss += (real_n1 * (largest_n1 + sum_n1.log() - chosen_n1)).sum()
+            each_N[start : start + rows] = (real_n1 * (largest_n1 + sum_n1.log() - chosen_n1))[:, 0]
             if dx_ND is not None and dw_VD is not None:
                 g_nV = z_nV.mul_(real_n1 / sum_n1).scatter_add_(1, target_n1, -real_n1).to(x_nD.dtype)
                 torch.mm(g_nV, weight_VD, out=dx_ND[start : start + rows])
@@ -91,9 +105,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dw_VD += g_nV.T @ x_nD
         if dw_VD is not None:
             ctx.save_for_backward(dx_ND, dw_VD.to(weight_VD.dtype))
-        return loss
+        ctx.mark_non_differentiable(each_N)
+        return each_N.sum(), each_N
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         dx_ND, dw_VD = ctx.saved_tensors
         return dx_ND * dloss.to(dx_ND.dtype), dw_VD * dloss.to(dw_VD.dtype), None, None, None, None

@@ -164,11 +164,14 @@ def _options(tile: Tile, x: Tensor) -> dict[str, Any]:
     return sizes | {"PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def forward(x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, ignored: int, z_coef: float) -> tuple[Tensor, Tensor]:
-    """(loss, lse_N), fp32."""
+def forward(
+    x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, ignored: int, z_coef: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, lse_N, each_N), fp32; each_N: what a token adds to the loss."""
     (n, d), v = x_ND.shape, w_VD.shape[0]
     if n == 0:
-        return x_ND.new_zeros((), dtype=torch.float32), x_ND.new_zeros(0, dtype=torch.float32)
+        none, lse_N, each_N = (x_ND.new_zeros(shape, dtype=torch.float32) for shape in ((), (0,), (0,)))
+        return none, lse_N, each_N
     tile = _tile_of(x_ND)
     # Parts enough for a few programs on each processor; more would be more to write and to reduce.
     wanted = min(PARTS, triton.cdiv(4 * processors(x_ND.device), triton.cdiv(n, tile.m)))
@@ -184,7 +187,8 @@ def forward(x_ND: Tensor, w_VD: Tensor, targets_N: Tensor, ignored: int, z_coef:
     each_N = lse_N - chosen_SN.sum(dim=0)
     if z_coef:
         each_N = each_N + z_coef * lse_N.square()
-    return torch.where(targets_N == ignored, 0.0, each_N).sum(), lse_N
+    each_N = torch.where(targets_N == ignored, 0.0, each_N)
+    return each_N.sum(), lse_N, each_N
 
 
 def backward(
@@ -239,13 +243,16 @@ def _product(
 @torch.library.custom_op("moesaic::linear_cross_entropy", mutates_args=())
 def _forward_op(
     x: Tensor, w: Tensor, targets: Tensor, ignored: int, z_coef: float, chunk_bytes: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return forward(x, w, targets, ignored, z_coef)
 
 
 @_forward_op.register_fake
-def _(x: Tensor, w: Tensor, targets: Tensor, ignored: int, z_coef: float, chunk_bytes: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
+def _(
+    x: Tensor, w: Tensor, targets: Tensor, ignored: int, z_coef: float, chunk_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, lse, each = (x.new_empty(shape, dtype=torch.float32) for shape in ((), x.shape[:1], x.shape[:1]))
+    return loss, lse, each
 
 
 @torch.library.custom_op("moesaic::linear_cross_entropy_backward", mutates_args=())
@@ -267,10 +274,10 @@ def _(
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, w, targets, *ctx.rest = inputs
     ctx.save_for_backward(x, w, targets, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _differentiate(ctx: Any, dloss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, w, targets, lse = ctx.saved_tensors
     of_x, of_w = ctx.needs_input_grad[:2]
     dx, dw = _backward_op(dloss, x, w, targets, lse, *ctx.rest, of_x, of_w)
@@ -284,8 +291,16 @@ def fused_linear_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, chunk_bytes: int, z_coef: float = 0.0
 ) -> Tensor:
     """As `linear_cross_entropy`, by the kernels: fp32 scalar. Rows of x and of the weight are contiguous, and of one type."""
+    return fused_linear_cross_entropies(x_ND, weight_VD, targets_N, ignored, chunk_bytes, z_coef)[0]
+
+
+def fused_linear_cross_entropies(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignored: int, chunk_bytes: int, z_coef: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `linear_cross_entropies`, by the kernels."""
     assert x_ND.dtype == weight_VD.dtype and x_ND.stride(1) == weight_VD.stride(1) == 1, (x_ND.dtype, weight_VD.dtype)
-    return _forward_op(x_ND, weight_VD, targets_N, ignored, z_coef, chunk_bytes)[0]
+    loss, _, each_N = _forward_op(x_ND, weight_VD, targets_N, ignored, z_coef, chunk_bytes)
+    return loss, each_N
 
 
 def compile_cases(target: str) -> Cases:
@@ -293,7 +308,7 @@ def compile_cases(target: str) -> Cases:
 
     def run(n: int, d: int, v: int, dtype: torch.dtype, chunk_bytes: int) -> None:
         x, w, targets = meta(n, d, dtype=dtype), meta(v, d, dtype=dtype), meta(n, dtype=torch.int64)
-        loss, lse = forward(x, w, targets, -100, 1e-4)
+        loss, lse, _ = forward(x, w, targets, -100, 1e-4)
         backward(loss, x, w, targets, lse, -100, 1e-4, chunk_bytes, True, True)
 
     return {

@@ -78,6 +78,7 @@ def expand(patterns: Sequence[str], knob: str, log: Log) -> tuple[list[Path | st
     files: dict[Path | str, None] = {}
     folders: dict[Path, None] = {}
     for pattern in patterns:
+        require(pattern != "", f"{knob}=: must name a file, a pattern or a datasets: source")
         if pattern.startswith(SET):
             files[pattern] = None
             continue
@@ -154,6 +155,7 @@ def load_set(spec: str, knob: str, streaming: bool = False) -> Any:
     path, _, query = spec.removeprefix(SET).partition("?")
     options: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
     unknown = [name for name in options if name not in SET_OPTIONS]
+    require(path != "", f"{where}: must name what to load, as in datasets:json?data_files=a.jsonl&split=train")
     require(not unknown, f"{where}: {', '.join(unknown)}: unknown, must be one of {', '.join(SET_OPTIONS)}")
     if "data_files" in options:
         options["data_files"] = options["data_files"].split(",")
@@ -164,7 +166,10 @@ def load_set(spec: str, knob: str, streaming: bool = False) -> Any:
             return found.to_iterable_dataset() if streaming else found
         found = datasets.load_dataset(path, streaming=streaming, **options)
     except Exception as error:  # of any kind: it may run into whatever files and networks do
-        raise ValueError(f"{where}: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}") from error
+        told = [
+            f"{type(one).__name__}: {one}" for one in (error, error.__cause__) if one
+        ]  # often only the cause says what
+        raise ValueError(f"{where}: {' '.join('; '.join(told).split())[:400]}") from error
     if isinstance(found, dict):
         raise ValueError(f"{where}: must choose a split, with ?split={'|'.join(found)}")
     return found

@@ -3,7 +3,9 @@
 A record is a flat dict. Training records hold step (steps done), tokens (seen so far), loss, grad_norm, lr,
 tokens_per_s, mfu (0..1), memory_gib (of the rank that has held most) and moe/... figures, of which the progress line
 shows moe/load_max_over_mean: rows of the busiest expert over the mean; data/wait (0..1), the share of the time in which the
-rank that waited most stood still for data; data/tokens_per_s, at which all ranks read; of a mixture data/NAME/tokens.
+rank that waited most stood still for data; data/tokens_per_s, at which all ranks read; data/passed_over, records of streamed
+sets that had no text; of a mixture data/NAME/tokens and data/NAME/loss,
+the loss of that source's share of the step.
 Evaluation records hold step, val_loss, and val_loss/NAME.
 """
 

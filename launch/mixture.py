@@ -16,11 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from moesaic.launch.batches import micro_batches
 from moesaic.launch.documents import load_set
 from moesaic.launch.schema import TrainConfig
 from moesaic.launch.tokens import Tokenizer
 from moesaic.moe.config import require
-from moesaic.parallel.apply import total
+from moesaic.parallel.apply import greatest, total
 
 TURN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 WORLD = 2**64
@@ -115,6 +116,8 @@ class SetStream:
     beginning again at its end. A lane is read by whoever needs it, up to where he needs it. Bookmarks in `cache` say where in the
     set some windows begin, so that a resumed run need not read all that came before; they follow from the set, and without them
     it only takes longer.
+
+    `passed_over`: of each lane, how many records without a text were met on the way from its beginning to where it is read now.
     """
 
     windows = 0
@@ -127,6 +130,7 @@ class SetStream:
         self.lanes = min(LANES, found.num_shards)
         self._set = found.select_columns([text_key])
         self._readers: dict[int, Lane] = {}
+        self.passed_over = [0] * self.lanes
         name = hashlib.sha256("\n".join([*self.marks(), str(seq_len)]).encode()).hexdigest()[:20]
         self.cache = Path(cache).expanduser() / f"stream-{name}"
 
@@ -154,12 +158,19 @@ class Lane:
         self.stream, self.lane, self.bookmarks = stream, lane, stream.cache / f"{lane:05d}"
         self.part = stream.part(lane)
         self.next, self.tokens, state = 0, np.empty(0, np.int64), None
+        stream.passed_over[lane] = 0
         for at in sorted((n for n in self._kept() if n <= window), reverse=True):
             try:
                 mark = json.loads((self.bookmarks / f"{at}.json").read_text())
                 self.next, self.tokens, state = at, np.array(mark["tokens"], np.int64), mark["state"]
+                stream.passed_over[lane] = int(mark["passed_over"])
                 break
-            except (OSError, ValueError, KeyError):  # half written, or pruned meanwhile: an earlier one, or none
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+            ):  # half written, or pruned meanwhile: an earlier one, or none
                 continue
         self.texts = self._texts(state)
 
@@ -174,7 +185,9 @@ class Lane:
             found = False
             for record in self.part:
                 text = record[self.stream.text_key]
-                if isinstance(text, str) and text:  # what prepare.py counts as bad, or passes over as empty
+                if not isinstance(text, str):  # what prepare.py counts as bad
+                    self.stream.passed_over[self.lane] += 1
+                elif text:
                     found = True
                     yield text.encode("utf-8", "replace").decode()
             require(found or resumed, f"{self.stream.knob}={self.stream.spec}: a part of it holds no text")
@@ -204,7 +217,9 @@ class Lane:
         try:
             self.bookmarks.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{threading.get_ident()}-{time.time_ns()}")
-            partial.write_text(json.dumps({"tokens": self.tokens.tolist(), "state": self.part.state_dict()}))
+            passed_over = self.stream.passed_over[self.lane]
+            mark = {"tokens": self.tokens.tolist(), "state": self.part.state_dict(), "passed_over": passed_over}
+            partial.write_text(json.dumps(mark))
             partial.rename(path)
             for old in sorted(self._kept())[:-BOOKMARKS]:
                 (self.bookmarks / f"{old}.json").unlink(missing_ok=True)
@@ -285,16 +300,32 @@ def end_reading() -> None:
 
 
 def data_figures(
-    ahead: Ahead, stream: Any, config: TrainConfig, samples: int, seconds: float, rank: int, world: int
-) -> dict[str, Any]:
+    ahead: Ahead, stream: Any, config: TrainConfig, samples: int, my_losses_B: torch.Tensor, seconds: float, rank: int,
+    world: int,
+) -> dict[str, Any]:  # fmt: skip
     """Of the reading since the last record: the share of `seconds` in which the rank that waited most stood still for data, and
-    the tokens/s that all ranks read at when they do; of a mixture, the tokens of each source up to now. Collective."""
-    waits = torch.zeros(world + 1, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    the tokens/s that all ranks read at when they do. Of streamed sets, the records without a text that were passed over up to
+    where they are read. Of a mixture, the tokens of each source up to now, and its mean cross entropy, nats a token, in the step
+    that ended with `samples`: a source that had no sequence in it has none. Collective.
+
+    my_losses_B: of each of this rank's sequences of that step, in order, the sum of its cross entropies."""
+    device, names = my_losses_B.device, stream.names if isinstance(stream, Mixture) else ()
+    sums = torch.zeros(world + 1 + 2 * len(names), dtype=torch.float64, device=device)
     waited, busy, tokens = ahead.lap()
-    waits[rank], waits[-1] = waited, tokens / max(busy, 1e-9)
-    *waits_W, rate = total(waits).tolist()
+    sums[rank], sums[world] = waited, tokens / max(busy, 1e-9)
+    if names:
+        first = samples - config.global_batch + micro_batches(config.global_batch, config, rank, world)[0][0]
+        dealt_B = torch.from_numpy(stream.deal(config.seed, first, len(my_losses_B))).to(device)
+        mine = torch.stack([my_losses_B.double(), torch.full_like(my_losses_B, config.seq_len, dtype=torch.float64)], 1)
+        sums[world + 1 :].view(-1, 2).index_add_(0, dealt_B, mine)
+    *waits_W, rate = (found := total(sums).tolist())[: world + 1]
     figures = {"data/wait": max(waits_W) / seconds, "data/tokens_per_s": rate}
-    if isinstance(stream, Mixture):
-        taken = stream.taken(config.seed, samples)
-        figures |= {f"data/{name}/tokens": n * config.seq_len for name, n in zip(stream.names, taken, strict=True)}
+    sources = stream.sources if isinstance(stream, Mixture) else (stream,)
+    lanes = [count for one in sources if isinstance(one, SetStream) for count in one.passed_over]
+    if lanes:  # of each lane by the rank that has read furthest
+        figures["data/passed_over"] = int(greatest(torch.tensor(lanes, device=device)).sum())
+    for i, (name, taken) in enumerate(zip(names, stream.taken(config.seed, samples) if names else (), strict=True)):
+        loss, counted = found[world + 1 + 2 * i :][:2]
+        figures |= {f"data/{name}/loss": loss / counted} if counted else {}
+        figures[f"data/{name}/tokens"] = taken * config.seq_len
     return figures

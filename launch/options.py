@@ -46,6 +46,7 @@ def run(main: Callable[[Any], None], kind: type, usage: str | None, arguments: S
     try:
         main(parse(kind, arguments))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+        print(f"error: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)  # type: ignore[union-attr]
         sys.exit(2)
     sys.exit(0)

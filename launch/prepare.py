@@ -58,6 +58,7 @@ from moesaic.moe.config import require
 PART_BYTES = 2**24  # of input: what a kill costs at most, per process
 MOST_PARTS = 8192
 BPE_CHARS = 2**28  # of text that a BPE is learnt from, taken from all parts alike
+MOST_BPE = 2**20  # tokens: the library reserves memory for all of them at once, and aborts where there is none
 TOLD_BAD = 20  # bad records that are told; the others are counted
 PROGRESS_SECONDS = 5.0
 
@@ -531,7 +532,8 @@ def chosen_tokenizer(spec: str) -> Tokenizer | int:
     if not spec.startswith("bpe:"):
         return load_tokenizer(spec, "tokenizer")
     size = spec.removeprefix("bpe:")
-    require(size.isdecimal() and int(size) > 256 + 1, f"tokenizer={spec}: must be bpe: and a number above 257")
+    fits = size.isdecimal() and 256 + 1 < int(size) <= MOST_BPE
+    require(fits, f"tokenizer={spec}: must be bpe: and a number above 257, at most {MOST_BPE}")
     return int(size)
 
 

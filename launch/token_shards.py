@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.launch.documents import MANIFEST
-from moesaic.launch.tokens import Tokenizer, load_tokenizer
+from moesaic.launch.tokens import BYTES, Tokenizer, load_tokenizer
 from moesaic.moe.config import require
 
 FORMAT = 1
@@ -102,13 +102,21 @@ def digest_of(path: Path) -> str:
 
 def verify(folder: Path, knob: str) -> dict[str, Any]:
     """Read every byte of a prepared folder, return its manifest. Raises `ValueError` that names the first file that is wrong."""
+    path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        tokenizer = manifest["tokenizer"]
         for entry in (one for split in manifest["splits"].values() for one in split):
-            require(digest_of(folder / entry["file"]) == entry["hash"], f"{knob}={folder / entry['file']}: is damaged")
-        if (folder / "tokenizer.json").exists():
-            same = load_tokenizer(str(folder)).digest == manifest["tokenizer"]["hash"]
-            require(same, f"{knob}={folder / 'tokenizer.json'}: is not the one it was prepared with")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise error if str(error).startswith(f"{knob}=") else ValueError(f"{knob}={folder}: {error}") from error
+            path = folder / entry["file"]
+            require(digest_of(path) == entry["hash"], f"{knob}={path}: is damaged")
+        if tokenizer["spec"] != BYTES:
+            path = folder / "tokenizer.json"
+            same = load_tokenizer(str(path), knob).digest == tokenizer["hash"]
+            require(same, f"{knob}={path}: is not the one it was prepared with")
+    except OSError as error:
+        raise ValueError(f"{knob}={path}: cannot be read ({error.strerror})") from error
+    except (EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if str(error).startswith(f"{knob}="):
+            raise
+        raise ValueError(f"{knob}={path}: is damaged ({type(error).__name__}: {error})") from error
     return manifest

@@ -242,7 +242,7 @@ def train(config: Config, device: torch.device) -> None:
         set_lr(engine.optimizer, lr)
         if profile:
             profile.begin(step + 1)
-        my_loss, rows_LE, figures_LF = train_step(engine, ahead, config.train, samples, device, separator)
+        my_loss, rows_LE, figures_LF, my_losses_B = train_step(engine, ahead, config.train, samples, device, separator)
         loss, asked = guards.agree(my_loss, guards.asked())
         norm = engine.step(config.optim.clip, skip=not math.isfinite(loss)).item()
         if profile:
@@ -271,7 +271,7 @@ def train(config: Config, device: torch.device) -> None:
             figures |= load_figures(rows_LE.cpu(), figures_LF.cpu())
             figures |= wire_figures(model.moe_layers(), steps_since, device)
             figures |= {"memory_gib": greatest(memory_gib(device)).item()}
-            figures |= data_figures(ahead, data.train, every, samples, seconds, rank, world)
+            figures |= data_figures(ahead, data.train, every, samples, my_losses_B, seconds, rank, world)
             record(figures)
             say(progress_line(figures, steps))
         if not finite:
@@ -345,22 +345,25 @@ def train_step(
     gradients until the last one, and no more memory than a single micro-batch needs.
 
     Returns this rank's part of the loss, fp32 scalar, its rows per MoE layer and expert, int64 (L, E), and its routing figures,
-    fp32 (L, 6), as in moesaic.moe.model.Output; their sums over ranks are the step's.
+    fp32 (L, 6), as in moesaic.moe.model.Output; their sums over ranks are the step's. And of each of this rank's sequences, in
+    order, the sum of its cross entropies, fp32 (B,).
     """
     sums: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
     global_tokens = config.global_batch * config.seq_len
     my_batches = micro_batches(config.global_batch, config, dist.get_rank(), dist.get_world_size())
     for i, (first, count) in enumerate(my_batches, 1):
         batch = torch.from_numpy(train_batch(stream, config.seed, first_sample + first, count)).to(device)
         engine.model.precision.tokens(first_sample + first, count, config.seq_len, device)
         out = predict(engine.model, batch, separator)
-        assert out.loss is not None
+        assert out.loss is not None and out.losses is not None
+        losses.append(out.losses)
         share = count * config.seq_len / global_tokens
         engine.backward(out.loss / global_tokens + out.aux * share, last=i == len(my_batches))
         parts = [out.loss.detach() / global_tokens, out.counts, out.figures]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
     engine.model.precision.tokens(None)
-    return sums
+    return [*sums, torch.cat(losses)]
 
 
 def predict(model: Transformer, batch: torch.Tensor, separator: int | None) -> Output:

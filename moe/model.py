@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moesaic.kernels.cross_entropy import linear_cross_entropy
+from moesaic.kernels.cross_entropy import linear_cross_entropies
 from moesaic.kernels.rms_norm import RMSNorm
 from moesaic.moe.attention import Attention, LatentAttention, Mask, document_mask, rotary_table
 from moesaic.moe.balance import FIGURES, pooled_balance_loss
@@ -35,6 +35,7 @@ class Output(NamedTuple):
              model.router.balance_over=layers, of them all at once)
     counts   int64 (MoE layers, E), tokens that chose each expert
     figures  fp32 (MoE layers, 6), sums over tokens that moesaic.moe.balance.FIGURES names
+    losses   fp32 (B,), the part of each sequence in `loss`, to look at, without a gradient; None where there is no loss
     """
 
     logits: Tensor | None
@@ -42,6 +43,7 @@ class Output(NamedTuple):
     aux: Tensor
     counts: Tensor
     figures: Tensor
+    losses: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -104,15 +106,16 @@ class Transformer(nn.Module):
             if record:
                 records.append(record)
         x_BSD = self.norm(x_BSD)
-        logits = loss = None
+        logits = loss = losses = None
         if targets_BS is None:
             logits = self.head(x_BSD)
         else:
             backend = "triton" if backend_for(config.experts_backend, x_BSD) == "triton" else "torch"
             x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
-            loss = linear_cross_entropy(x_TD, self.head.weight, targets_T, IGNORED, backend=backend)
+            loss, each_T = linear_cross_entropies(x_TD, self.head.weight, targets_T, IGNORED, backend=backend)
+            losses = each_T.view(targets_BS.shape).sum(1)
         aux, counts, figures = self._collect(records, x_BSD)
-        return Output(logits, loss, aux, counts, figures)
+        return Output(logits, loss, aux, counts, figures, losses)
 
     def _collect(self, records: list[Aux], x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         router = self.config.router

@@ -191,9 +191,8 @@ def test_tiles_are_of_one_kind_of_gpu_and_its_memory_running_out_is_no_slow_tile
 def test_waits_for_data_are_added_up_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[Any] = []
     zeros = torch.zeros
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: devices.append(device) or zeros(n, dtype=dtype))
     monkeypatch.setattr(mixture, "total", lambda values: values)
-    ahead = SimpleNamespace(lap=lambda: (1.0, 2.0, 300))
-    figures = mixture.data_figures(ahead, None, Config().train, 0, 4.0, 1, 2)  # type: ignore[arg-type]
+    ahead, on_gpu = SimpleNamespace(lap=lambda: (1.0, 2.0, 300)), SimpleNamespace(device="cuda")
+    figures = mixture.data_figures(ahead, None, Config().train, 0, on_gpu, 4.0, 1, 2)  # type: ignore[arg-type]
     assert figures == {"data/wait": 0.25, "data/tokens_per_s": 150.0} and devices == ["cuda"]

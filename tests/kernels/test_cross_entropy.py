@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moesaic.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from moesaic.kernels.cross_entropy import linear_cross_entropies, linear_cross_entropy, linear_cross_entropy_reference
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
@@ -24,6 +24,10 @@ def test_equals_reference(n: int, d: int, v: int, chunk_bytes: int, scale: float
     got = linear_cross_entropy(*leaves, targets, -100, chunk_bytes)
     want = linear_cross_entropy_reference(*exact, targets, -100)
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-7)
+    _, each_N = linear_cross_entropies(*leaves, targets, -100, chunk_bytes)
+    alone = [linear_cross_entropy_reference(exact[0][i : i + 1], exact[1], targets[i : i + 1], -100) for i in range(n)]
+    torch.testing.assert_close(each_N.double(), torch.stack(alone), rtol=2e-6, atol=1e-6)
+    assert not each_N.requires_grad
     (got * 0.37).backward()
     (want * 0.37).backward()
     for mine, theirs in zip(leaves, exact, strict=True):

@@ -1,22 +1,28 @@
 """Mixtures, streamed sets, other projects' token files, validation sets by name, and reading ahead."""
 
+import itertools
 import json
 import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.launch import batches, cli, mixture, train
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch
 from moesaic.launch.mixture import Ahead, Mixture, SetStream, floor_sum
+from moesaic.launch.optim import make_optimizer
 from moesaic.launch.schema import DataConfig, TrainConfig
 from moesaic.launch.tokens import load_tokenizer
+from moesaic.moe.model import build
+from moesaic.parallel.fsdp import FSDPEngine
 from tests.launch.launches import Place, here, losses, records
 from tests.launch.test_data import stream_of
 
@@ -137,8 +143,57 @@ def test_a_run_of_a_mixture(place: Place, tmp_path: Path) -> None:
     )
     assert [r["data/x/tokens"] + r["data/y/tokens"] for r in steps] == [r["tokens"] for r in steps]
     assert steps[-1]["data/x/tokens"] == pytest.approx(0.75 * steps[-1]["tokens"], abs=3 * 16)
+    for r in steps:  # in step 1..8, 4 samples each: those of a source that has none are not in its record
+        had = {
+            name: b - a
+            for name, a, b in zip("xy", *(_mixture(knobs).taken(0, 4 * (r["step"] - i)) for i in (1, 0)), strict=True)
+        }
+        assert sum(n * r.get(f"data/{name}/loss", 0) for name, n in had.items()) / 4 == pytest.approx(
+            r["loss"], rel=1e-6
+        )
+        assert [f"data/{name}/loss" in r for name in "xy"] == [n > 0 for n in had.values()]
     assert all(0 <= r["data/wait"] <= 1.01 and r["data/tokens_per_s"] > 0 for r in steps)
     assert [step for step, *_ in losses(tmp_path / "run")] == list(range(1, 9))
+
+
+def _mixture(knobs: list[str]) -> Mixture:
+    config = cli.compose(knobs)
+    stream = open_data(config.data, config.train.seq_len).train
+    assert isinstance(stream, Mixture)
+    return stream
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_losses_by_source_are_those_of_its_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    """Of a step in micro-batches on so many ranks, against the model asked of one sequence at a time."""
+    stream = mixed(tmp_path, [3.0, 1.0, 2.0, 1e-9])
+    knobs = "train.seed=2 train.seq_len=5 train.global_batch=10 train.micro_batch=2 model.n_layers=1 model.d_model=16"
+    config = cli.compose(
+        [*knobs.split(), *"model.n_heads=2 model.n_experts=4 model.d_expert=32 model.vocab_size=65536".split()]
+    )
+    model = build(config.model, 1, torch.device("cpu"))
+    engine = FSDPEngine(model, make_optimizer(model, config.optim))
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: world)
+    parts: list[torch.Tensor] = []
+    monkeypatch.setattr(mixture, "total", lambda part: parts.append(part) or sum(parts))
+    loss, first = 0.0, 37
+    for rank in range(world):
+        monkeypatch.setattr(train.dist, "get_rank", lambda rank=rank: rank)
+        my_loss, *_, my_losses_B = train.train_step(engine, stream, config.train, first, torch.device("cpu"), None)
+        ahead: Any = SimpleNamespace(lap=lambda: (0.0, 1.0, 0))
+        figures = mixture.data_figures(ahead, stream, config.train, first + 10, my_losses_B, 1.0, rank, world)
+        loss += my_loss.item()
+    wanted: dict[int, list[float]] = {}
+    for i, source in enumerate(stream.deal(2, first, 10).tolist()):
+        tokens = torch.from_numpy(stream.batch(2, first + i, 1))
+        wanted.setdefault(source, []).append(model(tokens[:, :-1], tokens[:, 1:]).loss.item() / 5)
+    assert set(wanted) == {0, 1, 2}
+    found = {key: value for key, value in figures.items() if key.endswith("/loss")}
+    assert found == pytest.approx({f"data/{source}/loss": np.mean(each) for source, each in wanted.items()}, rel=1e-5)
+    whole = sum(len(each) * found[f"data/{source}/loss"] for source, each in wanted.items())
+    assert whole / 10 == pytest.approx(loss, rel=1e-6)
 
 
 def sizes(folder: Path) -> list[int]:
@@ -212,11 +267,23 @@ def streamed(folder: Path, files: int) -> tuple[str, list[list[int]]]:
     rng = random.Random(files)
     names, tokens = [], []
     for i in range(files):
-        texts = ["".join(rng.choices("abcdé ", k=rng.randrange(0, 40))) for _ in range(23)]
+        texts = ["".join(rng.choices("abcdé ", k=max(0, rng.randrange(-9, 40)))) for _ in range(23)]
         names.append(folder / f"s{i}.jsonl")
         names[-1].write_text("".join(json.dumps({"text": text or None}) + "\n" for text in texts))
         tokens.append([token for text in texts if text for token in [*text.encode(), 256]])
     return f"datasets:json?data_files={','.join(map(str, names))}&split=train", tokens
+
+
+def nulls_before(path: Path, tokens: int) -> int:
+    """Records without a text before the one that holds token number `tokens`, the file read again and again."""
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    nulls = 0
+    for text in itertools.cycle(texts):
+        tokens -= len(text.encode()) + 1 if text else 0
+        nulls += text is None
+        if tokens <= 0:
+            return nulls
+    raise AssertionError
 
 
 @pytest.mark.parametrize("files", [1, 3])
@@ -242,6 +309,8 @@ def test_a_streamed_set_is_one_sequence_from_any_position(
     stream = fresh()
     for first in range(0, count, 7):  # three ranks, in turn, with one stream each would read the same
         assert np.array_equal(train_batch(stream, 0, first, min(7, count - first)), wanted[first : first + 7])
+    passed_over = [nulls_before(tmp_path / f"s{i}.jsonl", count // files * size + 1) for i in range(files)]
+    assert stream.passed_over == passed_over and min(passed_over) > 0
     assert list((tmp_path / "cache").rglob("*.json")), "bookmarks were made"
     for first in (0, 3, count // 2, count - 9):
         for cache in ("cache", "none"):
@@ -252,6 +321,7 @@ def test_a_streamed_set_is_one_sequence_from_any_position(
     real = mixture.Lane.read
     monkeypatch.setattr(mixture.Lane, "read", lambda self, window: read.append(self.next) or real(self, window))
     train_batch(late, 0, count - files, files)
+    assert late.passed_over == passed_over, "as if all had been read"
     assert min(read) > count // files - 8, "from a bookmark near by"
     for path in (tmp_path / "cache").rglob("*.json"):
         path.write_text("{")  # a broken one does no harm
@@ -282,6 +352,11 @@ def test_a_streaming_run_goes_on_after_a_kill(
     monkeypatch.setattr(train, "train_step", real)
     here(*knobs, f"run_dir={tmp_path}/run", f"data.cache={tmp_path}/c2")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    by_source = [
+        [[record.get(f"data/{name}/loss") for name in ("web", "text")] for record in records(tmp_path / run)]
+        for run in ("run", "whole")
+    ]
+    assert by_source[0] == by_source[1] and records(tmp_path / "run")[-1]["data/passed_over"] > 0
     shutil.rmtree(tmp_path / "c2")
     with pytest.raises(cli.UserError, match=r"^data\.val_files=\[\]: must name validation files where datasets:"):
         here(*knobs, "data.val_files=[]", f"run_dir={tmp_path}/run2")

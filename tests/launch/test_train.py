@@ -214,8 +214,11 @@ def test_a_step_adds_the_gradients_of_the_global_batch(place: Place, monkeypatch
     got = torch.zeros(())
     for rank in range(2):
         monkeypatch.setattr(train.dist, "get_rank", lambda: rank)
-        loss, rows_LE, figures_LF = train.train_step(engine, stream, config.train, 5, device, None)
+        loss, rows_LE, figures_LF, losses_B = train.train_step(engine, stream, config.train, 5, device, None)
         got += loss
+        assert losses_B.shape == (2 - rank,) and losses_B.sum().item() / (3 * 64) == pytest.approx(
+            loss.item(), rel=1e-6
+        )
         assert rows_LE.sum() == 2 * 2 * 64 * (2 - rank) and figures_LF[:, 0].tolist() == [64 * (2 - rank)] * 2
     want = torch.zeros(())
     for sample in (5, 6, 7):

@@ -283,7 +283,7 @@ def train(cell: Cell) -> dict[str, Any]:
     for step in range(STEPS):
         set_lr(engine.optimizer, learning_rate(step, STEPS, config.optim))
         first_sample = step * config.train.global_batch
-        sums = train_step(engine, stream, config.train, first_sample, CPU, None)
+        *sums, _ = train_step(engine, stream, config.train, first_sample, CPU, None)
         for key, value in zip(("losses", "counts", "figures"), sums, strict=True):
             run[key].append(total(value))
         if step == 0:

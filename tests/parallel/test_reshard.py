@@ -60,7 +60,7 @@ def train(engine: Engine, model: Any, config: Config, first: int, end: int) -> t
     losses, windows = [], []
     for step in range(first, end):
         set_lr(engine.optimizer, learning_rate(step, 10, config.optim))
-        loss, rows_LE, _ = train_step(engine, stream, config.train, step * BATCH, CPU, None)
+        loss, rows_LE, *_ = train_step(engine, stream, config.train, step * BATCH, CPU, None)
         engine.step(config.optim.clip)
         update_bias(model, total(rows_LE))
         losses.append(total(loss).item())
