@@ -18,7 +18,7 @@ help:
 	@echo "make test-slurm   a Slurm of its own on this machine: submit, train two ranks, preempt, queue again, go on; needs root and apt"
 	@echo "               install slurm-wlm munge; some five minutes, most of them Slurm's waits"
 	@echo "make bench     run every file in benchmarks/"
-	@echo "make model-check   SPIN on the protocol of the fused kernels, all states of small sizes; some minutes, 3 GB; needs spin and gcc"
+	@echo "make model-check   SPIN on the protocol of the fused kernels, all states of small sizes, samples of larger ones; some 15 minutes, 5 GB; needs spin and gcc"
 	@echo "make parity    every way to spread a model against one process, and the tables of docs/parity.md; up to half an hour on two cores"
 	@echo "make reshard   a checkpoint of every layout, loaded into every other one; some minutes on two cores"
 	@echo "make chaos     FAULTS=200 faults of SEED=0, each met by a small run that must go on as if nothing had happened; FROM=n goes on"

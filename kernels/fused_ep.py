@@ -42,6 +42,7 @@ from moesaic.kernels.fused_protocol import (
     QUEUE,
     READY,
     ROWS,
+    SLOT_GRADS,
     SLOTS,
     UP,
     address,
@@ -154,6 +155,35 @@ def holders(
 
 
 @jit
+def begin_dispatch(
+    task, source_S, expert_S, bag, starts, K, tables, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+    ONCE: tl.constexpr, TRACE: tl.constexpr,
+):  # fmt: skip
+    """`fragment`, then the tokens of the slots and what `holders` says."""
+    _, me, _, _, _, _ = run
+    record(0, -1, task, -1, DISPATCH, once(), run, W, TRACE)
+    owner, tile, rows, real, slot = fragment(task - 1, tables, me, W, E, BE, BM)
+    token = tl.load(source_S + slot, mask=real, other=0)
+    holder, carried = holders(owner, rows, real, slot, token, expert_S, bag, starts, K, tables, E, W, ONCE)
+    record(1, tile, -1, owner, DISPATCH, once(), run, W, TRACE)
+    return owner, tile, rows, real, slot, token, holder, carried
+
+
+@jit
+def end_dispatch(
+    owner, tile, rows, real, slot, holder, carried, row_bytes, slot_bytes, sent_WP, run, W: tl.constexpr, TRACE: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """Say where the rows that were sent belong, and that they are there."""
+    _, me, _, _, _, _ = run
+    send_places(owner, rows, real, slot, holder, run, W)
+    raise_arrived(owner, tile, run, W, TRACE)
+    count_bytes(sent_WP, owner, 1, tl.sum(carried.to(tl.int32), axis=0) * row_bytes, owner != me, P)
+    count_bytes(sent_WP, owner, 2, tl.sum(real.to(tl.int32), axis=0) * slot_bytes, owner != me, P)
+    count_bytes(sent_WP, owner, 4, tile * 0 + 4, owner != me, P)
+
+
+@jit
 def send_rows(x, token, to, rows, carried, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """x[token] to places `rows` of `to`."""
     for d in range(0, D, BK):
@@ -195,6 +225,24 @@ def wave_task(task, tiles, FT, NT, WAVE):
     is_up = task < height * FT
     local = tl.where(is_up, task, task - height * FT)
     return is_up, wave * WAVE + local % height, local // height
+
+
+@jit
+def begin_down(task, tile, column, FT, run, W: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, TRACE: tl.constexpr):
+    """Whether what the up tasks of a tile computed came to be there."""
+    record(0, -1, task, -1, DOWN, once(), run, W, TRACE)
+    fine = wait_ready(tile, FT, run, W, BW, BF, TRACE)
+    if fine:
+        record(1, tile, column, -1, DOWN, once(), run, W, TRACE)
+    return fine
+
+
+@jit
+def rows_of(tile, tables, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr):
+    """Of a tile: (expert, ranks, rows of each, the end of the expert's rows, the tile's rows, the last again where there is none)."""
+    j = expert_of(tile, tables, E // W, E, BE)
+    rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
+    return j, rank, rows_of_rank, end, tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
 
 
 @jit
@@ -240,13 +288,65 @@ def wait_back(
     return wait_for(words, need, 4, 11, tile, tl.zeros_like(tile) + n, owner, run, W, BW, TRACE)
 
 
+@jit
+def wait_slots(
+    bag, at, n, expert_S, tile, column, tables, TILES, run, NT: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BW: tl.constexpr,
+    BM: tl.constexpr, TRACE: tl.constexpr,
+):  # fmt: skip
+    """Until all slots of a combine task are there. Whether they are."""
+    alive = 1
+    for k in range(tl.max(n, axis=0)):
+        if alive != 0:
+            need = k < n
+            slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
+            alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(tl.int32)
+    if alive != 0:
+        record(1, tile, column, -1, COMBINE, once(), run, W, TRACE)
+    return alive
+
+
+@jit
+def combine(
+    task, local, to_TD, weights_S, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D: tl.constexpr, NT: tl.constexpr,
+    W: tl.constexpr, E: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, TRACE: tl.constexpr,
+):  # fmt: skip
+    """Add up the slots of each token: forward by weight; backward as they are, and take their dS. Whether they were there."""
+    table, me, _, _, _, _ = run
+    TYPE: tl.constexpr = to_TD.dtype.element_ty
+    record(0, -1, task, -1, COMBINE, once(), run, W, TRACE)
+    tile, column = local // NT, local % NT
+    token = tile * BT + tl.arange(0, BT)
+    ns = column * BN + tl.arange(0, BN)
+    at, n = bag_of(token, token < T, starts, K)
+    alive = wait_slots(bag, at, n, expert_S, tile, column, tables, TILES, run, NT, W, E, BW, BM, TRACE)
+    total_TN = tl.zeros([BT, BN], tl.float32)
+    slots = address(table, SLOTS, me, W, TYPE)
+    for k in range(tl.max(n, axis=0)):
+        if alive != 0:
+            need = k < n
+            slot = tl.load(bag + at + k, mask=need, other=0)
+            mask = need[:, None] if D % BN == 0 else need[:, None] & (ns < D)[None, :]
+            values = slots + slot.to(tl.int64)[:, None] * D + ns[None, :]
+            values_TN = tl.load(values, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+            if weights_S is not None:
+                values_TN *= tl.load(weights_S + slot, mask=need, other=0.0)[:, None]
+            total_TN += values_TN
+            if dweights_S is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
+                if column == 0:
+                    grads = address(table, SLOT_GRADS, me, W, tl.float32) + slot
+                    tl.store(dweights_S + slot, tl.load(grads, mask=need, other=0.0, cache_modifier=".cg"), mask=need)
+    to = to_TD + token.to(tl.int64)[:, None] * D + ns[None, :]
+    tl.store(to, total_TN.to(TYPE), mask=(token < T)[:, None] & (ns < D)[None, :])
+    return alive
+
+
 # ---------------------------------------------------------------- the kernel
 
 
 @jit
 def _fused_forward_kernel(
     x_TD, w_up, w_down, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF, kept_RD, y_TD, table, tables, sent_WP,
-    T, me, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    T, me, call, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
     UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
@@ -265,8 +365,8 @@ def _fused_forward_kernel(
             rank = tl.arange(0, BW)
             others = (rank < W) & (rank != me)
             count_bytes(sent_WP, rank, 0, rank * 0 + 4 * E, others, N_PHASES)
-            count_bytes(sent_WP, rank, 4, rank * 0 + 4, others, N_PHASES)
-            fine = meet(run, W, BW, TRACE)
+            count_bytes(sent_WP, rank, 4, rank * 0 + 8, others, N_PHASES)
+            fine = meet(call, run, W, BW, TRACE)
             if fine:
                 record(1, -1, -1, -1, PLAN, once(), run, W, TRACE)
                 fine = scan(tables, TILES, run, W, E, BE, BM, TRACE)
@@ -283,17 +383,11 @@ def _fused_forward_kernel(
     end_of_queue = combining + tl.cdiv(T, BT) * NT
     while (task < end_of_queue) & (alive != 0):
         if task < up_down:
-            record(0, -1, task, -1, DISPATCH, once(), run, W, TRACE)
-            owner, tile, rows, real, slot = fragment(task - 1, tables, me, W, E, BE, BM)
-            token = tl.load(source_S + slot, mask=real, other=0)
-            holder, carried = holders(owner, rows, real, slot, token, expert_S, bag, starts, K, tables, E, W, ONCE)
-            record(1, tile, -1, owner, DISPATCH, once(), run, W, TRACE)
+            owner, tile, rows, real, slot, token, holder, carried = begin_dispatch(
+                task, source_S, expert_S, bag, starts, K, tables, run, W, E, BE, BM, ONCE, TRACE
+            )
             send_rows(x_TD, token, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
-            send_places(owner, rows, real, slot, holder, run, W)
-            raise_arrived(owner, tile, run, W, TRACE)
-            count_bytes(sent_WP, owner, 1, tl.sum(carried.to(tl.int32), axis=0) * D * SIZE, owner != me, N_PHASES)
-            count_bytes(sent_WP, owner, 2, tl.sum(real.to(tl.int32), axis=0) * 12, owner != me, N_PHASES)
-            count_bytes(sent_WP, owner, 4, task * 0 + 4, owner != me, N_PHASES)
+            end_dispatch(owner, tile, rows, real, slot, holder, carried, D * SIZE, 12, sent_WP, run, W, TRACE, N_PHASES)
         elif task < combining:
             is_up, tile, column = wave_task(task - up_down, tiles, FT, NT, WAVE)
             if is_up:
@@ -318,14 +412,10 @@ def _fused_forward_kernel(
                     store_activated(gate_MN, up_MN, h_RG, a_RF, rows, exists, fs, F, G, KIND, PAIR)
                     raise_ready(tile, column, FT, run, W, TRACE)
             else:
-                record(0, -1, task, -1, DOWN, once(), run, W, TRACE)
-                fine = wait_ready(tile, FT, run, W, BW, BF, TRACE)
+                fine = begin_down(task, tile, column, FT, run, W, BW, BF, TRACE)
                 alive = fine.to(tl.int32)
                 if fine:
-                    record(1, tile, column, -1, DOWN, once(), run, W, TRACE)
-                    j = expert_of(tile, tables, E // W, E, BE)
-                    rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
-                    rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
+                    j, rank, rows_of_rank, end, rows = rows_of(tile, tables, W, E, BE, BW, BM)
                     y_MN, _ = rows_by_weight(
                         a_RF + rows[:, None] * F, w_down, j, column * BN, column * BN, D, F, D * F, F, BM, BN, BK,
                         False, False, DOWN_DESCRIBED, EVEN_F, PRECISION,
@@ -335,32 +425,10 @@ def _fused_forward_kernel(
                         N_PHASES, TYPE,
                     )  # fmt: skip
         else:
-            record(0, -1, task, -1, COMBINE, once(), run, W, TRACE)
-            local = task - combining
-            tile, column = local // NT, local % NT
-            token = tile * BT + tl.arange(0, BT)
-            ns = column * BN + tl.arange(0, BN)
-            at, n = bag_of(token, token < T, starts, K)
-            total_TN = tl.zeros([BT, BN], tl.float32)
-            slots = address(table, SLOTS, me, W, TYPE)
-            most = tl.max(n, axis=0)
-            for k in range(most):
-                if alive != 0:
-                    need = k < n
-                    slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
-                    alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(
-                        tl.int32
-                    )
-                    weight = tl.load(weights_S + slot, mask=need, other=0.0)
-                    mask = need[:, None] if D % BN == 0 else need[:, None] & (ns < D)[None, :]
-                    values = tl.load(
-                        slots + slot.to(tl.int64)[:, None] * D + ns[None, :], mask=mask, other=0.0, cache_modifier=".cg"
-                    )
-                    total_TN += weight[:, None] * values.to(tl.float32)
-            if alive != 0:
-                record(1, tile, column, -1, COMBINE, once(), run, W, TRACE)
-            to = y_TD + token.to(tl.int64)[:, None] * D + ns[None, :]
-            tl.store(to, total_TN.to(TYPE), mask=(token < T)[:, None] & (ns < D)[None, :])
+            alive = combine(
+                task, task - combining, y_TD, weights_S, None, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW, BM, BN,
+                BT, TRACE,
+            )  # fmt: skip
         task = take(control)
     record(0, -1, task, -1, NONE, once(), run, W, TRACE)
     finish(run, programs, W, TRACE)
@@ -405,10 +473,13 @@ def fused_options(setting: Setting, x: Tensor, *weights: Tensor) -> dict[str, An
     heap, (_, shared) = setting.heap, launch_options(setting.tile, x, *weights)
     options = {name: shared[name] for name in ("BM", "BN", "BK", "PRECISION", "num_warps", "num_stages")}
     assert options["BM"] == setting.tile.m
+    amd = target_name(x.device).startswith("gfx")
+    if amd:  # two waves a SIMD: for a third, the compiler would put registers into memory
+        options["waves_per_eu"] = 2
     return options | {
         "W": heap.ranks, "E": setting.experts, "BE": triton.next_power_of_2(setting.experts),
         "BW": triton.next_power_of_2(heap.ranks), "WAVE": setting.wave, "ONCE": setting.once, "TRACE": setting.trace,
-        "AMD": target_name(x.device).startswith("gfx"),
+        "AMD": amd,
     }  # fmt: skip
 
 
@@ -424,12 +495,13 @@ def most_columns(width: int, tile: Tile, pair: bool = False) -> int:
 
 def forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting,
-    sent_WP: Tensor, keep: bool = False, first: int = 0, grid: int | None = None,
+    sent_WP: Tensor, keep: bool = False, call: int = 0, first: int = 0, grid: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(y_TD, h_RG, tables, the rows that came, if `keep`). Every rank of the group calls it, with its tokens and its experts;
     rows are sorted by all E experts.
 
     x_TD and weights of one type, bf16, fp16 or fp32, as the heap's; weights_S fp32, int64 sent_WP, to which bytes are added.
+    `call` numbers what the ranks call, which must be the same on all of them: twice the layer's number, and 1 for backward.
     `first` and `grid`, for tests: run `grid` of the setting's programs, from that number on. Whether it went well, the heap's
     `failed` says.
     """
@@ -451,7 +523,7 @@ def forward(
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_forward_kernel[(grid or setting.programs,)](
         x_TD, w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E, h_RG, a_RF, kept_RD,
-        y_TD, heap.table, tables, sent_WP, x_TD.shape[0], heap.rank, capacity // m, setting.spins, setting.programs, first,
+        y_TD, heap.table, tables, sent_WP, x_TD.shape[0], heap.rank, call, capacity // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, bn, pair)), BT=m, KIND=activation, PAIR=pair,
         UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0, **options,
     )  # fmt: skip

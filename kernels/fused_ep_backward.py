@@ -22,48 +22,41 @@ from moesaic.kernels.fused_ep import (
     COMPILED,
     N_PHASES,
     Setting,
-    bag_of,
     begin,
+    begin_dispatch,
+    begin_down,
+    combine,
     compile_setting,
-    fragment,
+    end_dispatch,
     fused_options,
-    holders,
     planned,
-    raise_arrived,
     raise_ready,
     row_return,
-    send_places,
+    rows_of,
     send_rows,
     take,
-    wait_back,
     wave_task,
 )
 from moesaic.kernels.fused_protocol import (
     AGAIN,
     ALIAS,
-    COMBINE,
-    DISPATCH,
-    DOWN,
     NONE,
     ORIGIN,
     PLAN,
     PLANNED,
     ROWS,
     SLOT_GRADS,
-    SLOTS,
     UP,
     WEIGHT,
     WEIGHTS,
     address,
     begins,
     count_bytes,
-    expert_of,
     finish,
     meet,
     once,
     raise_flags,
     record,
-    sources_of,
     tile_ends,
     wait_ready,
     wait_rows,
@@ -124,7 +117,7 @@ def return_grads(parts_RP, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr
 def _fused_backward_kernel(
     dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S, counts_E, dh_RG, a_RF, parts_RP,
     dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
-    T, me, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    T, me, call, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr,
     PAIR: tl.constexpr, ONCE: tl.constexpr, UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr,
@@ -140,9 +133,9 @@ def _fused_backward_kernel(
     if task == 0:
         if alive != 0:
             record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
-            fine = meet(run, W, BW, TRACE)
+            fine = meet(call, run, W, BW, TRACE)
             rank = tl.arange(0, BW)
-            count_bytes(sent_WP, rank, 4, rank * 0 + 4, (rank < W) & (rank != me), N_PHASES)
+            count_bytes(sent_WP, rank, 4, rank * 0 + 8, (rank < W) & (rank != me), N_PHASES)
             if fine:
                 record(1, -1, -1, -1, PLAN, once(), run, W, TRACE)
                 raise_flags(control + PLANNED + tl.arange(0, 1), once(), 4, -1, -1, me, run, W, TRACE)
@@ -158,23 +151,18 @@ def _fused_backward_kernel(
     end_of_queue = combining + tl.cdiv(T, BT) * NT
     while (task < end_of_queue) & (alive != 0):
         if task < up_down:
-            record(0, -1, task, -1, DISPATCH, once(), run, W, TRACE)
-            owner, tile, rows, real, slot = fragment(task - 1, tables, me, W, E, BE, BM)
-            token = tl.load(source_S + slot, mask=real, other=0)
-            holder, carried = holders(owner, rows, real, slot, token, expert_S, bag, starts, K, tables, E, W, ONCE)
-            record(1, tile, -1, owner, DISPATCH, once(), run, W, TRACE)
+            owner, tile, rows, real, slot, token, holder, carried = begin_dispatch(
+                task, source_S, expert_S, bag, starts, K, tables, run, W, E, BE, BM, ONCE, TRACE
+            )
             copies: tl.constexpr = 2 if kept_RD is None else 1
             send_rows(dy_TD, token, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
             if kept_RD is None:
                 send_rows(x_TD, token, address(table, AGAIN, owner, W, TYPE), rows, carried, D, BM, BK)
             weight = tl.load(weights_S + slot, mask=real, other=0.0)
             tl.store(address(table, WEIGHT, owner, W, tl.float32) + rows, weight, mask=real)
-            send_places(owner, rows, real, slot, holder, run, W)
-            raise_arrived(owner, tile, run, W, TRACE)
-            sent = tl.sum(carried.to(tl.int32), axis=0) * (D * SIZE * copies)
-            count_bytes(sent_WP, owner, 1, sent, owner != me, N_PHASES)
-            count_bytes(sent_WP, owner, 2, tl.sum(real.to(tl.int32), axis=0) * 16, owner != me, N_PHASES)
-            count_bytes(sent_WP, owner, 4, task * 0 + 4, owner != me, N_PHASES)
+            end_dispatch(
+                owner, tile, rows, real, slot, holder, carried, D * SIZE * copies, 16, sent_WP, run, W, TRACE, N_PHASES
+            )
         elif task < weighing:
             is_up, tile, column = wave_task(task - up_down, tiles, FT, NT, WAVE)
             if is_up:
@@ -199,14 +187,10 @@ def _fused_backward_kernel(
                     tl.store(parts_RP + rows.to(tl.int64) * FT + column, part_M, mask=rows < end)
                     raise_ready(tile, column, FT, run, W, TRACE)
             else:
-                record(0, -1, task, -1, DOWN, once(), run, W, TRACE)
-                fine = wait_ready(tile, FT, run, W, BW, BF, TRACE)
+                fine = begin_down(task, tile, column, FT, run, W, BW, BF, TRACE)
                 alive = fine.to(tl.int32)
                 if fine:
-                    record(1, tile, column, -1, DOWN, once(), run, W, TRACE)
-                    j = expert_of(tile, tables, e, E, BE)
-                    rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
-                    rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
+                    j, rank, rows_of_rank, end, rows = rows_of(tile, tables, W, E, BE, BW, BM)
                     dx_MN, _ = rows_by_weight(
                         dh_RG + rows[:, None] * G, w_up, j, column * BN, column * BN, D, G, G * D, D, BM, BN, BK,
                         False, True, UP_DESCRIBED, EVEN_G, PRECISION,
@@ -243,32 +227,10 @@ def _fused_backward_kernel(
                         local // NT, local % NT, G, D, False, kept_RD is None, BP, BN, BR, ONCE, PRECISION,
                     )  # fmt: skip
         else:
-            record(0, -1, task, -1, COMBINE, once(), run, W, TRACE)
-            tile, column = (task - combining) // NT, (task - combining) % NT
-            token = tile * BT + tl.arange(0, BT)
-            ns = column * BN + tl.arange(0, BN)
-            at, n = bag_of(token, token < T, starts, K)
-            total_TN = tl.zeros([BT, BN], tl.float32)
-            slots = address(table, SLOTS, me, W, TYPE)
-            for k in range(tl.max(n, axis=0)):
-                if alive != 0:
-                    need = k < n
-                    slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
-                    alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(
-                        tl.int32
-                    )
-                    mask = need[:, None] if D % BN == 0 else need[:, None] & (ns < D)[None, :]
-                    places = slots + slot.to(tl.int64)[:, None] * D + ns[None, :]
-                    total_TN += tl.load(places, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-                    if column == 0:
-                        grads = address(table, SLOT_GRADS, me, W, tl.float32) + slot
-                        tl.store(
-                            dweights_S + slot, tl.load(grads, mask=need, other=0.0, cache_modifier=".cg"), mask=need
-                        )
-            if alive != 0:
-                record(1, tile, column, -1, COMBINE, once(), run, W, TRACE)
-            to = dx_TD + token.to(tl.int64)[:, None] * D + ns[None, :]
-            tl.store(to, total_TN.to(TYPE), mask=(token < T)[:, None] & (ns < D)[None, :])
+            alive = combine(
+                task, task - combining, dx_TD, None, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW, BM, BN, BT,
+                TRACE,
+            )  # fmt: skip
         task = take(control)
     record(0, -1, task, -1, NONE, once(), run, W, TRACE)
     finish(run, programs, W, TRACE)
@@ -276,7 +238,7 @@ def _fused_backward_kernel(
 
 def backward(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor | None, tables: Tensor, weights_S: Tensor, w_up_eGD: Tensor,
-    w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting, sent_WP: Tensor, first: int = 0, grid: int | None = None,
+    w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting, sent_WP: Tensor, call: int = 0, first: int = 0, grid: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx_TD, dweights_S, dw_up_eGD, dw_down_eDF), of what `forward` took and returned. Every rank of the group calls it."""
     heap, g, (_, d, f) = setting.heap, w_up_eGD.shape[1], w_down_eDF.shape
@@ -294,7 +256,7 @@ def backward(
     _fused_backward_kernel[(grid or setting.programs,)](
         dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
         dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
-        x_TD.shape[0], heap.rank, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
+        x_TD.shape[0], heap.rank, call, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=max(m, bn), BR=max(bk, 16), KIND=activation,
         PAIR=activation != "relu2", UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0,
         EVEN_G=g % bk == 0, WHOLE=f % bn == 0, **options,
@@ -308,19 +270,7 @@ def compile_cases(target: str) -> Any:
     def case(d: int, f: int, dtype: torch.dtype, once: bool) -> None:
         s, g = compile_setting(target, d, f, dtype, once)
         kept = None if once else g["kept"]
-        backward(
-            g["x"],
-            g["x"],
-            g["h"],
-            kept,
-            g["tables"],
-            g["weights"],
-            g["up"],
-            g["down"],
-            g["rows"],
-            "swiglu",
-            s,
-            g["sent"],
-        )
+        weights = g["weights"], g["up"], g["down"]
+        backward(g["x"], g["x"], g["h"], kept, g["tables"], *weights, g["rows"], "swiglu", s, g["sent"])
 
     return {name: functools.partial(case, *sizes) for name, sizes in COMPILED.items()}

@@ -15,16 +15,31 @@ from moesaic.kernels.symmetric import Heap, Regions
 
 # ---------------------------------------------------------------- the regions of the heap, by number
 
-NAMES = ("control", "counts", "met", "rows", "again", "origin", "alias", "weight", "arrived", "slots", "slot_grads", "back",
+NAMES = ("control", "counts", "met", "calls", "rows", "again", "origin", "alias", "weight", "arrived", "slots", "slot_grads", "back",
          "ready", "failed", "trace")  # fmt: skip
-CONTROL, COUNTS, MET, ROWS, AGAIN, ORIGIN, ALIAS, WEIGHT, ARRIVED, SLOTS, SLOT_GRADS, BACK, READY, FAILED, TRACED = (
-    tl.constexpr(i) for i in range(len(NAMES))
-)
+(
+    CONTROL,
+    COUNTS,
+    MET,
+    CALLS,
+    ROWS,
+    AGAIN,
+    ORIGIN,
+    ALIAS,
+    WEIGHT,
+    ARRIVED,
+    SLOTS,
+    SLOT_GRADS,
+    BACK,
+    READY,
+    FAILED,
+    TRACED,
+) = (tl.constexpr(i) for i in range(len(NAMES)))
 # Words of `control`, each on a cache line of its own.
 QUEUE, DONE, EPOCH, PLANNED, CLAIMED, TICKET, RECORDS = (tl.constexpr(32 * i) for i in range(7))
 FAILURE = 8  # words of a failure: 1, wait, tile, index, peer, expected, seen, epoch
 FIELDS = tl.constexpr(9)  # of a record of the trace
-WAITS = ("met", "planned", "arrived", "ready", "back", "room")
+WAITS = ("met", "planned", "arrived", "ready", "back", "room", "call")
 EVENTS = ("taken", "reads", "met raised", "met", "planned raised", "planned", "arrived raised", "arrived", "ready raised",
           "ready", "back raised", "back", "in vain", "done")  # fmt: skip
 PLAN, DISPATCH, UP, DOWN, WEIGHTS, COMBINE, NONE = (tl.constexpr(i) for i in range(7))
@@ -38,7 +53,7 @@ def regions(
     `up_columns` of an expert's width. again: room for X beside dO in backward. trace: events recorded at most."""
     rows, word = tiles * m, torch.int32
     shapes = {
-        "control": ((32 * 7,), word), "counts": ((2, ranks, experts), word), "met": ((2, ranks), word),
+        "control": ((32 * 7,), word), "counts": ((2, ranks, experts), word), "met": ((2, ranks), word), "calls": ((2, ranks), word),
         "rows": ((rows, width), dtype), "again": ((rows if again else 0, width), dtype), "origin": ((rows,), torch.int64),
         "alias": ((rows,), word), "weight": ((rows,), torch.float32), "arrived": ((tiles, ranks), word),
         "slots": ((slots, width), dtype), "slot_grads": ((slots,), torch.float32), "back": ((ranks, tiles, columns), word),
@@ -65,6 +80,12 @@ class Failure:
         if self.wait == "room":
             told = f"{self.seen} tiles of rows come to rank {self.peer}, {self.expected} fit"
             return f"rank {self.rank} of the group has no room: {told}"
+        if self.wait == "call":
+            mine, other = (f"call {n // 2} {'backward' if n % 2 else 'forward'}" for n in (self.expected, self.seen))
+            return (
+                f"launch {self.epoch} of rank {self.rank} of the group is {mine}, that of rank {self.peer} is {other}: all ranks "
+                "must call the same layers in the same order"
+            )
         places = [f"{name} {value}" for name, value in (("tile", self.tile), ("index", self.index)) if value >= 0]
         return (
             f"rank {self.rank} of the group waited in vain for `{self.wait}` of rank {self.peer}"
@@ -264,15 +285,25 @@ def publish(counts_E, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
 
 
 @jit
-def meet(run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
-    """Raise `met` at every rank and wait for all of them."""
+def meet(call, run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
+    """Raise `met` at every rank and wait for all of them. Whether they came, and all with the same call."""
     table, me, epoch, _, _, _ = run
     rank = tl.arange(0, BW)
-    real, parity = rank < W, epoch % 2
-    words = address(table, MET, tl.where(real, rank, 0), W, tl.int32) + parity * W + me
-    raise_flags(words, real, 2, -1, parity, rank, run, W, TRACE)
-    words = address(table, MET, me, W, tl.int32) + parity * W + rank
-    return wait_for(words, real, 0, 3, tl.zeros_like(rank) - 1, tl.zeros_like(rank) + parity, rank, run, W, BW, TRACE)
+    real, at = rank < W, (epoch % 2) * W
+    tl.store(address(table, CALLS, tl.where(real, rank, 0), W, tl.int32) + at + me, rank * 0 + call, mask=real)
+    words = address(table, MET, tl.where(real, rank, 0), W, tl.int32) + at + me
+    raise_flags(words, real, 2, -1, epoch % 2, rank, run, W, TRACE)
+    words = address(table, MET, me, W, tl.int32) + at + rank
+    parity = tl.zeros_like(rank) + epoch % 2
+    fine = wait_for(words, real, 0, 3, tl.zeros_like(rank) - 1, parity, rank, run, W, BW, TRACE)
+    if fine:
+        theirs = tl.load(address(table, CALLS, me, W, tl.int32) + at + rank, mask=real, other=0, cache_modifier=".cg")
+        wrong = real & (theirs != call)
+        if tl.sum(wrong.to(tl.int32), axis=0) > 0:
+            here = wrong & (tl.cumsum(wrong.to(tl.int32), axis=0) == 1)
+            fail(6, -1, -1, pick(rank, here), call, pick(theirs, here), run, W, TRACE)
+            fine = fine & (tl.sum(wrong.to(tl.int32), axis=0) == 0)
+    return fine
 
 
 @jit

@@ -4,9 +4,9 @@
     2. one launch: rows travel into the memory of the ranks that hold their experts, are computed there, and travel back
     3. autograd calls the other one, with where the rows went, h, and the rows that came, if `parallel.fused_keep`
 
-All layers of a run use one symmetric heap for each expert group, in the order in which they run. It has room for what a call
-may bring at most; nothing is dropped, and the host waits for nothing. The other collectives of the run never wait inside a
-launch: every rank issues both in the same order.
+All layers of a run use one symmetric heap for each expert group, in the order in which they run, which is the same on all ranks,
+and on one stream. It has room for what a call may bring at most; nothing is dropped, and the host waits for nothing. The other
+collectives of the run never wait inside a launch: every rank issues both in the same order.
 
 **Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert:
 `FusedPath.sent`.
@@ -65,6 +65,8 @@ class Space:
         self.tokens = -1
         self.setting: Any = None  # moesaic.kernels.fused_ep.Setting, when there is room
         self.watched: list[tuple[Any, Tensor, str]] = []
+        self.calls = itertools.count()  # of layers
+        self.stream: int | None = None
 
     def reserve(self, tokens: int) -> None:
         """Room for calls of `tokens` on any rank, the largest number that one of them gives. Collective; no call may be under
@@ -72,6 +74,7 @@ class Space:
         from moesaic.kernels import fused_ep
         from moesaic.kernels.fused_protocol import regions
 
+        self.finish()
         tokens = max(self.exchange(tokens))
         if tokens <= self.tokens:
             return
@@ -112,6 +115,20 @@ class Space:
         offset = memory.data_ptr() - handle.buffer_ptrs[self.rank]  # a tensor may lie inside what was mapped
         return memory, [handle], [pointer + offset for pointer in handle.buffer_ptrs]
 
+    def finish(self) -> None:
+        """Wait for the launches of this rank: none may be under way when memory is given back."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def one_stream(self) -> None:
+        """Raises RuntimeError for a second stream: a launch begins when the one before has ended on its rank."""
+        if self.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self.stream = stream if self.stream is None else self.stream
+        if stream != self.stream:
+            raise RuntimeError("parallel.expert_path=fused: all launches of a group must be on one stream")
+
     def check(self, what: str) -> None:
         """Raises FusedError on every rank if a rank waited in vain: on a CPU in this launch, on CUDA in one that has ended."""
         from moesaic.kernels.fused_protocol import failures
@@ -125,6 +142,7 @@ class Space:
         while self.watched and (self.watched[0][0] is None or self.watched[0][0].query()):
             _, failed, what = self.watched.pop(0)
             if failed[:, 0].any():
+                self.finish()
                 told = "; ".join(str(failure) for failure in failures(failed))
                 raise FusedError(f"parallel.expert_path=fused, {what}: {told}")
 
@@ -156,6 +174,7 @@ class FusedPath(AllToAllPath):
 
     def __init__(self, space: Space, limit: Limit | None = None, layer: str = "") -> None:
         self.space, self.layer, self.number, self.counting = space, layer, next(_numbers), True
+        self.call = 2 * next(space.calls)
         super().__init__(space.group, limit=limit, layer=layer)
         _paths[self.number] = self
 
@@ -236,10 +255,11 @@ def _forward(
     from moesaic.kernels.fused_ep import forward
 
     caller = _paths[path]
+    caller.space.one_stream()
     sent = caller.counters_WP if caller.counting else caller.uncounted_WP
     y_TD, h_RG, tables, kept_RD = forward(
         x_TD, weights_S, w_up_eGD, w_down_eDF, _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting,
-        sent, caller.space.parallel.fused_keep,
+        sent, caller.space.parallel.fused_keep, caller.call,
     )  # fmt: skip
     caller.space.check(f"forward of {caller.layer}")
     return y_TD, h_RG, tables, x_TD.new_empty(0) if kept_RD is None else kept_RD
@@ -253,9 +273,11 @@ def _backward(
     from moesaic.kernels.fused_ep_backward import backward
 
     caller = _paths[path]
+    caller.space.one_stream()
     grads = backward(
         dy_TD, x_TD, h_RG, kept_RD if kept_RD.numel() else None, tables, weights_S, w_up_eGD, w_down_eDF,
         _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
+        caller.call + 1,
     )  # fmt: skip
     caller.space.check(f"backward of {caller.layer}")
     return grads

@@ -1,6 +1,7 @@
 """The model of the fused protocol: SPIN finds nothing in it, finds every mistake, and runs of the kernels are runs of it."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -61,7 +62,33 @@ def test_a_kernel_without_a_wait_is_rejected(event: int) -> None:
     """With one program a rank the plan and h are always there in time and the results are right: the trace alone shows it."""
     events = run(ONE, trace=4000, change=without(event))
     assert all(e[4] != event for e in events)
-    assert spin.replay(ONE, events).startswith("rank ")
+    # Its programs read without it, or take a task.
+    assert re.search(r"^rank \d, program 0, epoch 1, event [01],", spin.replay(ONE, events))
+
+
+def test_a_kernel_that_adds_up_slots_before_its_waits_is_rejected() -> None:
+    def change(rank: int, number: int) -> None:
+        import triton.language as tl
+
+        from moesaic.kernels import fused_ep, fused_protocol
+
+        recorded, wait, held = fused_protocol.record, fused_ep.wait_back, []
+
+        def wait_back(*arguments):
+            held.append(arguments)  # waited for when all has been read
+            return tl.full((), 1, tl.int1)
+
+        def record(kind, *rest):
+            recorded(kind, *rest)
+            if int(kind) == 1:
+                while held:
+                    wait(*held.pop())
+
+        fused_ep.wait_back, fused_ep.record = wait_back, record
+
+    events = run(ONE, trace=4000, change=change)
+    assert any(e[4] == 11 for e in events)  # every wait is made, but late
+    assert re.search(r"event 1, .*value 5$", spin.replay(ONE, events))  # that it reads, as a combine task
 
 
 def test_a_kernel_that_takes_tasks_in_another_order_is_rejected() -> None:

@@ -187,6 +187,10 @@ def test_a_call_beyond_the_room_is_refused_and_rows_beyond_it_end_all_ranks() ->
             )
             assert "tiles of rows come to rank 1" in told["rows"]
             assert told["grown"] == 45
+            assert told["order"].startswith(
+                "parallel.expert_path=fused, forward of layer 0: launch 3 of rank 0 of the group is call 1 forward, that of rank 1 "
+                "is call 2 forward: all ranks must call the same layers in the same order"
+            )
 
 
 def beyond_the_room() -> dict[str, Any]:
@@ -205,7 +209,11 @@ def beyond_the_room() -> dict[str, Any]:
     path.space.reserve(2)
     path.space.reserve(20 + 25 * rank)
     run(path, part, "uniform", rank)
-    return told | {"grown": path.space.tokens}
+    told["grown"] = path.space.tokens
+    other = [FusedPath(path.space, layer="layer 0") for _ in range(2)][rank]
+    with pytest.raises(RuntimeError) as failed:
+        run(other, part, "uniform", rank)
+    return told | {"order": str(failed.value)}
 
 
 def all_to(tokens: int, experts: list[int], weights: Tensor) -> Any:
@@ -271,11 +279,18 @@ def on_a_pretend_gpu() -> None:
     on_device = MagicMock(is_cuda=True, to=lambda device, non_blocking: failed)
     events = [MagicMock(**{"query.return_value": False}), MagicMock(**{"query.return_value": True})]
     space.setting = SimpleNamespace(heap=SimpleNamespace(view=lambda name: on_device))
-    with patch.object(torch.cuda, "Event", side_effect=events):
+    with patch.object(torch.cuda, "Event", side_effect=events), patch.object(torch.cuda, "synchronize") as wait:
         space.check("forward of a")
         events[0].query.return_value = True
         with pytest.raises(RuntimeError) as told:
             space.check("backward of b")
+        assert wait.called  # before memory that its launches use may go
+    streams = [SimpleNamespace(cuda_stream=n) for n in (7, 7, 8)]
+    with patch.object(torch.cuda, "current_stream", side_effect=streams):
+        space.one_stream()
+        space.one_stream()
+        with pytest.raises(RuntimeError, match="all launches of a group must be on one stream"):
+            space.one_stream()
     assert str(told.value) == (
         "parallel.expert_path=fused, forward of a: rank 1 of the group waited in vain for `arrived` of rank 0, tile 5 in "
         "launch 9: expected 9, saw 8"
