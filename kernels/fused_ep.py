@@ -239,7 +239,7 @@ def begin_down(task, tile, column, FT, run, W: tl.constexpr, BW: tl.constexpr, B
 
 @jit
 def rows_of(tile, tables, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr):
-    """Of a tile: (expert, ranks, rows of each, the end of the expert's rows, the tile's rows, the last again where there is none)."""
+    """Of a tile: (expert, ranks, rows of each, the end of the expert's rows, the tile's rows, the last for none)."""
     j = expert_of(tile, tables, E // W, E, BE)
     rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
     return j, rank, rows_of_rank, end, tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
@@ -346,7 +346,8 @@ def combine(
 @jit
 def _fused_forward_kernel(
     x_TD, w_up, w_down, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF, kept_RD, y_TD, table, tables, sent_WP,
-    T, me, call, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    T, me, call, TILES, spins, programs, first,
+    K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
     UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
@@ -426,8 +427,8 @@ def _fused_forward_kernel(
                     )  # fmt: skip
         else:
             alive = combine(
-                task, task - combining, y_TD, weights_S, None, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW, BM, BN,
-                BT, TRACE,
+                task, task - combining, y_TD, weights_S, None, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW,
+                BM, BN, BT, TRACE,
             )  # fmt: skip
         task = take(control)
     record(0, -1, task, -1, NONE, once(), run, W, TRACE)

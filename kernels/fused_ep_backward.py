@@ -117,7 +117,8 @@ def return_grads(parts_RP, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr
 def _fused_backward_kernel(
     dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S, counts_E, dh_RG, a_RF, parts_RP,
     dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
-    T, me, call, TILES, spins, programs, first, K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    T, me, call, TILES, spins, programs, first,
+    K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr,
     PAIR: tl.constexpr, ONCE: tl.constexpr, UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr,
@@ -228,8 +229,8 @@ def _fused_backward_kernel(
                     )  # fmt: skip
         else:
             alive = combine(
-                task, task - combining, dx_TD, None, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW, BM, BN, BT,
-                TRACE,
+                task, task - combining, dx_TD, None, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW,
+                BM, BN, BT, TRACE,
             )  # fmt: skip
         task = take(control)
     record(0, -1, task, -1, NONE, once(), run, W, TRACE)
@@ -238,7 +239,8 @@ def _fused_backward_kernel(
 
 def backward(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor | None, tables: Tensor, weights_S: Tensor, w_up_eGD: Tensor,
-    w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting, sent_WP: Tensor, call: int = 0, first: int = 0, grid: int | None = None,
+    w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting, sent_WP: Tensor, call: int = 0, first: int = 0,
+    grid: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx_TD, dweights_S, dw_up_eGD, dw_down_eDF), of what `forward` took and returned. Every rank of the group calls it."""
     heap, g, (_, d, f) = setting.heap, w_up_eGD.shape[1], w_down_eDF.shape

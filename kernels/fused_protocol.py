@@ -15,26 +15,11 @@ from moesaic.kernels.symmetric import Heap, Regions
 
 # ---------------------------------------------------------------- the regions of the heap, by number
 
-NAMES = ("control", "counts", "met", "calls", "rows", "again", "origin", "alias", "weight", "arrived", "slots", "slot_grads", "back",
-         "ready", "failed", "trace")  # fmt: skip
-(
-    CONTROL,
-    COUNTS,
-    MET,
-    CALLS,
-    ROWS,
-    AGAIN,
-    ORIGIN,
-    ALIAS,
-    WEIGHT,
-    ARRIVED,
-    SLOTS,
-    SLOT_GRADS,
-    BACK,
-    READY,
-    FAILED,
-    TRACED,
-) = (tl.constexpr(i) for i in range(len(NAMES)))
+NAMES = ("control", "counts", "met", "calls", "rows", "again", "origin", "alias", "weight", "arrived", "slots", "slot_grads",
+         "back", "ready", "failed", "trace")  # fmt: skip
+(CONTROL, COUNTS, MET, CALLS, ROWS, AGAIN, ORIGIN, ALIAS, WEIGHT, ARRIVED, SLOTS, SLOT_GRADS, BACK, READY, FAILED, TRACED) = (
+    tl.constexpr(i) for i in range(len(NAMES))
+)  # fmt: skip
 # Words of `control`, each on a cache line of its own.
 QUEUE, DONE, EPOCH, PLANNED, CLAIMED, TICKET, RECORDS = (tl.constexpr(32 * i) for i in range(7))
 FAILURE = 8  # words of a failure: 1, wait, tile, index, peer, expected, seen, epoch
@@ -53,7 +38,8 @@ def regions(
     `up_columns` of an expert's width. again: room for X beside dO in backward. trace: events recorded at most."""
     rows, word = tiles * m, torch.int32
     shapes = {
-        "control": ((32 * 7,), word), "counts": ((2, ranks, experts), word), "met": ((2, ranks), word), "calls": ((2, ranks), word),
+        "control": ((32 * 7,), word), "counts": ((2, ranks, experts), word), "met": ((2, ranks), word),
+        "calls": ((2, ranks), word),
         "rows": ((rows, width), dtype), "again": ((rows if again else 0, width), dtype), "origin": ((rows,), torch.int64),
         "alias": ((rows,), word), "weight": ((rows,), torch.float32), "arrived": ((tiles, ranks), word),
         "slots": ((slots, width), dtype), "slot_grads": ((slots,), torch.float32), "back": ((ranks, tiles, columns), word),

@@ -199,8 +199,8 @@ MUTATIONS: dict[str, tuple[list[Change], Places]] = {
     "down before up": ([("kind = UP; tile = first", "kind = DOWN; tile = first "),
                         ("kind = DOWN; tile = first +", "kind = UP; tile = first +")], {}),
     "a launch before the last has ended": ([("epoch[w] == n - 1; ", "skip; ")], {"W": 1, "P": 2, "N": 3}),
-    "a task taken twice": ([("number = queue[w]; queue[w] = queue[w] + 1;", "number = queue[w] }; atomic { queue[w] = number + 1;")],
-                           {"P": 2, "N": 1}),
+    "a task taken twice": (
+        [("queue[w]; queue[w] = queue[w] + 1;", "queue[w] }; atomic { queue[w] = number + 1;")], {"P": 2, "N": 1}),
     "no flag for other ranks": ([(":: HAS(n, w, tile, i) -> EVENT(10", ":: i == w && HAS(n, w, tile, i) -> EVENT(10")], {}),
 }  # fmt: skip
 
