@@ -1,16 +1,18 @@
 """SIMULATION, not a measurement: when the tasks of a fused expert-parallel layer would run, against one phase after another.
 
-    python benchmarks/fused_schedule.py [--hardware h100_sxm] [--model 7b_moe] [--ranks 8] [--plot]
+    python benchmarks/fused_schedule.py [--hardware h100_sxm] [--model 7b_moe] [--ranks 8] [--backward] [--plot]
 
-A layer's forward is a graph of tasks (docs/fused.md): dispatch of a chunk of rows, a tile of GEMM 1 with its activation, one of
-GEMM 2 with rows pushed back to their source, the sum of a tile of tokens. Workers of a rank, one a multiprocessor, take tasks
-from the rank's queue in its order and wait, holding their place, until what a task needs has been signalled. A task lasts as
-long as its arithmetic or its share of the memory traffic, whichever is longer; rows for another rank then pass the source's
-way out and the target's way in, each first come, first served, and count as sent when they have arrived.
+A layer's forward, or its backward, is a graph of tasks (docs/fused.md): dispatch of a chunk of rows, a tile of GEMM 1 with its
+activation, one of GEMM 2 with rows pushed back to their source, the sum of a tile of tokens; backward, a tile of an expert's
+gradients too. Workers of a rank, one a multiprocessor, take tasks from the rank's queue in its order and wait, holding their
+place, until what a task needs has been signalled. A task lasts as long as its arithmetic or its share of the memory traffic,
+whichever is longer; rows for another rank then pass the source's way out and the target's way in, each first come, first
+served, and count as sent when they have arrived.
 
 The peer is the same work as phases with a barrier after each: all-to-all, both GEMMs, a sum on the owner, all-to-all, sum. It
-sends a token once to each rank, and one sum back, as the all_to_all path does. Kernel launches and host waits count for
-nothing on either side, which flatters the peer. Exposed communication is the time beyond that of products and sums alone.
+sends a token once to each rank, and one sum back, as the all_to_all path does; backward it has kept X, which the fused kernel
+sends again unless `--keep`. Kernel launches and host waits count for nothing on either side, which flatters the peer. Exposed
+communication is the time beyond that of products and sums alone.
 
 Rates are a hardware recipe's; `--matmul-share` and `--comm-processors` are assumptions, printed with each line. What it leaves
 out: contention in L2 and memory, clocks, other collectives. It says what an order of tasks can hide, not how fast a kernel is.
@@ -180,6 +182,7 @@ class Layer:
     m, n   rows and columns of a tile
     wave   row tiles whose GEMM 2 tasks follow their GEMM 1 tasks
     once   a token needed by several experts of a rank crosses once
+    keep   of backward: rows of X were kept, else they are sent again
     """
 
     d_model: int
@@ -190,6 +193,7 @@ class Layer:
     n: int = 64
     wave: int = 32
     once: bool = True
+    keep: bool = False
 
 
 def route(layer: Layer, ranks: int, tokens: int, zipf: float, seed: int = 0) -> np.ndarray:
@@ -208,28 +212,31 @@ def route(layer: Layer, ranks: int, tokens: int, zipf: float, seed: int = 0) -> 
     return np.sort(np.argpartition(-noisy, layer.top_k - 1, axis=-1)[..., : layer.top_k], axis=-1)
 
 
-def fused(layer: Layer, chosen: np.ndarray, machine: Machine) -> list[list[Task]]:
-    """Every rank's queue, in the order of docs/fused.md: plan; dispatch, to itself first; waves of row tiles; sums."""
+def fused(layer: Layer, chosen: np.ndarray, machine: Machine, backward: bool = False) -> list[list[Task]]:
+    """Every rank's queue, in the order of docs/fused.md: plan; dispatch, to itself first; waves of row tiles; backward the
+    experts' gradients; sums."""
     W, T, K = chosen.shape
     per_rank = layer.n_experts // W
-    up_tiles, down_tiles = tile_seconds(layer, chosen, machine)
+    up_tiles, down_tiles = tile_seconds(layer, chosen, machine, backward)
     pairs = crossings(layer, chosen)
-    ups, downs = -(-2 * layer.d_expert // layer.n), -(-layer.d_model // layer.n)
+    ups, downs = -(-up_width(layer, backward) // layer.n), -(-layer.d_model // layer.n)
+    copies = 2 if backward and not layer.keep else 1
     keyed: list[list[tuple[tuple, Task]]] = [[] for _ in range(W)]
     tokens_of = [[np.nonzero((chosen[w] == e).any(-1))[0] for e in range(layer.n_experts)] for w in range(W)]
     for w in range(W):
-        counts = [(v, 4.0 * layer.n_experts) for v in range(W)]
+        counts = [(v, 0.0 if backward else 4.0 * layer.n_experts) for v in range(W)]
         keyed[w].append(((0,), Task("counts", 0.0, (), counts, [(("counts", v), 1) for v in range(W)])))
     for owner in range(W):
         t = 0
         for e in range(owner * per_rank, (owner + 1) * per_rank):
             sources = np.concatenate([np.full(len(tokens_of[w][e]), w) for w in range(W)])
             tokens = np.concatenate([tokens_of[w][e] for w in range(W)])
+            first = t
             for i in range(0, len(sources), layer.m):
                 tile, wave, back, arrivals = (owner, t), t // layer.wave, [], []
                 for w in np.unique(sources[i : i + layer.m]):
                     mine = tokens[i : i + layer.m][sources[i : i + layer.m] == w]
-                    carried = len(mine) * layer.d_model * BF16 * (pairs[w, owner] if layer.once else 1.0)
+                    carried = copies * len(mine) * layer.d_model * BF16 * (pairs[w, owner] if layer.once else 1.0)
                     task = Task(
                         "dispatch", 0.0, [(("counts", w), W)], [(owner, carried)], [((tile, "rows"), len(mine))]
                     )
@@ -247,12 +254,16 @@ def fused(layer: Layer, chosen: np.ndarray, machine: Machine) -> list[list[Task]
                     task = Task("down", down_tiles, [((tile, "up"), ups)], sends, signals)
                     keyed[owner].append(((2, wave, 1, c, t), task))
                 t += 1
+            if backward:
+                needs = [(((owner, tile), "up"), ups) for tile in range(first, t)]
+                for c, seconds in enumerate(gradient_seconds(layer, len(sources), machine)):
+                    keyed[owner].append(((3, e, c), Task("weight", seconds, needs)))
     for w in range(W):
         for i in range(0, T, layer.m):
             count = min(layer.m, T - i)
             for c in range(downs):
                 seconds = count * (K + 1) * min(layer.n, layer.d_model - c * layer.n) * BF16 / machine.copy
-                keyed[w].append(((3, i, c), Task("combine", seconds, [(("slots", w, i // layer.m, c), count * K)])))
+                keyed[w].append(((4, i, c), Task("combine", seconds, [(("slots", w, i // layer.m, c), count * K)])))
     return [[task for _, task in sorted(queue, key=lambda pair: pair[0])] for queue in keyed]
 
 
@@ -264,7 +275,22 @@ def crossings(layer: Layer, chosen: np.ndarray) -> np.ndarray:
     return (hits > 0).sum(-1) / np.maximum(hits.sum(-1), 1)
 
 
-def tile_seconds(layer: Layer, chosen: np.ndarray, machine: Machine) -> tuple[float, float]:
+def up_width(layer: Layer, backward: bool) -> int:
+    """Columns of GEMM 1: gate and up; backward the gradient of what they give."""
+    return layer.d_expert if backward else 2 * layer.d_expert
+
+
+def gradient_seconds(layer: Layer, rows: int, machine: Machine) -> list[float]:
+    """Of each m x n tile of an expert's gradients, dW_down [D, F] first, then dW_up [2F, D], over its rows: as `tile_seconds`."""
+    seconds = []
+    for height, width in ((layer.d_model, layer.d_expert), (2 * layer.d_expert, layer.d_model)):
+        tiles = -(-height // layer.m) * -(-width // layer.n)
+        moved = BF16 * (rows * (height + width) / tiles + layer.m * layer.n)
+        seconds += [max(2 * layer.m * layer.n * rows / machine.flops, moved / machine.copy)] * tiles
+    return seconds
+
+
+def tile_seconds(layer: Layer, chosen: np.ndarray, machine: Machine, backward: bool) -> tuple[float, float]:
     """Of a tile of GEMM 1 and of GEMM 2: its arithmetic, or its part of the operands' and the result's bytes, each moved once."""
     D, F, m, n = layer.d_model, layer.d_expert, layer.m, layer.n
     tiles = max(chosen.size / len(chosen) / m, 1.0)  # of rows, on a rank
@@ -274,14 +300,22 @@ def tile_seconds(layer: Layer, chosen: np.ndarray, machine: Machine) -> tuple[fl
         BF16 * (m * D + m * 3 * F + experts * D * 2 * F / tiles) * n / (2 * F) / machine.copy,
     )
     # What GEMM 2 writes is what it sends: counted there.
+    if backward:  # da of dO, reads h, writes dh and a; dx of dh
+        up = max(
+            2 * m * n * D / machine.flops, BF16 * (m * (D + 5 * F) + experts * D * F / tiles) * n / F / machine.copy
+        )
+        down = max(
+            2 * m * n * 2 * F / machine.flops, BF16 * (m * 2 * F + experts * D * 2 * F / tiles) * n / D / machine.copy
+        )
+        return up, down
     down = max(2 * m * n * F / machine.flops, BF16 * (m * F + experts * D * F / tiles) * n / D / machine.copy)
     return up, down
 
 
-def unfused(layer: Layer, chosen: np.ndarray, machine: Machine) -> list[list[list[Task]]]:
+def unfused(layer: Layer, chosen: np.ndarray, machine: Machine, backward: bool = False) -> list[list[list[Task]]]:
     """The same work as phases, each a queue a rank. An exchange has one worker for each way, and links are its only limit."""
     W = len(chosen)
-    up_tiles, down_tiles = tile_seconds(layer, chosen, machine)
+    up_tiles, down_tiles = tile_seconds(layer, chosen, machine, backward)
     row = layer.d_model * BF16
     counts = np.stack([(chosen == e).sum((1, 2)) for e in range(layer.n_experts)], axis=1)  # [W, E]
     by_rank = counts.reshape(W, W, -1).sum(-1)
@@ -299,11 +333,16 @@ def unfused(layer: Layer, chosen: np.ndarray, machine: Machine) -> list[list[lis
     def sums(name: str, moved: np.ndarray) -> list[list[Task]]:
         return [[Task(name, moved[w] * row / machine.copy / machine.workers)] * machine.workers for w in range(W)]
 
+    def gradients() -> list[list[Task]]:
+        rows = counts.sum(0).reshape(W, -1)
+        return [[Task("weight", s) for n in rows[w] for s in gradient_seconds(layer, n, machine)] for w in range(W)]
+
     return [
-        exchange("counts", np.full((W, W), 8.0 * layer.n_experts / W / row)),
+        *([] if backward else [exchange("counts", np.full((W, W), 8.0 * layer.n_experts / W / row))]),
         exchange("dispatch", crossing),
-        products("up", up_tiles, 2 * layer.d_expert, 0),
+        products("up", up_tiles, up_width(layer, backward), 0),
         products("down", down_tiles, layer.d_model, BF16),
+        *([gradients()] if backward else []),
         sums("combine", by_rank.sum(0) + crossing.sum(0)),
         exchange("dispatch", crossing.T),
         sums("combine", crossing.sum(1) + chosen.shape[1]),
@@ -331,6 +370,7 @@ KINDS = {
     "dispatch": "#1f77b4",
     "up": "#2ca02c",
     "down": "#98df8a",
+    "weight": "#9467bd",
     "combine": "#ff7f0e",
     "wait": "#eeeeee",
 }
@@ -339,6 +379,7 @@ LABELS = {
     "dispatch": "rows sent",
     "up": "GEMM 1",
     "down": "GEMM 2",
+    "weight": "gradients of experts",
     "combine": "sums",
     "wait": "waiting",
 }
@@ -359,9 +400,9 @@ def crossed(queues: Sequence[Sequence[Task]]) -> float:
     return sum(size for rank, queue in enumerate(queues) for task in queue for to, size in task.sends if to != rank)
 
 
-def sides(layer: Layer, chosen: np.ndarray, machine: Machine) -> dict[str, float]:
+def sides(layer: Layer, chosen: np.ndarray, machine: Machine, backward: bool = False) -> dict[str, float]:
     """Microseconds of both sides; what each has beyond its products and sums alone is communication that nothing hides."""
-    queues, phases = fused(layer, chosen, machine), unfused(layer, chosen, machine)
+    queues, phases = fused(layer, chosen, machine, backward), unfused(layer, chosen, machine, backward)
     alone = makespan(run_phases([queues for queues in phases if not crossed(queues)], machine))
     ours, peer = makespan(simulate(queues, machine)), makespan(run_phases(phases, machine))
     return {
@@ -389,12 +430,14 @@ def timeline(axes, spans: Sequence[Span], rank: int, workers: int, until: float)
     axes.set_ylabel(f"rank {rank}", rotation=0, ha="right", va="center")
 
 
-def plot_timeline(layer: Layer, chosen: np.ndarray, machine: Machine, title: str, path: Path) -> None:
+def plot_timeline(
+    layer: Layer, chosen: np.ndarray, machine: Machine, title: str, path: Path, backward: bool = False
+) -> None:
     import matplotlib.pyplot as plt
 
     both = {
-        "fused": simulate(fused(layer, chosen, machine), machine),
-        "one phase after another": run_phases(unfused(layer, chosen, machine), machine),
+        "fused": simulate(fused(layer, chosen, machine, backward), machine),
+        "one phase after another": run_phases(unfused(layer, chosen, machine, backward), machine),
     }
     until = max(map(makespan, both.values())) * 1.02
     figure, grid = plt.subplots(len(chosen), 2, figsize=(14, 1 + 0.8 * len(chosen)), sharex=True, squeeze=False)
@@ -438,31 +481,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a rank, where they are not varied")
     parser.add_argument("--comm-processors", type=int, default=8, help="multiprocessors that the kernel leaves free")
     parser.add_argument("--matmul-share", type=float, default=0.7, help="of the peak rate, reached by a tile's product")
+    parser.add_argument("--backward", action="store_true", help="the layer's backward instead of its forward")
+    parser.add_argument("--keep", action="store_true", help="as parallel.fused_keep: backward doesn't send X again")
     parser.add_argument("--plot", action="store_true", help="write results/fused_schedule*.png; needs matplotlib")
     given = parser.parse_args()
     hardware = load(given.hardware)
     require(1 <= given.ranks <= hardware.domain,
             f"--ranks={given.ranks}: must lie in 1..{hardware.domain}, the ranks that links of {hardware.name} join")  # fmt: skip
     model = yaml.safe_load((ROOT / f"recipes/model/{given.model}.yaml").read_text())
-    layer = Layer(model["d_model"], model["d_expert"], model["n_experts"], model["router"]["top_k"])
+    layer = Layer(model["d_model"], model["d_expert"], model["n_experts"], model["router"]["top_k"], keep=given.keep)
     machine = machine_of(hardware, given.comm_processors, given.matmul_share)
-    shape = f"{given.model} on {given.ranks} ranks of {hardware.name}"
+    direction = "backward" if given.backward else "forward"
+    shape = f"{given.model} on {given.ranks} ranks of {hardware.name}, {direction}"
     assumed = {"simulated": True, "comm_processors": given.comm_processors, "matmul_share": given.matmul_share}
     sweeps: dict[str, dict[str, dict[str, float]]] = {"tokens a rank": {}, "imbalance: exponent of Zipf's law": {}}
     cases = [("tokens a rank", t, t, 0.0) for t in (512, 1024, 2048, 4096)]
     cases += [("imbalance: exponent of Zipf's law", z, given.tokens, z) for z in (0.0, 0.5, 1.0)]
     for sweep, at, tokens, zipf in cases:
         chosen = route(layer, given.ranks, tokens, zipf)
-        found = sides(layer, chosen, machine)
+        found = sides(layer, chosen, machine, given.backward)
         sweeps[sweep][at] = found
         rest = {key: compare.rounded(found[key]) for key in ("exposed", "peer_exposed", "bound", "mb", "peer_mb")}
         compare.report("fused_schedule", f"SIMULATION: {shape}, T {tokens} each, Zipf {zipf}", found["ours"], found["peer"],
                        "one phase after another, simulated", "us (simulated)", False, **rest, **assumed)  # fmt: skip
     if given.plot:
-        title = f"{shape}, forward of a layer"
-        plot_sweeps(sweeps, title, RESULTS / "fused_schedule_sweeps.png")
+        title, ending = f"{shape} of a layer", "_backward" if given.backward else ""
+        plot_sweeps(sweeps, title, RESULTS / f"fused_schedule{ending}_sweeps.png")
         chosen = route(layer, given.ranks, given.tokens, 0.0)
-        plot_timeline(layer, chosen, machine, f"{title}, {given.tokens} tokens a rank", RESULTS / "fused_schedule.png")
+        plot_timeline(layer, chosen, machine, f"{title}, {given.tokens} tokens a rank",
+                      RESULTS / f"fused_schedule{ending}.png", given.backward)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from benchmarks.fused_schedule import (
     Layer,
     Machine,
     Task,
+    crossed,
     fused,
     lower_bound,
     makespan,
@@ -44,14 +45,15 @@ def test_a_cycle_is_told() -> None:
         simulate(queues, SLOW)
 
 
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_work_is_conserved_and_bounds_hold(seed: int) -> None:
+def test_work_is_conserved_and_bounds_hold(seed: int, backward: bool) -> None:
     r = random.Random(seed)
     ranks = r.choice([2, 3, 4])
-    layer = Layer(64, 32, 4 * ranks, 2, m=8, n=16, wave=r.choice([1, 3, 32]), once=r.random() < 0.5)
+    layer = Layer(64, 32, 4 * ranks, 2, m=8, n=16, wave=r.choice([1, 3, 32]), once=r.random() < 0.5, keep=seed % 4 == 1)
     chosen = route(layer, ranks, r.choice([1, 17, 40]), r.choice([0.0, 1.0, np.inf]), seed)
     machine = Machine(r.choice([1, 2, 7]), 1e9, 1e8, r.choice([1e6, 1e9]), r.choice([0.0, 1e-5]))
-    queues = fused(layer, chosen, machine)
+    queues = fused(layer, chosen, machine, backward)
     spans = simulate(queues, machine)
     assert Counter(id(s.task) for s in spans) == Counter(id(task) for queue in queues for task in queue)
     assert makespan(spans) >= lower_bound(queues, machine) * (1 - 1e-9)
@@ -68,6 +70,17 @@ def test_work_is_conserved_and_bounds_hold(seed: int) -> None:
             mine = sorted((s.taken, s.end) for s in spans if (s.rank, s.worker) == (rank, worker))
             assert all(end <= taken for (_, end), (taken, _) in zip(mine, mine[1:], strict=False))
     # Both sides multiply the same tiles.
-    peer = run_phases(unfused(layer, chosen, machine), machine)
-    for kind in ("up", "down"):
+    peer = run_phases(unfused(layer, chosen, machine, backward), machine)
+    for kind in ("up", "down", "weight"):
         assert sum(s.task.kind == kind for s in peer) == sum(s.task.kind == kind for s in spans)
+        assert any(s.task.kind == kind for s in spans) == (kind != "weight" or backward)
+
+
+def test_bytes_of_backward() -> None:
+    """dO and X go out, or dO alone where rows were kept; dX comes back as Y did."""
+    machine = Machine(2, 1e9, 1e8, 1e6, 0.0)
+    chosen = route(Layer(64, 32, 8, 2), 4, 20, 0.0)
+    away = sum(int((chosen[w] // 2 != w).sum()) for w in range(4)) * 64 * 2  # bytes of rows that leave their rank
+    for keep, copies in ((False, 2), (True, 1)):
+        layer = Layer(64, 32, 8, 2, once=False, keep=keep)
+        assert crossed(fused(layer, chosen, machine, True)) == pytest.approx((copies + 1) * away)
