@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from moesaic.launch import cli, options
+from moesaic.launch.batches import micro_batch
 from moesaic.launch.schema import Config
 from moesaic.moe.config import require
 from moesaic.moe.flops import flops_per_token, parameter_counts
@@ -28,7 +29,7 @@ from moesaic.parallel.memory_plan import Memory, memory_of
 from moesaic.parallel.plan_search import WHAT, Candidate, gone, largest_batch, reasons, search, with_batch
 from moesaic.parallel.time_plan import EFFICIENCY, Timing, time_of
 
-GIB, MICRO_BATCH_TOKENS = 2**30, 16_384
+GIB = 2**30
 
 
 @dataclass
@@ -84,8 +85,7 @@ def make_plan(config: Config, chosen: PlanOptions) -> Plan:
     world = chosen.nodes * machine.node
     require(train.global_batch >= world,
             f"train.global_batch={train.global_batch}: leaves some of {world} ranks without a sequence")  # fmt: skip
-    share = -(-train.global_batch // world)
-    micro = train.micro_batch or -(-share // -(-share * train.seq_len // MICRO_BATCH_TOKENS))
+    micro = micro_batch(train, -(-train.global_batch // world))
     compute = config.precision.compute
     if compute == "auto":
         compute = "fp32" if machine.target == "cpu" else "bf16"
@@ -97,7 +97,7 @@ def make_plan(config: Config, chosen: PlanOptions) -> Plan:
     machine.rate(precision)
     layout = layout_of(config.model, config.parallel, world, machine.node, micro, 1, train.seq_len, compute)
     layout = dataclasses.replace(with_batch(layout, micro, train.global_batch), imbalance=chosen.imbalance,
-                                 dispatch=low.dispatch, combine=low.combine)  # fmt: skip
+                                 dispatch=low.dispatch, combine=low.combine, target=machine.target)  # fmt: skip
     efficiency = chosen.efficiency or EFFICIENCY["cpu" if machine.target == "cpu" else "gpu"]
     timing = time_of(config.model, layout, machine, precision, efficiency=efficiency)
     return Plan(config, machine, layout, precision, efficiency, memory_of(config.model, layout), timing)
@@ -249,7 +249,8 @@ def describe_dry_run(plan: Plan) -> list[str]:
 
     layout = dataclasses.replace(plan.layout, micro_batches=1)
     counted, planned = dry_run(plan.config.model, layout, plan.config.parallel), memory_of(plan.config.model, layout)
-    want = Counter((c.phase, c.operation, c.ranks, c.size) for c in collectives(plan.config.model, layout))
+    want = Counter((c.phase, c.operation, c.ranks, c.size) for c in collectives(plan.config.model, layout)
+                   if c.operation != "fused")  # fmt: skip
     issued = counted.issued.copy()
     del issued["optimizer", "all_reduce", layout.world, 4]  # the gradient's norm
     size, total = (sum(key[3] * n for key, n in counts.items()) for counts in (want, issued))

@@ -8,7 +8,7 @@ It takes the way of a GPU, though the tensors say that they are a CPU's: without
 one. What differs is put in its place: the experts' grouped products, fused norms and attention that keeps its inputs, its output
 and a number a row, as flash attention and flex_attention do. The experts' backend is `torch`, whose temporaries are larger than
 the kernels'; products are not quantized, which is emulated. Where the host would read how many rows come from where, it reads the
-even load of moesaic.parallel.layout.
+even load of moesaic.parallel.layout. The fused path's kernels are their shapes, too: what they store elsewhere is not seen here.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -36,6 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from moesaic.kernels import cross_entropy, permute
 from moesaic.kernels.rms_norm import RMSNorm
+from moesaic.kernels.symmetric import starts
 from moesaic.moe import attention, experts
 from moesaic.moe.config import ModelConfig, require
 from moesaic.moe.precision import PrecisionConfig
@@ -44,6 +46,7 @@ from moesaic.parallel import expert as expert_path
 from moesaic.parallel.clip import clip_gradients
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.fsdp import FSDPEngine
+from moesaic.parallel.fused import FusedPath, Space, heap_regions
 from moesaic.parallel.layout import Layout, Load, load_of
 from moesaic.parallel.mesh import make_meshes
 
@@ -59,6 +62,7 @@ class Counted:
     """Bytes of one rank. `issued`: how often (phase, operation, ranks, size) was issued, sizes as in layout.Collective.
 
     weights, gradients, moments  of this rank's shards
+    heap         of the fused path, on every rank
     kept         what lives between forward and backward beside them, of each layer, gathered weights left out
     gathered     gathered weights that live there
     peak         the most that lived at once, moments included; peak_forward, peak_backward: of each pass, without moments
@@ -68,6 +72,7 @@ class Counted:
     weights: int = 0
     gradients: int = 0
     moments: int = 0
+    heap: int = 0
     kept: list[int] = field(default_factory=list)
     rest: int = 0
     gathered: int = 0
@@ -130,6 +135,12 @@ class Ledger(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._made(tensor.untyped_storage())
+        if func.namespace == "moesaic" and "fused_experts" in func.__name__:
+            # What a launch allocates and lets go: a, and dh in backward (moesaic.kernels.fused_ep, fused_ep_backward).
+            back = "backward" in func.__name__
+            h, w_down = (args[2], args[7]) if back else (out[1], args[3])
+            used = h.shape[0] * (w_down.shape[2] + back * h.shape[1]) * h.element_size()
+            self.peak = max(self.peak, self.now + used)
         return out
 
     def _collective(self, name: str, args: Any) -> None:
@@ -152,6 +163,10 @@ def dry_run(model: ModelConfig, layout: Layout, parallel: ParallelConfig) -> Cou
     """One micro-batch of rank 0. Makes a process group, and ends it; raises ValueError where there is one already, and for
     products in fp32, whose grouped form has no shapes without values."""
     require(layout.compute == "bf16", f"precision.compute={layout.compute}: a dry run needs bf16")
+    require(
+        layout.zero is None,
+        "parallel.engine=deepspeed: a dry run needs fsdp; DeepSpeed takes no tensors without memory",
+    )
     require(not dist.is_initialized(), "dry_run: needs a process without a process group")
     model = dataclasses.replace(model, experts_backend="torch")
     parallel = dataclasses.replace(parallel, expert=str(layout.expert), node_size=str(layout.node))
@@ -188,11 +203,14 @@ def _counted(model: ModelConfig, layout: Layout, parallel: ParallelConfig) -> Co
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(ledger)
         net = apply.parallelize(
-            model, parallel, meshes, seed=0, device=device, compute=torch.bfloat16, fill=lambda name, tensor: None
-        )
+            model, parallel, meshes, seed=0, device=device, compute=torch.bfloat16, fill=lambda name, tensor: None,
+            tokens=layout.tokens,
+        )  # fmt: skip
         if layout.hops != "local":
             wire = PrecisionConfig(dispatch=layout.dispatch, combine=layout.combine)
             apply.set_codecs(net, wire, tail=False)
+        spaces = [b.ffn.path.space for b in net.blocks if isinstance(getattr(b.ffn, "path", None), FusedPath)]
+        counted.heap = spaces[0].memory.nbytes if spaces else 0
         local = [p.to_local() if isinstance(p, DTensor) else p for p in net.parameters()]
         counted.weights = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in local}.values())
         counted.moments = 2 * counted.weights
@@ -279,6 +297,13 @@ def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _reserve(target: str, space: Any, tokens: int) -> None:
+    """In the place of Space.reserve: as many bytes, shared with nobody."""
+    shapes = heap_regions(space.config, space.parallel, space.ranks, tokens, space.compute, target)
+    space.memory, space.tokens = torch.empty(starts(shapes)[1], dtype=torch.uint8), tokens
+    space.setting = SimpleNamespace(heap=SimpleNamespace(regions=shapes))
+
+
 def _paths(*args: Any) -> Callable[..., Any]:
     return _with_values(_with_values(two_hop.communicating_path)(*args))
 
@@ -318,6 +343,7 @@ def as_a_gpu(load: Load, layout: Layout) -> Iterator[None]:
         replace(attention, _turn=lambda x, cos, sin, direction: torch.empty_like(x))
         replace(cross_entropy, CHUNK_BYTES_CPU=cross_entropy.CHUNK_BYTES)
         replace(FSDPModule, set_custom_all_gather=lambda *_: None, set_custom_reduce_scatter=lambda *_: None)
+        replace(Space, reserve=functools.partialmethod(lambda space, n: _reserve(layout.target, space, n)))
         for module in (expert_path, two_hop):
             replace(module, read=functools.partial(_even, load, layout))
         replace(permute, on_host=lambda tensor: False)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.kernels.permute import Rows
-from moesaic.kernels.symmetric import Exchange, FusedError, make_heap, shared_memory
+from moesaic.kernels.symmetric import Exchange, FusedError, Regions, make_heap, shared_memory
 from moesaic.kernels.tiles import fused_tile, rounding_tile
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import sorted_rows
@@ -50,6 +50,31 @@ def most_slots(config: ModelConfig, tokens: int, tile: int) -> int:
     return slots
 
 
+def heap_regions(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    ranks: int,
+    tokens: int,
+    compute: torch.dtype,
+    target: str | torch.device,
+) -> Regions:
+    """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks`."""
+    from moesaic.kernels import fused_ep  # only here: without a GPU it starts Triton's interpreter
+    from moesaic.kernels.fused_protocol import regions
+
+    tile, factor = fused_tile(target), parallel.max_recv_tokens_factor
+    d, f, gated = config.d_model, config.d_expert, config.activation != "relu2"
+    slots = most_slots(config, tokens, rounding_tile(target, config.router.rounding_tile))
+    rows = ranks * min(slots, tokens * config.n_experts // ranks)
+    if factor is not None:
+        rows = min(rows, int(factor * slots) + 1)
+    tiles = fused_ep.room(ranks, config.n_experts, rows, tile.m)
+    return regions(
+        ranks, config.n_experts, d, compute, slots, tiles, tile.m, fused_ep.most_columns(d, tile),
+        fused_ep.most_columns(f, tile, gated), not parallel.fused_keep,
+    )  # fmt: skip
+
+
 class Space:
     """The heap of an expert group, and what all launches in it share."""
 
@@ -72,27 +97,19 @@ class Space:
         """Room for calls of `tokens` on any rank, the largest number that one of them gives. Collective; no call may be under
         way, and none between its forward and its backward."""
         from moesaic.kernels import fused_ep
-        from moesaic.kernels.fused_protocol import regions
 
         self.finish()
         tokens = max(self.exchange(tokens))
         if tokens <= self.tokens:
             return
-        config, tile, factor = self.config, fused_tile(self.device), self.parallel.max_recv_tokens_factor
-        d, f, gated = config.d_model, config.d_expert, config.activation != "relu2"
-        slots = most_slots(config, tokens, rounding_tile(self.device, config.router.rounding_tile))
-        rows = self.ranks * min(slots, tokens * config.n_experts // self.ranks)
-        if factor is not None:
-            rows = min(rows, int(factor * slots) + 1)
-        tiles = fused_ep.room(self.ranks, config.n_experts, rows, tile.m)
-        shapes = regions(
-            self.ranks, config.n_experts, d, self.compute, slots, tiles, tile.m, fused_ep.most_columns(d, tile),
-            fused_ep.most_columns(f, tile, gated), not self.parallel.fused_keep,
-        )  # fmt: skip
+        config, device = self.config, self.device
+        shapes = heap_regions(config, self.parallel, self.ranks, tokens, self.compute, device)
         allocate = shared_memory if self.device.type == "cpu" else self.device_memory
         heap = make_heap(self.rank, shapes, self.exchange, allocate)
         spins = min(int(self.parallel.timeout * POLLS[self.device.type]), 2**30)
-        self.setting = fused_ep.Setting(heap, config.n_experts, tile, self.parallel.fused_once, spins, self.programs)
+        self.setting = fused_ep.Setting(
+            heap, config.n_experts, fused_tile(device), self.parallel.fused_once, spins, self.programs
+        )
         self.tokens = tokens
 
     def exchange(self, value: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.mesh import check_degrees, expert_degree
 
 BYTES = {"fp32": 4, "bf16": 2}
+ZERO_LIVE = 10**9  # values that ZeRO-3 keeps gathered for another use (stage3_max_live_parameters, DeepSpeed's default)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Layout:
     compute       type of weights where they are used, and of activations: fp32 or bf16
     imbalance     rows of the fullest rank's experts over those of an even load
     dispatch, combine   how rows travel out and back: precision.dispatch and precision.combine
+    zero          stage of DeepSpeed's ZeRO, which then has the dense parameters; FSDP2 has the experts (None: FSDP2 has all)
+    keep, once, limit, target   of the fused path: parallel.fused_keep, fused_once, max_recv_tokens_factor; the key of
+                  moesaic.kernels.tiles.TILES, whose tiles decide how much room its heap has
     """
 
     world: int
@@ -49,6 +53,11 @@ class Layout:
     imbalance: float = 1.0
     dispatch: str = "high"
     combine: str = "high"
+    zero: int | None = None
+    keep: bool = False
+    once: bool = True
+    limit: float | None = None
+    target: str = "sm_90a"
 
     @property
     def tokens(self) -> int:
@@ -78,7 +87,9 @@ class Layout:
 
     @property
     def hops(self) -> str:
-        """How rows travel: local, all_to_all or two_hop; see moesaic.parallel.two_hop.communicating_path."""
+        """How rows travel: local, fused, all_to_all or two_hop; see moesaic.parallel.two_hop.communicating_path."""
+        if self.path == "fused":
+            return "fused"
         if self.path != "two_hop" or self.expert_node in (1, self.expert):
             return "local" if self.expert == 1 and self.path in ("auto", "local") else "all_to_all"
         return "two_hop"
@@ -88,9 +99,7 @@ def layout_of(
     model: ModelConfig, parallel: ParallelConfig, world: int, node: int, micro_batch: int, micro_batches: int, seq_len: int,
     compute: str,
 ) -> Layout:  # fmt: skip
-    """Raises ValueError, naming the knob, where the layout can't be, or is of an engine that is not planned."""
-    require(parallel.engine == "fsdp", f"parallel.engine={parallel.engine}: only fsdp is planned")
-    require(parallel.expert_path != "fused", "parallel.expert_path=fused: is not planned; all_to_all and two_hop are")
+    """Raises ValueError, naming the knob, where the layout can't be."""
     local = parallel.expert_path == "local"
     expert = expert_degree("1" if local else parallel.expert, model.n_experts, world)
     check_degrees(expert, parallel.replicate, world)
@@ -98,9 +107,14 @@ def layout_of(
         node = int(parallel.node_size)
         require(expert % node == 0 or node % expert == 0,
                 f"parallel.node_size={node}: must divide the expert degree, {expert}, or be a multiple of it")  # fmt: skip
+    require(parallel.expert_path != "fused" or node % expert == 0,
+            f"parallel.expert_path=fused: parallel.expert={expert} must be within a node, of {node} ranks")  # fmt: skip
+    # Beside ZeRO below stage 3, FSDP2 keeps the experts that it gathered.
+    reshard = "never" if parallel.zero_stage in (0, 1, 2) else parallel.reshard
     return Layout(
-        world, node, expert, parallel.replicate, parallel.expert_path, parallel.reshard, parallel.remat, micro_batch,
-        micro_batches, seq_len, compute,
+        world, node, expert, parallel.replicate, parallel.expert_path, reshard, parallel.remat, micro_batch,
+        micro_batches, seq_len, compute, zero=parallel.zero_stage, keep=parallel.fused_keep, once=parallel.fused_once,
+        limit=parallel.max_recv_tokens_factor,
     )  # fmt: skip
 
 
@@ -192,13 +206,19 @@ def block_groups(model: ModelConfig, layout: Layout, layer: int) -> list[Group]:
         groups.append(
             Group(f"{name} experts", mine, layout.expert_shard, layout.expert_replicate, layout.compute, True)
         )
-        if layout.compute != "fp32":
+        if layout.compute != "fp32" and layout.zero is None:
             router = tuple(own.pop(n) for n in list(own) if n.startswith("ffn.router."))
             groups.append(Group(f"{name} router", router, layout.shard, layout.replicate, "fp32"))
-    return [
-        Group(f"{name} block", tuple(own.values()), layout.shard, layout.replicate, layout.compute),
-        *reversed(groups),
-    ]
+    return [_dense_group(f"{name} block", tuple(own.values()), layout), *reversed(groups)]
+
+
+def _dense_group(name: str, shapes: tuple[tuple[int, ...], ...], layout: Layout) -> Group:
+    """ZeRO's stage 3 divides each parameter flat; below that every rank has all. It sees fp32 alone."""
+    if layout.zero is None:
+        return Group(name, shapes, layout.shard, layout.replicate, layout.compute)
+    divided = layout.zero == 3
+    flat = tuple((math.prod(shape),) for shape in shapes)
+    return Group(name, flat, layout.world if divided else 1, 1 if divided else layout.world, "fp32")
 
 
 _SHAPES: dict[tuple[str, bool], dict[str, tuple[int, ...]]] = {}
@@ -224,7 +244,15 @@ def root_group(model: ModelConfig, layout: Layout) -> Group:
     """Embedding, last norm and head."""
     d, v = model.d_model, model.vocab_size
     shapes = ((v, d), (d,)) if model.tie_embeddings else ((v, d), (d,), (v, d))
-    return Group("root", shapes, layout.shard, layout.replicate, layout.compute)
+    return _dense_group("root", shapes, layout)
+
+
+def dense_held(model: ModelConfig, layout: Layout) -> int:
+    """Numbers of dense parameters that a rank keeps, whoever has them."""
+    kinds = groups_by_kind(model, layout)
+    count = {True: model.n_dense_layers, False: model.n_layers - model.n_dense_layers}
+    blocks = sum(count[dense] * g.held for dense, groups in kinds.items() for g in groups if not g.experts)
+    return root_group(model, layout).held + blocks
 
 
 # ---------------------------------------------------------------- collectives
@@ -234,7 +262,8 @@ def root_group(model: ModelConfig, layout: Layout) -> Group:
 class Collective:
     """`layer` -1 stands for the root. phase: forward, backward, or optimizer, once a step. size: bytes of the whole result
     (all-gather), of the whole input (reduce-scatter, all-reduce), or of the rows for all peers, this rank among them
-    (all-to-all). `last`: issued in a step's last micro-batch alone. ranks: of the group, `stride` apart."""
+    (all-to-all; `fused`: what kernels store into the memory of others, without a collective). `last`: issued in a step's last
+    micro-batch alone. ranks: of the group, `stride` apart."""
 
     layer: int
     phase: str
@@ -248,7 +277,7 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that a rank sends to others."""
-        factor = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}[self.operation]
+        factor = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1, "fused": 1}[self.operation]
         return factor * self.size * (self.ranks - 1) / self.ranks
 
     @property
@@ -265,25 +294,33 @@ def collectives(model: ModelConfig, layout: Layout, layers: Iterable[int] | None
     yield from _gathers(-1, [root_group(model, layout)], layout)
     for layer in range(model.n_layers) if layers is None else layers:
         dense = layer < model.n_dense_layers
-        yield from _gathers(layer, kinds[dense], layout)
+        yield from _gathers(layer, kinds[dense], layout, model.n_layers)
         if not dense and layout.hops != "local":
             yield from _exchanges(layer, model, layout)
 
 
-def _gathers(layer: int, groups: list[Group], layout: Layout) -> Iterator[Collective]:
-    """Of weights and gradients. Experts' groups are `expert` ranks apart, those of the rest are neighbours."""
+def _gathers(layer: int, groups: list[Group], layout: Layout, layers: int = 1) -> Iterator[Collective]:
+    """Of weights and gradients. Experts' groups are `expert` ranks apart, those of the rest are neighbours.
+
+    ZeRO joins dense parameters of several layers in one collective: bytes are those of each layer, calls are fewer."""
     for g in groups:
+        zero = None if g.experts else layout.zero
         stride = layout.expert if g.experts else 1
         if g.ranks > 1:
             size = g.padded * BYTES[g.compute]
             again = layout.reshard == "always" or (layout.reshard == "auto" and layer >= 0)
+            again = again and (zero is None or g.padded * layers > ZERO_LIVE)
             for phase in ("forward", "backward") if again else ("forward",):
                 yield Collective(layer, phase, f"weights {g.name}", "all_gather", g.ranks, stride, size)
             yield Collective(layer, "backward", f"gradients {g.name}", "reduce_scatter", g.ranks, stride, 4 * g.padded)
         if g.copies > 1:
             apart = stride * g.ranks
             yield Collective(
-                layer, "backward", f"gradients {g.name}", "all_reduce", g.copies, apart, 4 * g.held, last=True
+                layer, "backward", f"gradients {g.name}", "all_reduce", g.copies, apart, 4 * g.held, last=zero != 2
+            )
+        if zero in (1, 2) and g.copies > 1:  # each rank updates its share
+            yield Collective(
+                layer, "optimizer", f"weights {g.name}", "all_gather", g.copies, 1, 4 * g.padded, last=True
             )
 
 
@@ -301,6 +338,16 @@ def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Colle
     load, row = load_of(model, layout), model.d_model * layout.width
     e, ranks, places = model.n_experts // layout.expert, layout.expert, layout.expert_node
     nodes = ranks // places
+    if layout.hops == "fused":
+        rows = load.rows if layout.once else load.slots
+        there = [("counts", 4 * model.n_experts), ("dispatch", rows * row), ("slots", 12 * load.slots),
+                 ("combine", load.slots * row)]  # fmt: skip
+        back = [("dispatch", rows * row * (1 if layout.keep else 2)), ("slots", 16 * load.slots),
+                ("combine", load.slots * (row + 4))]  # fmt: skip
+        for phase, parts in (("forward", there), ("backward", [*there, *back] if layout.remat == "full" else back)):
+            for purpose, size in parts:
+                yield Collective(layer, phase, purpose, "fused", ranks, 1, ranks * size)
+        return
     # (ranks, stride, numbers told to each, rows and slots to each)
     legs = [(ranks, 1, e + 1, load.rows, load.slots)]
     if layout.hops == "two_hop":

@@ -11,19 +11,25 @@ experts, e on a rank, H heads, J key-value heads, C width of a head, V vocabular
 import dataclasses
 from dataclasses import dataclass
 
+import torch
+
 from moesaic.kernels.cross_entropy import CHUNK_BYTES, LEAST_ROWS
+from moesaic.kernels.symmetric import Regions, starts
 from moesaic.moe.config import ModelConfig
-from moesaic.parallel.layout import BYTES, Group, Layout, groups_by_kind, load_of, root_group
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.fused import heap_regions
+from moesaic.parallel.layout import BYTES, ZERO_LIVE, Group, Layout, dense_held, groups_by_kind, load_of, root_group
 
 # Of what is allocated, memory that no tensor uses: torch's allocator rounds up and splits. An allowance, not measured here.
 FRAGMENTATION = 0.05
+BUCKET = 2**25  # values that ZeRO reduces or gathers at once: moesaic.parallel.zero
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank, the fullest.
 
-    weights, gradients, moments  fp32, this rank's shards
+    weights, gradients, moments  fp32, this rank's shards; of dense parameters what ZeRO keeps, its copy for the update included
     kept_LN       what each layer keeps for backward: kept[l]
     head          what the output head and the embedding keep
     gathered      weights of other ranks that are whole where memory peaks
@@ -62,7 +68,8 @@ class Memory:
         }  # fmt: skip
 
 
-def memory_of(model: ModelConfig, layout: Layout, heap: int = 0) -> Memory:
+def memory_of(model: ModelConfig, layout: Layout) -> Memory:
+    heap = starts(heap_of(model, layout))[1] if layout.hops == "fused" else 0
     dense_layers, groups = model.n_dense_layers, groups_by_kind(model, layout)
     root = root_group(model, layout)
     layers = [layer < dense_layers for layer in range(model.n_layers)]
@@ -97,7 +104,27 @@ def memory_of(model: ModelConfig, layout: Layout, heap: int = 0) -> Memory:
     }
     gathered, temporary = max(places.values(), key=sum)
     head = _kept_by_head(model, layout)
-    return Memory(4 * held, gradients, 8 * held, tuple(kept), head, gathered, temporary, heap)
+    if layout.zero is None:
+        return Memory(4 * held, gradients, 8 * held, tuple(kept), head, gathered, temporary, heap)
+    # At stage 3 `dense` is this rank's share, below it all; ZeRO updates a copy of the share, and reduces by buckets.
+    dense = dense_held(model, layout)
+    stage, share = layout.zero, -(-dense // (1 if layout.zero in (0, 3) else layout.world))
+    copy = share if stage else 0
+    grads = (dense if stage < 2 else 0) + copy
+    if stage == 3:
+        gathered += 4 * min(dense * layout.world, ZERO_LIVE)
+    temporary += 4 * (BUCKET if stage == 3 else min(BUCKET, dense))
+    experts = held - dense
+    return Memory(
+        4 * (held + copy), 4 * (experts + grads), 8 * (experts + share), tuple(kept), head, gathered, temporary, heap
+    )
+
+
+def heap_of(model: ModelConfig, layout: Layout) -> Regions:
+    """Of the fused path: as much as moesaic.parallel.fused reserves for a micro-batch."""
+    knobs = ParallelConfig(expert_path="fused", fused_keep=layout.keep, max_recv_tokens_factor=layout.limit)
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[layout.compute]
+    return heap_regions(model, knobs, layout.expert, layout.tokens, compute, layout.target)
 
 
 def _whole(groups: list[Group], each: int | None = None) -> int:
@@ -124,7 +151,8 @@ def kept_by_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
     """Bytes that a block keeps for backward. Its input is the output of the block before, and is counted there."""
     t, b, d = layout.tokens, layout.width, model.d_model
     if layout.remat == "full":
-        return t * b * d + (0 if dense else _decided(model, layout) + _indices(model, layout))
+        indices = 0 if dense or layout.hops == "fused" else _indices(model, layout)
+        return t * b * d + (0 if dense else _decided(model, layout)) + indices
     if layout.remat == "selective" and not dense:
         return t * b * d + _decided(model, layout) + _kept_by_experts(model, layout)
     if layout.remat == "selective":
@@ -161,7 +189,7 @@ def _kept_by_router(model: ModelConfig, layout: Layout) -> int:
 def _decided(model: ModelConfig, layout: Layout) -> int:
     """What recomputation keeps of a layer's choices beside the numbers of rows: experts, and of slots that came, theirs, and
     their weights."""
-    came = 0 if layout.hops == "local" else 12 * load_of(model, layout).computed
+    came = 0 if layout.hops in ("local", "fused") else 12 * load_of(model, layout).computed
     again = 2 if layout.hops == "two_hop" else 1
     return layout.tokens * 8 * model.router.top_k * again + came
 
@@ -169,7 +197,7 @@ def _decided(model: ModelConfig, layout: Layout) -> int:
 def _indices(model: ModelConfig, layout: Layout) -> int:
     """Row and slot numbers, int64, of the way out and back."""
     load, k, t = load_of(model, layout), model.router.top_k, layout.tokens
-    if layout.hops == "local":
+    if layout.hops in ("local", "fused"):
         return 8 * 2 * t * k
     ranks = layout.expert
     sent = 8 * (2 * load.rows * ranks + t * k)
@@ -182,6 +210,9 @@ def _kept_by_experts(model: ModelConfig, layout: Layout) -> int:
     """Rows that came, the pre-activation, weights, and the numbers of rows."""
     load, b = load_of(model, layout), layout.width
     g = model.d_expert * (1 if model.activation == "relu2" else 2)
+    if layout.hops == "fused":  # h, and the rows, for as many as there is room for
+        room = heap_of(model, layout)["rows"][0][0]
+        return b * room * (g + (model.d_model if layout.keep else 0)) + _indices(model, layout)
     came = 0 if layout.hops == "local" else load.received * b * model.d_model
     return came + load.computed * b * (g + 1) + _indices(model, layout)
 
@@ -203,5 +234,8 @@ def backward_of_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
     load = load_of(model, layout)
     g = f * (1 if model.activation == "relu2" else 2)
     r, n, e = load.computed, load.received, model.n_experts // layout.expert
+    if layout.hops == "fused":  # dh, a, parts of dS, the gradients of X and the weights
+        room = heap_of(model, layout)["rows"][0][0]
+        return b * (room * (g + f) + 2 * t * d + e * d * (g + f))
     first, second = r * (d + 3 * f + 12 // b * f) + e * d * f, r * (d + g) + e * d * (g + f)
     return b * (max(first, second) + n * d + t * d)

@@ -23,7 +23,10 @@ class Candidate:
     timing: Timing | None  # none where it doesn't fit
 
     def overrides(self) -> str:
-        return " ".join(f"{knob}={getattr(self.layout, name)}" for name, knob in KNOBS.items())
+        layout = self.layout
+        names = [name for name in KNOBS if layout.zero is None or name not in ("replicate", "reshard")]
+        engine = [] if layout.zero is None else [f"parallel.engine=deepspeed parallel.zero_stage={layout.zero}"]
+        return " ".join(engine + [f"{KNOBS[name]}={getattr(layout, name)}" for name in names])
 
 
 def divisors(n: int) -> list[int]:
@@ -44,14 +47,21 @@ def search(
     world, share = layout.world, -(-global_batch // layout.world)
     batches = [m for m in divisors(share) if m * layout.seq_len <= 131_072] or [1]
     experts = divisors(math.gcd(world, model.n_experts))
-    copies = sorted({d for d in (1, world // layout.node, world // hardware.domain, world) if d and world % d == 0})
+    zero = layout.zero is not None
+    copies = (
+        [1]
+        if zero
+        else sorted({d for d in (1, world // layout.node, world // hardware.domain, world) if d and world % d == 0})
+    )
     found = []
     for expert, replicate, reshard, remat in itertools.product(
-        experts, copies, ("auto", "never"), ("none", "selective", "full")
+        experts, copies, (layout.reshard,) if zero else ("auto", "never"), ("none", "selective", "full")
     ):
         paths = ["local"] if expert == 1 else ["all_to_all"]
         if expert > layout.node > 1:
             paths.append("two_hop")
+        if layout.path == "fused" and layout.node % expert == 0:
+            paths = ["fused"]
         for path, micro in itertools.product(paths, batches):
             changed: dict[str, Any] = {
                 "expert": expert,

@@ -5,8 +5,8 @@
     a pass over memory   bytes / (bandwidth * MEMORY)
     a collective         bytes by hop / bandwidth of the hop, the slower hop counting, and its latencies
     a layer              the device's work, or the time to issue it where that is longer; on a CPU both
-    exposed              exchanges of rows but for what the shared expert hides; of weights and gradients what a layer's own work
-                         doesn't hide
+    exposed              exchanges of rows but for what the shared expert hides, of the fused path what its products don't; of
+                         weights and gradients what a layer's own work doesn't hide
     a step               micro-batches, those of a pipeline's bubble among them, the optimizer, and what is issued once
     all of it            divided by `efficiency`, which is fitted (benchmarks/plan_accuracy.py) and not part of the model
 
@@ -95,7 +95,7 @@ def collective_seconds(c: Collective, hardware: Hardware) -> float:
     domains = c.ranks // near
     intra, inter = hardware.hops["intra"], hardware.hops["inter"]
     twice = 2 if c.operation == "all_reduce" else 1
-    if c.operation == "all_to_all":
+    if c.operation in ("all_to_all", "fused"):
         inside, outside = c.size * (near - 1) / c.ranks, c.size * (c.ranks - near) / c.ranks
     else:
         inside, outside = c.size * (c.ranks - 1) / c.ranks, c.size * (domains - 1) / domains / near
@@ -118,7 +118,7 @@ def time_of(
     """
     pipeline = pipeline or Pipeline()
     t, load, b = layout.tokens, load_of(model, layout), layout.width
-    local = layout.hops == "local"
+    local, fused = layout.hops == "local", layout.hops == "fused"
     rows = load.computed
     travelled = 0 if local else load.received
     wide = "fp32" if precision == "fp32" else "bf16"
@@ -159,8 +159,11 @@ def time_of(
             gathers, exchanges = share[dense, phase]
             shared = sum(s for name, s in work.items() if name.startswith("product shared"))
             hidden = min(shared, exchanges * 0.5) if hardware.target != "cpu" else 0.0
+            if fused and hardware.target != "cpu":  # one kernel: tiles are computed while others travel
+                experts = sum(s for name, s in work.items() if name.startswith("product experts"))
+                hidden = min(experts, exchanges)
             hidden += overlapped * (exchanges - hidden)
-            if exchanges and phase == "forward" and hardware.target != "cpu":
+            if exchanges and not fused and phase == "forward" and hardware.target != "cpu":
                 work["issuing"] += AFTER_WAIT * hardware.launch_us * 1e-6
             work["exposed exchange of rows"] = exchanges - hidden
             kept = gathers if hardware.target == "cpu" else max(0.0, gathers - max(busy, issue))
@@ -209,7 +212,7 @@ def seconds_by_kind(
         if c.last:
             once += seconds * (1 if kind is None else layers[kind])
         else:
-            exchange = c.operation == "all_to_all"
+            exchange = c.operation in ("all_to_all", "fused")
             phase = "forward" if kind is None else c.phase
             sums[kind, phase][exchange] += seconds * (layout.imbalance if exchange else 1.0)
     return defaultdict(lambda: (0.0, 0.0), {key: (a, b) for key, (a, b) in sums.items()}), once

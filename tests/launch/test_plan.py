@@ -59,11 +59,14 @@ def test_what_does_not_fit_is_said(capsys):
         (["nodes=300"], "train.global_batch=1024: leaves some of 2400 ranks without a sequence"),
         (["parallel.expert=7"], "parallel.expert=7: must divide"),
         (["products=fp4"], "precision=fp4: hardware=h100_sxm has"),
-        (["parallel.engine=deepspeed"], "parallel.engine=deepspeed: only fsdp is planned"),
+        (["parallel.engine=deepspeed", "dry_run=true"], "parallel.engine=deepspeed: a dry run needs fsdp"),
         (["price=abc"], "price=abc: must be a number"),
         (["price=inf"], "price=inf: must be a number, not negative"),
         (["dry_run=maybe"], "dry_run=maybe: must be true or false"),
-        (["parallel.expert_path=fused"], "parallel.expert_path=fused: is not planned"),
+        (
+            ["parallel.expert_path=fused", "nodes=2"],
+            "parallel.expert_path=fused: parallel.expert=16 must be within a node",
+        ),
         (["node=3"], "node=3"),
         (["hardware=cpu", "nodes=2", "dry_run=true"], "precision.compute=fp32: a dry run needs bf16"),
     ],
@@ -80,6 +83,22 @@ def test_a_picture_that_cannot_be_written_loses_nothing(capsys, tmp_path, name):
     code, out, err = run(capsys, "recipe=tiny_moe", "hardware=cpu", f"picture={tmp_path / name}")
     assert code == 2 and "what to change" in out
     assert err.startswith(f"error: picture={tmp_path / name}: can't be written (") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ["parallel.engine=deepspeed", "parallel.zero_stage=1", "parallel.expert=8", "search=true"],
+        ["parallel.expert_path=fused", "parallel.expert=8", "parallel.max_recv_tokens_factor=1.5"],
+    ],
+)
+def test_both_engines_and_the_fused_path_are_planned(capsys, knobs):
+    code, out, err = run(capsys, "recipe=7b_moe", "nodes=2", *knobs)
+    assert (code, err) == (0, "") and "time of a step" in out and "what to change" in out
+    assert ("symmetric heap" in out) == ("parallel.expert_path=fused" in knobs)
+    if "search=true" in knobs:
+        first = next(line for line in out.splitlines() if line.startswith("   1 "))
+        assert "parallel.engine=deepspeed parallel.zero_stage=1" in first and "reshard" not in first
 
 
 def advice(gib, *arguments, nodes):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from moesaic.launch import cli
 from moesaic.moe.config import RouterConfig
+from moesaic.moe.model import Transformer
 from moesaic.parallel.codec import codecs
 from moesaic.parallel.dry_run import Ledger, dry_run
 from moesaic.parallel.layout import collectives, layout_of, load_of, row_bytes, visited
@@ -21,6 +22,7 @@ MLA = [
     "model.d_dense=3072", "model.router.kind=sigmoid_bias", "model.router.groups=8", "model.router.groups_kept=4",
     "model.d_shared=512",
 ]  # fmt: skip
+FUSED = ["parallel.expert_path=fused"]
 TWO_HOP = ["parallel.expert_path=two_hop"]
 # World, ranks of a node, sequences of a micro-batch, overrides.
 CASES = [
@@ -31,6 +33,9 @@ CASES = [
     (64, 8, 2, ["recipe=olmoe_7b", "model.n_layers=4", "parallel.remat=full", "parallel.reshard=always", "train.seq_len=1000"]),
     (64, 8, 1, [*MLA, "model.n_layers=4", "parallel.expert=8"]),
     (64, 8, 2, [*MLA, "model.n_layers=3", "parallel.remat=full", "parallel.expert=32", *TWO_HOP]),
+    (16, 8, 1, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=8", *FUSED]),
+    (16, 8, 1, ["recipe=olmoe_7b", "model.n_layers=3", "parallel.expert=4", *FUSED, "parallel.fused_keep=true",
+                "parallel.max_recv_tokens_factor=1.5", "parallel.remat=full"]),
     (32, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "precision.dispatch=fp8", "precision.combine=bf16", "parallel.remat=full"]),
 ]  # fmt: skip
 
@@ -41,11 +46,13 @@ def test_plan_and_dry_run_agree(world, node, micro, overrides):
     layout = layout_of(config.model, config.parallel, world, node, micro, 1, config.train.seq_len, "bf16")
     layout = dataclasses.replace(layout, dispatch=config.precision.dispatch, combine=config.precision.combine)
     counted, memory = dry_run(config.model, layout, config.parallel), memory_of(config.model, layout)
-    planned = Counter((c.phase, c.operation, c.ranks, c.size) for c in collectives(config.model, layout))
+    planned = Counter(
+        (c.phase, c.operation, c.ranks, c.size) for c in collectives(config.model, layout) if c.operation != "fused"
+    )
     planned["optimizer", "all_reduce", world, 4] += 1  # the gradient's norm
     assert counted.issued == planned
     assert (memory.weights, memory.moments) == (counted.weights, counted.moments)
-    assert counted.gradients == memory.weights
+    assert counted.gradients == memory.weights and counted.heap == memory.heap
     assert memory.kept == pytest.approx(counted.kept, rel=0.02)
     assert memory.tensors == pytest.approx(counted.peak, rel=0.05)
     assert not dist.is_initialized()
@@ -117,7 +124,7 @@ def test_imbalance_adds_rows_to_the_fullest_rank():
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["parallel.engine=deepspeed"], "parallel.engine=deepspeed: only fsdp is planned"),
+        (["parallel.expert_path=fused", "parallel.expert=64"], "parallel.expert=64 must be within a node, of 8 ranks"),
         (["parallel.expert=48", "model.n_experts=96"], "parallel.expert=48: must divide the number of ranks, 64"),
         (["parallel.replicate=7"], "parallel.replicate=7: must divide the number of ranks, 64"),
         (["parallel.expert=64", "parallel.node_size=24"], "parallel.node_size=24: must divide the expert degree, 64"),
@@ -134,3 +141,56 @@ def test_a_dry_run_needs_bf16():
     layout = layout_of(config.model, config.parallel, 8, 8, 1, 1, 4096, "fp32")
     with pytest.raises(ValueError, match="precision.compute=fp32: a dry run needs bf16"):
         dry_run(config.model, layout, config.parallel)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bytes_of_zero(stage):
+    """Of the dense parameters over 8 ranks in fp32: their gradients' sum, at stage 3 halved to a reduce-scatter, and the weights'
+    gathering. tests/parallel/test_collectives.py counts the same of DeepSpeed itself."""
+    config = cli.compose(["recipe=7b_moe", "parallel.engine=deepspeed", f"parallel.zero_stage={stage}"])
+    layout = layout_of(config.model, config.parallel, 8, 8, 1, 1, 4096, "bf16")
+    dense = [p.numel() for n, p in _meta(config.model).named_parameters() if ".experts." not in n]
+    sent = Counter()
+    for c in collectives(config.model, layout):
+        if c.operation != "all_to_all" and not c.purpose.endswith("experts"):
+            sent[c.operation, c.phase, c.last] += c.sent
+    padded = sum(8 * math.ceil(n / 8) for n in dense) if stage == 3 else sum(dense)
+    gathered, summed = 4 * padded * 7 / 8, 2 * 4 * padded * 7 / 8
+    assert (
+        sent
+        == {
+            0: {("all_reduce", "backward", True): summed},
+            1: {("all_reduce", "backward", True): summed, ("all_gather", "optimizer", True): gathered},
+            2: {("all_reduce", "backward", False): summed, ("all_gather", "optimizer", True): gathered},
+            3: {("all_gather", "forward", False): gathered, ("reduce_scatter", "backward", False): gathered},
+        }[stage]
+    )
+    again = [c for c in collectives(config.model, layout) if c.phase == "backward" and c.gathered]
+    assert not again, "experts are divided over all ranks, and dense weights are few enough to stay"
+    with pytest.raises(ValueError, match="parallel.engine=deepspeed: a dry run needs fsdp"):
+        dry_run(config.model, layout, config.parallel)
+
+
+def _meta(model):
+    with torch.device("meta"):
+        return Transformer(model)
+
+
+def test_bytes_that_fused_kernels_store():
+    """docs/fused.md's table, without flags: kept rows halve what backward dispatches."""
+    knobs = ["recipe=7b_moe", *FUSED, "parallel.expert=8"]
+    sent = {}
+    for keep in ("false", "true"):
+        config = cli.compose([*knobs, f"parallel.fused_keep={keep}"])
+        layout = layout_of(config.model, config.parallel, 8, 8, 1, 1, 4096, "bf16")
+        stored = [c for c in collectives(config.model, layout, [0]) if c.operation == "fused"]
+        assert not [c for c in stored if c.ranks != 8]
+        sent[keep] = {(c.phase, c.purpose): c.size // 8 for c in stored}
+    load, row = load_of(config.model, layout), 2 * config.model.d_model
+    assert sent["false"] == {
+        ("forward", "counts"): 4 * config.model.n_experts, ("forward", "dispatch"): load.rows * row,
+        ("forward", "slots"): 12 * load.slots, ("forward", "combine"): load.slots * row,
+        ("backward", "dispatch"): 2 * load.rows * row, ("backward", "slots"): 16 * load.slots,
+        ("backward", "combine"): load.slots * (row + 4),
+    }  # fmt: skip
+    assert sent["true"]["backward", "dispatch"] == load.rows * row

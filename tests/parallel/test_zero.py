@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO and the experts beside it. That they compute what one process computes is in test_parity.py."""
 
+import gc
 import itertools
 import subprocess
 import sys
@@ -12,11 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moesaic.launch import cli
 from moesaic.parallel import zero
 from moesaic.parallel.apply import parallelize, start_engine
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.fragment import Fragment, boxes
+from moesaic.parallel.layout import dense_held, layout_of
+from moesaic.parallel.memory_plan import BUCKET, memory_of
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.ranks import run_ranks
 from tests.parallel.shapes import CPU, SEQUENCE, config_of
@@ -160,3 +164,39 @@ def test_a_mistake_is_one_line(knobs: dict[str, Any], line: str) -> None:
 def test_the_stage_is_two_unless_said() -> None:
     assert ParallelConfig(engine="deepspeed").zero_stage == 2
     assert ParallelConfig(engine="deepspeed", zero_stage=0).zero_stage == 0
+
+
+# ---------------------------------------------------------------- the planner's bytes
+
+
+def at_rest(stage: int) -> tuple[int, int]:
+    """(bytes of all fp32 tensors that a rank has before a step, those that the planner counts: weights and moments, and at stage 3
+    the share of dense gradients and a bucket, which are there from the beginning)."""
+    parallel = ParallelConfig(engine="deepspeed", zero_stage=stage, expert="2")
+    config = cli.compose(["recipe=tiny_moe", "model.n_layers=2"]).model
+
+    def living() -> dict[int, int]:
+        found: dict[int, int] = {}
+        gc.collect()
+        for thing in gc.get_objects():
+            if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.dtype == torch.float32:
+                found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        return found
+
+    before = set(living())
+    model = parallelize(config, parallel, make_meshes("cpu", 2), seed=0, device=CPU, compute=torch.float32)
+    engine = start_engine(parallel, model, torch.optim.AdamW(model.parameters()))
+    layout = layout_of(config, parallel, 2, 2, 1, 1, 16, "fp32")
+    planned = memory_of(config, layout)
+    more = 4 * (zero.BUCKET + dense_held(config, layout)) if stage == 3 else 0
+    assert zero.BUCKET == BUCKET
+    found = sum(size for at, size in living().items() if at not in before)
+    assert engine.steps() is not None
+    return found, planned.weights + planned.moments + more
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_planner_knows_what_a_stage_keeps(stage: int, tmp_path: Path) -> None:
+    for found, planned in run_ranks(at_rest, 2, tmp_path, stage):
+        bucket = 4 * BUCKET * (stage == 3)
+        assert found - bucket == pytest.approx(planned - bucket, rel=0.05)
