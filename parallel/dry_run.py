@@ -209,8 +209,8 @@ def _counted(model: ModelConfig, layout: Layout, parallel: ParallelConfig) -> Co
         if layout.hops != "local":
             wire = PrecisionConfig(dispatch=layout.dispatch, combine=layout.combine)
             apply.set_codecs(net, wire, tail=False)
-        spaces = [b.ffn.path.space for b in net.blocks if isinstance(getattr(b.ffn, "path", None), FusedPath)]
-        counted.heap = spaces[0].memory.nbytes if spaces else 0
+        paths = [layer.path for layer in net.moe_layers() if isinstance(layer.path, FusedPath)]
+        counted.heap = starts(paths[0].space.setting.heap.regions)[1] if paths else 0
         local = [p.to_local() if isinstance(p, DTensor) else p for p in net.parameters()]
         counted.weights = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in local}.values())
         counted.moments = 2 * counted.weights

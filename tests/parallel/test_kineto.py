@@ -98,11 +98,9 @@ def nccl(
 
 
 def test_kernels_of_nccl_on_streams_of_their_own() -> None:
-    """Two collectives in flight at once on two streams, one over a product and one over nothing; a product that waits in the queue."""
-    gather, reduce = (
-        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
-        "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(x)",
-    )
+    """Collectives on two streams, one under a product, one partly, one alone; a product that waits in the queue."""
+    gather = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    reduce = "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
     events = [
         x("user_annotation", PHASE + "forward", 0, 400),
         x("user_annotation", MODULE + "blocks.1", 5, 300),

@@ -170,8 +170,8 @@ def test_the_stage_is_two_unless_said() -> None:
 
 
 def at_rest(stage: int) -> tuple[int, int]:
-    """(bytes of all fp32 tensors that a rank has before a step, those that the planner counts: weights and moments, and at stage 3
-    the share of dense gradients and a bucket, which are there from the beginning)."""
+    """(bytes of all fp32 tensors that a rank has before a step, those that the planner counts: weights and moments, and at
+    stage 3 the share of dense gradients and a bucket, which are there from the beginning)."""
     parallel = ParallelConfig(engine="deepspeed", zero_stage=stage, expert="2")
     config = cli.compose(["recipe=tiny_moe", "model.n_layers=2"]).model
 
