@@ -32,7 +32,7 @@ OPTIONAL_MODULES = {
 }  # fmt: skip
 
 FILE_BUDGET = 600
-TOTAL_BUDGET = 26_000
+TOTAL_BUDGET = 30_000
 
 
 def sources(*folders: str) -> list[Path]:
