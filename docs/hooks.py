@@ -1,8 +1,8 @@
-"""What mkdocs.yml adds to the pages of this folder: a reference made of docstrings, the knobs of a run, and files that pages link to.
+"""What mkdocs.yml adds to the pages of this folder: a reference made of docstrings, the knobs, and files that pages link to.
 
-Nothing is imported but the dataclasses of the knobs: modules are read, so that the folders behind the symlinks of moesaic/, of which
-kernels/ has no __init__.py, need no special care, and no kernel is compiled. A page links to files as they lie in the repository; on the
-site such a link leads to the module's reference, to the other page, or to a page that shows the file.
+Nothing is imported but the dataclasses of the knobs. Modules are read as text, so that the folders behind the symlinks of moesaic/
+need no special care (kernels/ has no __init__.py), and no kernel starts an interpreter. A page links to files as they lie in the
+repository; on the site such a link leads to the module's reference, to the other page, or to a page that shows the file.
 """
 
 import ast
@@ -219,7 +219,7 @@ def paragraph(text: str) -> str:
 
 
 def columns(text: str) -> list[tuple[str, str]] | None:
-    """(name, meaning) of lines such as `steps    optimizer steps in all`, with their indented continuations; None for other text."""
+    """(name, meaning) of lines such as `steps    optimizer steps in all`, with what is indented below; None for other text."""
     rows: list[tuple[str, str]] = []
     for line in text.split("\n"):
         found = re.match(r"(\S+(?: \S+)*?)(?:  +|, or )(\S.*)$", line) or re.match(

@@ -55,10 +55,9 @@ def test_it_opens_from_a_disk(site: Path, tmp_path: Path) -> None:
     with Browser(tmp_path) as browser:
         for page in ("index.html", "reference/moe/router.html"):
             browser.open(site / page)
-            browser.evaluate("document.querySelector('[data-md-component=search-query]').focus()")
             browser.evaluate(
-                "(q => {q.value = 'token rounding'; q.dispatchEvent(new Event('keyup', {bubbles: true}));"
-                " q.dispatchEvent(new Event('input', {bubbles: true}))})(document.querySelector('[data-md-component=search-query]'))"
+                "query = document.querySelector('[data-md-component=search-query]'); query.focus(); query.value = 'token rounding';"
+                "for (const kind of ['keyup', 'input']) query.dispatchEvent(new Event(kind, {bubbles: true}))"
             )
             end = time.monotonic() + 20
             while not (found := browser.evaluate("document.querySelectorAll('.md-search-result__item a').length")):
