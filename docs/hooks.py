@@ -1,6 +1,6 @@
 """What mkdocs.yml adds to the pages of this folder: a reference made of docstrings, the knobs, and files that pages link to.
 
-Nothing is imported but the dataclasses of the knobs. Modules are read as text, so that the folders behind the symlinks of moesaic/
+Nothing is imported but the dataclasses of the knobs. Modules are read as text, so that folders behind the symlinks of moesaic/
 need no special care (kernels/ has no __init__.py), and no kernel starts an interpreter. A page links to files as they lie in the
 repository; on the site such a link leads to the module's reference, to the other page, or to a page that shows the file.
 """
