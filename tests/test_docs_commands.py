@@ -2,14 +2,15 @@
 
 A page is run from its top to its end in a copy of the repository: its files that are named in their first line are written, its
 diffs applied, its commands run by a process that has imported everything. Training is shortened: few steps, short sequences, of
-recipes for GPUs a small model, two ranks instead of eight. What the commands read (a corpus, a tokenizer, published models, earlier runs)
-is small here, and lies where they look for it.
+recipes for GPUs a small model, two ranks instead of eight. What the commands read (a corpus, a tokenizer, published models,
+earlier runs) is small here, and lies where they look for it.
 
 Not run but looked at otherwise, each for a reason that is given below: make's targets, benchmarks, tests that are run anyway. A
-comment "# Needs a cluster", "# Needs 8 GPUs" or "# Needs the network" in a block, or "(needs …)" in a sentence, is for the reader; a
-program that is not here must have it.
+comment "# Needs a cluster", "# Needs 8 GPUs" or "# Needs the network" in a block, or "(needs …)" in a sentence, is for the
+reader; a program that is not here must have it.
 """
 
+import importlib
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 
 from tests.launch.forks import Forks
+from tests.test_structure import imports
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,14 +39,15 @@ PROGRAMS = "cd export git hf kubectl ls make pip pytest python sbatch sky source
 NEEDS = re.compile(r"needs (?:a cluster|an? (?:\w+ )?GPU|\d+ GPUs|the network)", re.I)
 
 # Each of these takes minutes to hours, or runs what is here already. `make -n` shows that the target is there and that its recipe
-# reads well; what it runs is run by these tests in a small form.
+# reads well; what it runs or measures is run by these tests in a small form.
 TARGETS = {
-    "install": ".ci/run", "train": "tests/launch/test_train.py", "test": "tests/conftest.py", "check": ".ci/run",
-    "docs": "tests/test_docs_site.py", "kernels": "tests/kernels/test_targets.py", "test-gpu": "tests/kernels/test_gpu.py",
-    "bench-gpu": "tests/kernels/test_bench.py", "parity": "tests/parallel/test_parity.py", "reshard": "tests/parallel/test_reshard.py",
-    "chaos": "tests/launch/test_chaos.py", "fused-schedules": "tests/kernels/test_fused_schedules.py",
-    "model-check": "tests/kernels/spin.py", "study-rounding": "tests/kernels/test_rounding.py",
-    "study-precision": "tests/parallel/test_precision.py", "test-slurm": "tests/launch/test_slurm.py", "bench": "Makefile",
+    "install": ".ci/run", "check": ".ci/run", "test": "tests/conftest.py", "bench": "benchmarks/compare.py",
+    "train": "tests/launch/test_train.py", "docs": "tests/test_docs_site.py", "chaos": "tests/launch/test_chaos.py",
+    "kernels": "tests/kernels/test_targets.py", "model-check": "tests/kernels/spin.py",
+    "test-gpu": "tests/kernels/test_gpu.py", "bench-gpu": "tests/kernels/test_bench.py",
+    "parity": "tests/parallel/test_parity.py", "reshard": "tests/parallel/test_reshard.py",
+    "fused-schedules": "tests/kernels/test_fused_schedules.py", "test-slurm": "tests/launch/test_slurm.py",
+    "study-rounding": "tests/kernels/test_rounding.py", "study-precision": "tests/parallel/test_precision.py",
 }  # fmt: skip
 
 SMALL = {
@@ -80,7 +83,7 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def commands(page: Path) -> Iterator[Command]:
-    """Those of blocks, in which a mark holds for what follows, and those in backticks, which a mark may follow in the paragraph."""
+    """Those of blocks, in which a mark holds for what follows, and those in backticks, whose paragraph may hold one."""
     text = page.read_text()
     for block in blocks(text):
         marked, waiting, quoted = False, "", False
@@ -172,14 +175,14 @@ class Here:
         given = dict(knob.split("=", 1) for knob in knobs)
         run_dir = given.get("run_dir") or f"runs/unnamed{self.runs}"
         self.runs += 1
-        before = steps_done(self.folder / run_dir)
+        before = steps_done(self.folder / given.get("resume", run_dir))
         steps = before + min(6, int(given.get("train.steps", 2)))
         fused = given.get("parallel.expert_path") == "fused" or given.get("model.experts_backend") == "triton"
         more = [
-            f"run_dir={run_dir}", f"train.steps={1 if fused else steps}", f"train.seq_len={8 if fused else 32}",
-            f"train.global_batch={min(4, int(given.get('train.global_batch', 4)))}", "train.log_every=1", "train.eval_batches=1",
-            f"train.checkpoint_every={min(2, int(given.get('train.checkpoint_every', 2)))}", "train.sample=0", "wandb.mode=disabled",
-            "optim.warmup=1", *[f"model.{knob}" for knob in SMALL.get(given.get("recipe", ""), "").split()],
+            f"run_dir={run_dir}", f"train.steps={before + 1 if fused else steps}", f"train.seq_len={8 if fused else 32}",
+            f"train.global_batch={min(4, int(given.get('train.global_batch', 4)))}",
+            *"train.checkpoint_every=2 train.log_every=1 train.eval_batches=1 train.sample=0 optim.warmup=1".split(),
+            "wandb.mode=disabled", *[f"model.{knob}" for knob in SMALL.get(given.get("recipe", ""), "").split()],
         ]  # fmt: skip
         more += [] if "data.files" in given else ["data.files=corpus/*.txt"]
         more += ["model.d_model=32", "model.n_heads=2", "model.d_expert=32", "model.n_layers=2"] if fused else []
@@ -187,8 +190,8 @@ class Here:
         assert steps_done(self.folder / run_dir) > before
 
     def run(self, command: Command) -> None:
-        """Run it, in the way of its kind; AssertionError where it fails, or where nobody may run it and the page does not say so."""
-        argv = words(command.text)
+        """In the way of its kind; AssertionError where it fails, or can't be run here and the page does not say so."""
+        argv = words(command.text.replace("/shared/", f"{self.folder}/"))
         first, rest = argv[0], argv[1:]
         if first == "torchrun" and "launch/" in command.text:
             options = get_args_parser().parse_args([word.replace("$FIRST", "first") for word in rest])
@@ -196,9 +199,8 @@ class Here:
             if options.training_script == "launch/train.py":
                 self.train(options.training_script_args, world)
             elif options.training_script == "launch/comm_bench.py":
-                self.program(
-                    options.training_script, *options.training_script_args, "largest_mb=0.1", "repeats=1", world=world
-                )
+                short = ["largest_mb=0.1", "repeats=1"]
+                self.program(options.training_script, *options.training_script_args, *short, world=world)
             else:
                 self.program(options.training_script, *options.training_script_args, "train.seq_len=32", world=world)
         elif first == "python" and rest[0] == "launch/train.py":
@@ -206,9 +208,10 @@ class Here:
         elif first == "python" and rest[0].startswith("launch/"):
             self.launch_program(rest, command)
         elif first == "python" and rest[0].startswith("benchmarks/"):
-            # A measurement, of tens of seconds to minutes: `make bench` runs it. Here, all that it imports.
-            code = f"import runpy; runpy.run_path({rest[0]!r}, run_name='imported')"
-            self.shell([sys.executable, "-c", code])
+            # A measurement, of tens of seconds to minutes: `make bench` runs it. Here, that all it imports of ours is there.
+            for name in imports((ROOT / rest[0]).read_text()):
+                module, _, inside = name.rpartition(".")
+                assert not name.startswith("moesaic.") or hasattr(importlib.import_module(module), inside), name
         elif first == "python" and rest[:2] == ["-m", "moesaic.kernels.targets"]:
             self.shell([sys.executable, *rest], TRITON_INTERPRET="0")
         elif first == "pytest":
@@ -216,7 +219,7 @@ class Here:
             paths = [word for word in rest if word.startswith("tests/")]
             assert paths and all((self.folder / path).exists() for path in paths)
             if "-k" in rest or not all((ROOT / path).exists() for path in paths):
-                self.shell([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *rest])
+                self.program(pytest.__file__.replace("__init__", "__main__"), "-p", "no:cacheprovider", *rest)
         elif first == "make":
             target = next(word for word in rest if "=" not in word)
             assert (ROOT / TARGETS[target]).exists()
@@ -243,7 +246,7 @@ class Here:
             return
         for out in [word.partition("=")[2] for word in argv if word.startswith("out=")]:
             shutil.rmtree(self.folder / out, ignore_errors=True)
-        self.program(argv[0], *argv[1:])
+        self.program(*argv, *(["tokens=10"] if argv[0] == "launch/generate.py" else []))
 
     def sweep(self, argv: list[str]) -> None:
         short = (
@@ -263,24 +266,29 @@ class Here:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     def write(self, block: Block) -> None:
-        """A file of the page, by the comment of its first line; or a diff, applied."""
+        """A file of the page, by the comment of its first line; or a diff, applied, for processes that start later."""
         if block.language == "diff":
             subprocess.run(["git", "apply", "-"], cwd=self.folder, input=block.text, text=True, check=True)
+            self.forks.__exit__(None, None, None)
+            self.forks = Forks(self.folder, self.folder)
         elif found := re.match(r"# ([\w/]+\.(?:py|yaml))\n", block.text):
             (self.folder / found[1]).write_text(block.text.partition("\n")[2])
 
 
 def steps_done(run_dir: Path) -> int:
-    """Of the newest checkpoint."""
-    return max([int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*")], default=0)
+    """Of the newest checkpoint of a run, or of a folder that holds some."""
+    return max([int(path.name.removeprefix("step_")) for path in run_dir.glob("**/step_*")], default=0)
 
 
 def dense_model(folder: Path, tokenizer: Path) -> None:
     """A Llama of a few thousand random values, as published ones are."""
     folder.mkdir(parents=True)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-              "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 640, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-              "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "float32"}  # fmt: skip
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 640,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": False, "torch_dtype": "float32",
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(tokenizer, folder / "tokenizer.json")
     shapes = {"model.embed_tokens": (640, 16), "model.norm": (16,), "lm_head": (640, 16)}
@@ -306,17 +314,18 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
             patch.setenv(name, value)
         patch.setenv("HOME", str(folder))
         place = Here(folder)
-        with place.forks:
-            yield place
+        yield place
+        place.forks.__exit__(None, None, None)
 
 
-def parameters() -> Iterator[object]:
-    """The pages, in two groups: each makes a copy of its own, on one process of the tests."""
-    for i, page in enumerate(page for page in PAGES if page.name not in RUN_ELSEWHERE):
-        yield pytest.param(page, id=page.stem, marks=pytest.mark.xdist_group(f"docs{i % 2}"))
-
-
-@pytest.mark.parametrize("page", parameters())
+# In two groups: each process of the tests makes a copy of its own.
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=pytest.mark.xdist_group(f"docs{i % 2}"))
+        for i, page in enumerate(page for page in PAGES if page.name not in RUN_ELSEWHERE)
+    ],
+)
 def test_the_commands_of_a_page(page: Path, here: Here) -> None:
     shutil.rmtree(here.folder / "runs", ignore_errors=True)
     for block in blocks(page.read_text()):
@@ -337,7 +346,8 @@ def test_pages_that_others_run() -> None:
 def test_commands_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "Run `make train` or\n`python launch/plan.py\nrecipe=a` first.\n\n```bash\n# why\nA=1 torchrun a \\\n  b\n# Needs a cluster.\nsbatch c\n```\n\n"
+        "Run `make train` or\n`python launch/plan.py\nrecipe=a` first.\n\n"
+        "```bash\n# why\nA=1 torchrun a \\\n  b\n# Needs a cluster.\nsbatch c\n```\n\n"
         "`kubectl apply` (needs a cluster)\n\n```text\nmake nothing\n```\n"
     )
     assert [(command.text, command.marked, command.line) for command in commands(page)] == [
