@@ -27,6 +27,8 @@ LAYERS = {
     "launch": "The programs a person runs",
 }
 PROJECT = [Path(name) for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
+# Of the pages that show a file, which: by their place on the site.
+shown_from: dict[str, Path] = {}
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -35,6 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made: dict[str, str | bytes] = {"reference/index.md": index(), "reference/knobs.md": knobs()}
     made |= {module_uri(path): module_page(path) for layer in LAYERS for path in modules(layer)}
     made |= {site_uri(path): shown(path) for path in PROJECT}
+    shown_from.update((site_uri(path), path) for path in PROJECT)
     waiting = [*PROJECT, *(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))]
     seen = set(waiting)
     while waiting:
@@ -44,6 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 continue
             seen.add(target)
             made[site_uri(target)] = shown(target)
+            shown_from[site_uri(target)] = target
             if target.suffix == ".md":
                 waiting.append(target)
     for uri, text in made.items():
@@ -54,9 +58,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to files of the repository into links of the site."""
     here = page.file.src_uri
-    source = ROOT / (here.removeprefix("project/") if here.startswith("project/") else f"docs/{here}")
     if here.startswith("reference/"):
         return markdown
+    source = ROOT / shown_from.get(here, Path("docs") / here)
 
     def site_link(found: re.Match[str]) -> str:
         target = repository_path(source, found[2])
@@ -90,6 +94,10 @@ def site_uri(path: Path) -> str:
         return path.relative_to("docs").as_posix()
     if path.suffix == ".py" and path.parts[0] in LAYERS and len(path.parts) == 2:
         return module_uri(ROOT / path)
+    if (
+        path.name == "README.md"
+    ):  # which mkdocs would take for a folder's index, and benchmarks/ is none in the navigation
+        path = path.parent.with_suffix(".md")
     return f"project/{path.as_posix()}" if path.suffix in (".md", ".png") else f"project/{path.as_posix()}.md"
 
 
@@ -240,8 +248,8 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as Markdown that shows it, but for what stands in backticks."""
-    parts = re.split(r"(`[^`]*`)", text)
+    """Text as Markdown that shows it, but for what stands in backticks or is bold."""
+    parts = re.split(r"(`[^`]*`|\*\*[^*]+\*\*)", text)
     return "".join(part if i % 2 else re.sub(r"([\\*_\[\]<>#])", r"\\\1", part) for i, part in enumerate(parts))
 
 
