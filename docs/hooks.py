@@ -94,10 +94,8 @@ def site_uri(path: Path) -> str:
         return path.relative_to("docs").as_posix()
     if path.suffix == ".py" and path.parts[0] in LAYERS and len(path.parts) == 2:
         return module_uri(ROOT / path)
-    if (
-        path.name == "README.md"
-    ):  # which mkdocs would take for a folder's index, and benchmarks/ is none in the navigation
-        path = path.parent.with_suffix(".md")
+    if path.name == "README.md":  # which mkdocs would take for a folder's index
+        path = Path(path.parent.as_posix().strip(".") or "readme").with_suffix(".md")
     return f"project/{path.as_posix()}" if path.suffix in (".md", ".png") else f"project/{path.as_posix()}.md"
 
 
