@@ -27,6 +27,7 @@ LAYERS = {
     "launch": "The programs a person runs",
 }
 PROJECT = [Path(name) for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
+SCHEMA = Path("launch/schema.py")  # on the site, the tables made of it
 # Of the pages that show a file, which: by their place on the site.
 shown_from: dict[str, Path] = {}
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?\)")
@@ -64,7 +65,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def site_link(found: re.Match[str]) -> str:
         target = repository_path(source, found[2])
-        if target is None:
+        if target is None or not (ROOT / target).exists():
             return found[0]
         return f"{found[1]}{os.path.relpath(site_uri(target), Path(here).parent)}{found[3] or ''})"
 
@@ -92,6 +93,8 @@ def site_uri(path: Path) -> str:
     """Where a file of the repository is on the site."""
     if path.parts[0] == "docs":
         return path.relative_to("docs").as_posix()
+    if path == SCHEMA:
+        return "reference/knobs.md"
     if path.suffix == ".py" and path.parts[0] in LAYERS and len(path.parts) == 2:
         return module_uri(ROOT / path)
     if path.name == "README.md":  # which mkdocs would take for a folder's index
