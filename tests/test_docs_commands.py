@@ -2,14 +2,15 @@
 
 A page is run from its top to its end in a copy of the repository: its files that are named in their first line are written, its
 diffs applied, its commands run by a process that has imported everything. Training is shortened: few steps, short sequences, of
-recipes for GPUs a small model, two ranks instead of eight. What the commands read (a corpus, a tokenizer, published models,
-earlier runs) is small here, and lies where they look for it.
+recipes for GPUs a small model, two ranks instead of eight; of srun and sbatch, what they would start. What the commands read (a
+corpus, a tokenizer, published models, earlier runs) is small here, and lies where they look for it.
 
 Not run but looked at otherwise, each for a reason that is given below: make's targets, benchmarks, tests that are run anyway. A
 comment "# Needs a cluster", "# Needs 8 GPUs" or "# Needs the network" in a block, or "(needs …)" in a sentence, is for the
 reader; a program that is not here must have it.
 """
 
+import dataclasses
 import json
 import os
 import pkgutil
@@ -182,12 +183,21 @@ class Here:
             f"run_dir={run_dir}", f"train.steps={before + 1 if fused else steps}", f"train.seq_len={8 if fused else 32}",
             f"train.global_batch={min(4, int(given.get('train.global_batch', 4)))}",
             *"train.checkpoint_every=2 train.log_every=1 train.eval_batches=1 train.sample=0 optim.warmup=1".split(),
-            "wandb.mode=disabled", *[f"model.{knob}" for knob in SMALL.get(given.get("recipe", ""), "").split()],
+            "wandb.mode=disabled", *self.smaller(knobs, world),
         ]  # fmt: skip
         more += [] if "data.files" in given else ["data.files=corpus/*.txt"]
         more += ["model.d_model=32", "model.n_heads=2", "model.d_expert=32", "model.n_layers=2"] if fused else []
         self.program("launch/train.py", *knobs, *more, world=world)
         assert steps_done(self.folder / run_dir) > before
+
+    def smaller(self, knobs: list[str], world: int) -> list[str]:
+        """What makes a run for GPUs one for `world` ranks here."""
+        given = dict(knob.split("=", 1) for knob in knobs)
+        more = [f"model.{knob}" for knob in SMALL.get(given.get("recipe", ""), "").split()]
+        more += (
+            [f"parallel.expert={world}"] if int(given.get("parallel.expert", "0").replace("auto", "0")) > world else []
+        )
+        return [*more, *(["profile_steps=[3,4]"] if "profile_steps" in given else [])]
 
     def run(self, command: Command) -> None:
         """In the way of its kind; AssertionError where it fails, or can't be run here and the page does not say so."""
@@ -202,7 +212,8 @@ class Here:
                 short = ["largest_mb=0.1", "repeats=1"]
                 self.program(options.training_script, *options.training_script_args, *short, world=world)
             else:
-                self.program(options.training_script, *options.training_script_args, "train.seq_len=32", world=world)
+                short = ["train.seq_len=32", "hardware=cpu", *self.smaller(options.training_script_args, world)]
+                self.program(options.training_script, *options.training_script_args, *short, world=world)
         elif first == "python" and rest[0] == "launch/train.py":
             self.sweep(rest[1:]) if "--multirun" in rest else self.program(*rest)
         elif first == "python" and rest[0].startswith("launch/"):
@@ -224,6 +235,15 @@ class Here:
             target = next(word for word in rest if "=" not in word)
             assert (ROOT / TARGETS[target]).exists()
             self.shell(["make", "-n", "--no-print-directory", *rest])
+        elif first == "srun":  # on every node the same, a rank's share of which can be run here
+            self.run(dataclasses.replace(command, text=rest[-1]))
+            assert command.marked
+        elif first == "sbatch":
+            script = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
+            assert command.marked and (self.folder / rest[script]).exists()
+            variables = dict(re.findall(r"([A-Z_]+)=(\S+)", command.text))
+            run_dir = variables["RUN_DIR"].replace("/shared/", "")
+            self.train([f"recipe={variables['RECIPE']}", f"run_dir={run_dir}", *rest[script + 1 :]], 2)
         elif first in ("ls", "tail"):
             self.earlier(command.text)
             self.shell([first, *rest])
@@ -241,9 +261,6 @@ class Here:
         self.earlier(command.text)
         if argv[0] == "launch/plan.py" and "dry_run=true" in argv:
             argv = [*argv, "model.n_layers=2", "nodes=1"]
-        if argv[0] == "launch/plan.py" and "hardware=runs/ours.yaml" in argv:  # of the cluster's own links
-            assert command.marked
-            return
         for out in [word.partition("=")[2] for word in argv if word.startswith("out=")]:
             shutil.rmtree(self.folder / out, ignore_errors=True)
         self.program(*argv, *(["tokens=10"] if argv[0] == "launch/generate.py" else []))
