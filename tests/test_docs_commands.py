@@ -371,6 +371,13 @@ def test_commands_are_found(tmp_path: Path) -> None:
         ("A=1 torchrun a   b", False, 8), ("sbatch c", True, 10), ("make train", False, 1),
         ("python launch/plan.py recipe=a", False, 2), ("kubectl apply", True, 13),
     ]  # fmt: skip
+    nowhere = object.__new__(Here)
+    nowhere.folder = tmp_path
+    nowhere.run(Command("page.md", 1, "kubectl apply", marked=True))
+    with pytest.raises(AssertionError, match="page.md:1: kubectl apply: neither run nor marked"):
+        nowhere.run(Command("page.md", 1, "kubectl apply", marked=False))
+    with pytest.raises(KeyError):
+        nowhere.run(Command("page.md", 1, "make nothing", marked=False))
     page.write_text("```\nmake all\n```\n")
     with pytest.raises(AssertionError, match="tag it"):
         list(commands(page))
