@@ -285,7 +285,9 @@ class Here:
     def write(self, block: Block) -> None:
         """A file of the page, by the comment of its first line; or a diff, applied, for processes that start later."""
         if block.language == "diff":
-            subprocess.run(["git", "apply", "-"], cwd=self.folder, input=block.text, text=True, check=True)
+            # Inside of another repository, git would take the paths for others and say nothing.
+            outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(self.folder.parent)}
+            subprocess.run(["git", "apply", "-"], cwd=self.folder, env=outside, input=block.text, text=True, check=True)
             self.forks.__exit__(None, None, None)
             self.forks = Forks(self.folder, self.folder)
         elif found := re.match(r"# ([\w/]+\.(?:py|yaml))\n", block.text):
