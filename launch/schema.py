@@ -69,8 +69,13 @@ class OptimConfig:
     """AdamW with decoupled weight decay, none on norms, biases and other vectors.
 
     lr             peak learning rate
+    beta1, beta2   of AdamW's means of gradients and of their squares
+    eps            added to the root of the latter
+    weight_decay   times the learning rate, the share of a weight that a step takes away
     schedule       cosine: to lr_min_ratio at the last step; wsd: constant, then linear to lr_min_ratio over the last decay_ratio
     warmup         steps of linear warm-up, clamped to train.steps
+    lr_min_ratio   the last learning rate over the peak
+    decay_ratio    share of the steps over which wsd falls
     clip           largest global gradient norm (0: no clipping)
     """
 
@@ -97,6 +102,7 @@ class DataConfig:
     weights     of a mixture: one for each of `files`, which may then be NAME=PATH (empty: all of `files` are one source)
     val_files   the same as files for validation, NAME=PATH for a set of its own (empty: val_fraction of the documents of `files`,
                 chosen by hash)
+    val_fraction  share of the documents of `files`, or of a .bin's tokens, that is held out
     text_key    the field of a JSONL record that holds the text
     tokenizer   bytes, or the path of a Hugging Face tokenizer.json
     cache       folder for token shards made from text files
@@ -114,7 +120,12 @@ class DataConfig:
 
 @dataclass
 class WandbConfig:
-    """mode: offline (files under run_dir/wandb, `wandb sync` sends them), online (falls back to offline), disabled."""
+    """Weights & Biases.
+
+    mode     offline (files under run_dir/wandb, `wandb sync` sends them), online (falls back to offline), disabled
+    project  where the run is there
+    name     what it is called there (null: W&B makes up a name)
+    """
 
     mode: str = "offline"
     project: str = "moesaic"
@@ -125,6 +136,7 @@ class WandbConfig:
 class Config:
     """One run.
 
+    name             what the recipe calls itself: in messages, and in the default of run_dir
     run_dir          holds all that it writes
     resume           auto (newest complete checkpoint of run_dir), never, or the path of a run or checkpoint
     init_from        a folder with config.json and safetensors whose weights a run starts from (null: random ones); of no effect

@@ -1,8 +1,8 @@
 """Train a Mixture-of-Experts language model. Read it from top to bottom.
 
     torchrun --nproc-per-node 2 launch/train.py recipe=tiny_moe run_dir=runs/demo
-    torchrun --nproc-per-node 8 launch/train.py recipe=7b_moe data.files=data/corpus train.steps=20000
-    torchrun --nproc-per-node 8 launch/train.py recipe=continue_hf init_from=models/OLMoE-1B-7B data.files=data/corpus
+    torchrun --nproc-per-node 8 launch/train.py recipe=7b_moe data.files=data/corpus data.tokenizer=data/corpus
+    torchrun --nproc-per-node 8 launch/train.py recipe=continue_hf init_from=models/olmoe data.tokenizer=models/olmoe …
 
 A step's batch is `train.global_batch` sequences, dealt to ranks in order, each rank's share in micro-batches. A micro-batch of
 one rank is the routing domain. The loss of a step is the token mean over the global batch.

@@ -29,7 +29,8 @@ class RouterConfig:
     top_k            K, experts per token (of expert_choice: on average)
     renormalize      divide the weights of a token by their sum (Mixtral, Qwen3-MoE, DeepSeek-V3 do; OLMoE does not)
     scale            factor on all weights (DeepSeek-V3: 2.5)
-    groups           sigmoid_bias: experts in groups of equal size, of which a token uses the groups_kept best
+    groups           sigmoid_bias: experts in groups of equal size
+    groups_kept      of these, the best, whose experts a token chooses from
     bias_rate        sigmoid_bias: step of the bias that evens out the load (0: the bias stays)
     capacity_factor  most rows of an expert, in units of T * K / E; the lowest scores are dropped (0: dropless)
     rounding         make every expert's rows a multiple of the kernel's tile: none, nearest, stochastic, score, balance, up, down
@@ -151,7 +152,8 @@ class ModelConfig:
     n_layers        L, blocks in all, the leading dense ones included
     attention       gqa: grouped queries, of n_heads, n_kv_heads, head_dim and qk_norm; mla: latent keys and values, of
                     n_heads and model.mla
-    n_heads         query heads; n_kv_heads (null: as many) must divide it
+    n_heads         query heads
+    n_kv_heads      of keys and values (null: n_heads); must divide n_heads
     head_dim        width of one head (null: d_model / n_heads); even, for the rotary embedding
     document_mask   a token of a packed sequence sees its own document only; false: all that stands before it
     n_experts       E, routed experts of a layer
@@ -162,8 +164,11 @@ class ModelConfig:
                     auto: triton on a GPU whose tiles are known, else torch
     chunk_mib       most MiB of one temporary of the experts' outputs on a GPU, which are made in column chunks of that size
     d_shared        width of the shared expert that every token passes through (0: none)
-    n_dense_layers  leading blocks with a dense feed-forward of width d_dense instead of experts
+    n_dense_layers  leading blocks with a dense feed-forward instead of experts
+    d_dense         width of that one
     qk_norm         RMSNorm on queries and keys: none, head (each head by itself, Qwen3) or full (all heads together, OLMoE)
+    rope_theta      base of the rotary embedding's wavelengths
+    norm_eps        added to the mean square in RMSNorm
     tie_embeddings  the output head is the embedding matrix
     init_std        standard deviation of the initial weights; output projections get init_std / sqrt(2 L)
     """

@@ -54,8 +54,11 @@ class OperandConfig:
 
 @dataclass
 class FpropConfig:
-    """rotation: columns that a Hadamard matrix mixes in both operands (0: none). signs: random ones before it: none, fixed, or
-    drawn anew at each step."""
+    """The product of the forward pass, y = x w.
+
+    rotation  columns that a Hadamard matrix mixes in both operands (0: none)
+    signs     random ones before it: none, fixed, or drawn anew at each step
+    """
 
     x: OperandConfig = field(default_factory=OperandConfig)
     w: OperandConfig = field(default_factory=OperandConfig)
@@ -65,7 +68,7 @@ class FpropConfig:
 
 @dataclass
 class DgradConfig:
-    """As of fprop."""
+    """The gradient of the input, dx = dy w; knobs as of fprop."""
 
     dy: OperandConfig = field(default_factory=OperandConfig)
     w: OperandConfig = field(default_factory=OperandConfig)
@@ -75,7 +78,7 @@ class DgradConfig:
 
 @dataclass
 class WgradConfig:
-    """As of fprop."""
+    """The gradient of the weight, dw = dy x; knobs as of fprop."""
 
     dy: OperandConfig = field(default_factory=OperandConfig)
     x: OperandConfig = field(default_factory=OperandConfig)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts this node's ranks: what every scheduler's script ends in. Arguments are knobs of launch/train.py.
-#   RUN_DIR=/shared/runs/long RECIPE=7b_moe NODES=2 HEAD=node0 launch/clusters/launch.sh data.files=data/corpus
+#   RUN_DIR=/shared/runs/long RECIPE=7b_moe NODES=2 HEAD=node0 launch/clusters/launch.sh data.files=data/corpus data.tokenizer=data/corpus
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 . "$root/launch/clusters/settings.sh"

@@ -8,6 +8,7 @@ tests.launch.forks`, and speaks to it.
 import ctypes
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -49,9 +50,11 @@ class Run:
 
 
 class Forks:
-    def __init__(self, folder: Path) -> None:
+    """A server whose launches write into `folder`. `root`: another checkout than this one, whose code it has."""
+
+    def __init__(self, folder: Path, root: Path | None = None) -> None:
         self.folder, self.started = folder, 0
-        root = Path(__file__).resolve().parents[2]
+        root = root or Path(__file__).resolve().parents[2]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.launch.forks"], cwd=folder, env=environment, stdin=subprocess.PIPE,
@@ -63,6 +66,13 @@ class Forks:
         self.started += 1
         output = self.folder / f"launch{self.started}.log"
         job = {"knobs": knobs, "world": world, "fault": fault, "output": str(output), "env": env}
+        return Run(self, self.ask(job)["pids"], output)
+
+    def program(self, path: str, arguments: list[str], world: int = 0, **env: str) -> Run:
+        """Start `world` ranks of the program at `path` in `folder`, or with 0 one process that is no rank."""
+        self.started += 1
+        output = self.folder / f"launch{self.started}.log"
+        job = {"program": path, "arguments": arguments, "world": world, "output": str(output), "env": env}
         return Run(self, self.ask(job)["pids"], output)
 
     def ask(self, question: dict[str, Any]) -> Any:
@@ -77,6 +87,9 @@ class Forks:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.server.kill()  # and with it the ranks: the kernel sees to that
         self.server.wait()
+        for pipe in (self.server.stdin, self.server.stdout):
+            assert pipe
+            pipe.close()
 
 
 # ---------------------------------------------------------------- the server
@@ -97,10 +110,11 @@ def _serve() -> None:
     codes: dict[int, int] = {}
     for line in sys.stdin:
         job = json.loads(line)
-        if "knobs" in job:
-            job["config"] = cli.compose(job["knobs"])
+        if "output" in job:
+            if "knobs" in job:
+                job["config"] = cli.compose(job["knobs"])
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            pids = [_fork(train, job, rank, store.port) for rank in range(job["world"])]
+            pids = [_fork(train, job, rank, store.port) for rank in range(max(1, job["world"]))]
             stores[pids[0]] = store
             answer: dict[str, Any] = {"pids": pids}
         elif "ended" in job:
@@ -141,16 +155,36 @@ def _fork(train: Any, job: dict[str, Any], rank: int, port: int) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         world = str(job["world"])
-        os.environ |= {
+        os.environ |= job["env"] if job["world"] == 0 else {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         } | job["env"]  # fmt: skip
-        _rank(train, job)
+        _program(job) if "program" in job else _rank(train, job)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(70)
+
+
+def _program(job: dict[str, Any]) -> None:
+    """What `python PATH ARGUMENTS` does."""
+    from moesaic.launch import metrics
+
+    metrics.peak_flops = lambda *_: (1e12, "not measured")  # 0.3 s in each rank
+    sys.argv = [job["program"], *job["arguments"]]
+    sys.path[0] = str(Path(job["program"]).resolve().parent)
+    code = 0
+    try:
+        runpy.run_path(job["program"], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _rank(train: Any, job: dict[str, Any]) -> None:

@@ -139,7 +139,7 @@ def test_trainjob_hands_on_what_trainer_tells(tmp_path: Path) -> None:
     trainer = yaml.safe_load(MANIFESTS["trainjob"].read_text())["spec"]["trainer"]
     command = [word.replace("/moesaic/launch", f"{ROOT}/launch") for word in [*trainer["command"], *trainer["args"]]]
     assert not [entry for entry in trainer["env"] if entry["name"].startswith("PET_")]
-    assert handed_on(tmp_path, command, {"PET_NNODES": "2", "PET_MASTER_ADDR": "head"})[-1] == trainer["args"][0]
+    assert handed_on(tmp_path, command, {"PET_NNODES": "2", "PET_MASTER_ADDR": "head"})[-1] == trainer["args"][-1]
 
 
 def test_skypilot_hands_on_its_nodes(tmp_path: Path) -> None:
