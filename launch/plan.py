@@ -240,7 +240,16 @@ def describe_search(found: list[Candidate], plan: Plan) -> list[str]:
         lines.append(
             f"  {place:2} {c.timing.step:8.3f} s  MFU {c.timing.mfu:5.1%}  {c.memory.total / GIB:6.1f} GiB  {c.overrides()}"
         )
-    return [*lines, "why the first", *(f"  {line}" for line in reasons(found))]
+    lines += ["why the first", *(f"  {line}" for line in reasons(found))]
+    for kind in ("fp8", "fp4"):
+        if kind in plan.machine.tflops and plan.precision == "bf16":
+            step, best = min(
+                (time_of(plan.config.model, c.layout, plan.machine, kind, efficiency=plan.efficiency).step, i)
+                for i, c in enumerate(fitting) if c.precision == "bf16"
+            )  # fmt: skip
+            lines.append(f"  with products in {kind}, which are emulated today, the best were {step:.3f} s a step: "
+                         f"{dataclasses.replace(fitting[best], precision=kind).overrides()}")  # fmt: skip
+    return lines
 
 
 def describe_dry_run(plan: Plan) -> list[str]:
@@ -316,8 +325,11 @@ def main(arguments: Sequence[str]) -> None:
     lines = describe(plan, chosen)
     rows = [("as asked", plan.memory, plan.timing)]
     if chosen.search == "true":
-        found = search(plan.config.model, plan.layout, plan.machine, plan.precision, plan.config.train.global_batch,
-                       plan.efficiency)  # fmt: skip
+        # fp8 and fp4 are emulated: ranked where they are asked for, else told apart.
+        kinds = [kind for kind in dict.fromkeys((plan.precision, "bf16", "fp32")) if kind in plan.machine.tflops]
+        found = search(
+            plan.config.model, plan.layout, plan.machine, kinds, plan.config.train.global_batch, plan.efficiency
+        )
         lines += describe_search(found, plan)
         rows += [(f"search {i}", c.memory, c.timing) for i, c in enumerate(found[:5], 1) if c.timing]
     if chosen.dry_run == "true":

@@ -78,7 +78,7 @@ class Hardware:
     node: int
     domain: int
     hops: dict[str, Link]
-    launch_us: float = 5.0
+    launch_us: float = 10.0
 
     def __post_init__(self) -> None:
         what = f"hardware={self.name}"
