@@ -274,6 +274,12 @@ def describe_dry_run(plan: Plan) -> list[str]:
     ]
 
 
+def short(layout: Layout) -> str:
+    """A layout in two lines of a picture; knobs without their groups."""
+    return (f"expert={layout.expert} replicate={layout.replicate} reshard={layout.reshard}\n"
+            f"{layout.hops} remat={layout.remat} micro_batch={layout.micro_batch}")  # fmt: skip
+
+
 def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -> None:
     """A bar for each layout: memory by category beside the device's, and a step's seconds by what they go to."""
     import matplotlib
@@ -281,7 +287,7 @@ def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.45 * len(rows)), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 1.6 + 0.5 * len(rows)), layout="constrained")
     names = [name for name, _, _ in rows]
     for axis, parts in (
         (left, [{k: v / GIB for k, v in memory.categories().items()} for _, memory, _ in rows]),
@@ -295,6 +301,8 @@ def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -
             start = [a + b for a, b in zip(start, widths, strict=True)]
         axis.invert_yaxis()
         axis.legend(fontsize=7)
+    left.tick_params(axis="y", labelsize=8)
+    right.set_yticks([])
     left.axvline(machine.memory_gib, color="black", linestyle="--")
     left.set_xlabel(f"GiB of a rank; dashed: {machine.part}")
     right.set_xlabel("seconds of a step, simulated")
@@ -323,7 +331,7 @@ def main(arguments: Sequence[str]) -> None:
         print(as_json(plan))
         return
     lines = describe(plan, chosen)
-    rows = [("as asked", plan.memory, plan.timing)]
+    rows = [(f"as asked: {short(plan.layout)}", plan.memory, plan.timing)]
     if chosen.search == "true":
         # fp8 and fp4 are emulated: ranked where they are asked for, else told apart.
         kinds = [kind for kind in dict.fromkeys((plan.precision, "bf16", "fp32")) if kind in plan.machine.tflops]
@@ -331,7 +339,7 @@ def main(arguments: Sequence[str]) -> None:
             plan.config.model, plan.layout, plan.machine, kinds, plan.config.train.global_batch, plan.efficiency
         )
         lines += describe_search(found, plan)
-        rows += [(f"search {i}", c.memory, c.timing) for i, c in enumerate(found[:5], 1) if c.timing]
+        rows += [(f"{i}: {short(c.layout)}", c.memory, c.timing) for i, c in enumerate(found[:5], 1) if c.timing]
     if chosen.dry_run == "true":
         lines += describe_dry_run(plan)
     print("\n".join(lines))
