@@ -4,7 +4,8 @@ collectives.csv       each collective of each layer, by rank and step (moesaic.p
 summary.json          totals, by layer, by what it is for; host work and kernel queues by layer; imbalance; memory; advice
 report.html, *.png    the same to look at; layers, bandwidth, imbalance, memory
 trace.json            for ui.perfetto.dev or chrome://tracing: two lanes a layer, of the last chosen step
-kineto/, execution_trace/    of each rank and the last chosen step: torch's own trace, and its execution trace in Chakra's format
+kineto/              of each rank and the last chosen step: torch's own trace
+execution_trace/     of the same: rank_N.json, torch's, of every operator; rank_N.et, Chakra's, of collectives and work between
 """
 
 import csv
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile
 
+from moesaic.launch import chakra_trace
 from moesaic.launch import html_page as html
 from moesaic.launch.metrics import WandbRun
 from moesaic.launch.schema import Config
@@ -132,6 +134,13 @@ class Profile:
             mine["spans"] = [(m, p, b + shift - zero, e - b) for m, p, b, e in reading.spans]
             mine["calls"] = [self._drawn(e, zero) for e in events]
         if self.step == max(self.chosen):
+            path = self.folder / "execution_trace" / f"rank_{self.rank}.et"
+            try:
+                path.write_bytes(
+                    chakra_trace.execution_trace(events, self.rank, names, self.began, self.began + seconds)
+                )
+            except OSError as error:
+                print(f"warning: rank {self.rank}: {path}: can't be written ({error})", flush=True)
             self.finish()
 
     def _drawn(self, e: c.Event, zero: float) -> Row:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from moesaic.launch import cli, comm_bench
+from moesaic.launch import chakra_trace, cli, comm_bench
 from moesaic.launch.collectives_report import add_up, advise
 from moesaic.parallel.collectives import BOTH, KERNEL
 from moesaic.parallel.hardware import load
 from tests.launch.browser import Browser, needs_browser
+from tests.launch.chakra_reader import chakra_nodes
 from tests.launch.launches import PROGRAM, Place, finished, launch, losses
 
 SHORT = "train.steps=4 train.checkpoint_every=0 train.eval_every=0".split()
@@ -38,7 +39,8 @@ def test_all_files_are_there_and_add_up(run_dir: Path) -> None:
     names = {path.relative_to(profile).as_posix() for path in profile.rglob("*") if path.is_file()}
     assert names == {"collectives.csv", "summary.json", "trace.json", "report.html", "layers.png", "bandwidth.png",
                      "imbalance.png", "memory.png", "kineto/rank_0.json.gz", "kineto/rank_1.json.gz",
-                     "execution_trace/rank_0.json", "execution_trace/rank_1.json"}  # fmt: skip
+                     "execution_trace/rank_0.json", "execution_trace/rank_1.json", "execution_trace/rank_0.et",
+                     "execution_trace/rank_1.et"}  # fmt: skip
     rows, summary = table(run_dir), json.loads((profile / "summary.json").read_text())
     assert {row["rank"] for row in rows} == {"0", "1"} and {row["step"] for row in rows} == {"2", "4"}
     assert summary["steps"] == [2, 4] and summary["ranks"] == 2 and len(summary["advice"]) == 3
@@ -66,6 +68,16 @@ def test_all_files_are_there_and_add_up(run_dir: Path) -> None:
     assert f"{sent // 2:,}" in page
     nodes = json.loads((profile / "execution_trace" / "rank_1.json").read_text())["nodes"]
     assert any("all_to_all" in node["name"].lower() or "alltoall" in node["name"].lower() for node in nodes)
+    for rank in (0, 1):  # Chakra's has the collectives of the last step, and their bytes
+        last = [row for row in rows if (row["rank"], row["step"]) == (str(rank), "4")]
+        found = [
+            n
+            for n in chakra_nodes(profile / "execution_trace" / f"rank_{rank}.et")
+            if n["type"] == chakra_trace.COLLECTIVE
+        ]
+        assert len(found) == sum(int(row["calls"]) for row in last)
+        assert sum(n["comm_size"] for n in found) == sum(int(row["buffer_bytes"]) for row in last)
+        assert sum(n["sent_intra"] for n in found) == sum(int(row["sent_intra_bytes"]) for row in last)
     assert json.loads(gzip.decompress((profile / "kineto" / "rank_0.json.gz").read_bytes()))["traceEvents"]
 
 
