@@ -13,6 +13,7 @@ know as one.
 from collections.abc import Iterable
 
 from moesaic.parallel.collectives import KERNEL, Event
+from moesaic.parallel.trace import short
 
 COMPUTE, COLLECTIVE = 4, 7  # NodeType
 # CollectiveCommType, by how an operation's name begins; the longest name first.
@@ -79,6 +80,7 @@ def execution_trace(events: list[Event], rank: int, names: dict[str, str], began
         at, kind = len(made), next(n for name, n in TYPES.items() if e.operation.startswith(name))
         told: dict[str, Attribute] = {
             "is_cpu_op": False, "comm_type": kind, "comm_size": e.buffer, "pg_name": names.get(e.group, e.group),
+            "ranks": short(e.ranks),
             "layer": e.layer, "module": e.module, "phase": e.phase, "purpose": e.purpose, "operation": e.operation,
         }  # fmt: skip
         for hop in ("intra", "inter"):

@@ -38,8 +38,8 @@ def test_a_step_by_hand() -> None:
     kinds = [n["comm_type"] for n in nodes if n["type"] == COLLECTIVE]
     assert kinds == [6, 2, 7, 0]  # ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE
     first = nodes[1]
-    assert (first["comm_size"], first["pg_name"], first["layer"], first["sent_intra"], first["sent_inter"]) == (
-        1000, "experts", "blocks.0", 500, 7,
+    assert (first["comm_size"], first["pg_name"], first["ranks"], first["layer"], first["sent_intra"], first["sent_inter"]) == (
+        1000, "experts", "0-1", "blocks.0", 500, 7,
     )  # fmt: skip
 
 
