@@ -314,10 +314,18 @@ def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -
 
 
 def as_json(plan: Plan) -> str:
+    """Bytes and seconds; of a rank, or of all for tokens."""
+    model, train, memory, timing = plan.config.model, plan.config.train, plan.memory, plan.timing
+    counts, sent = parameter_counts(model), Counter[str]()
+    for c in collectives(model, plan.layout):
+        sent[c.operation] += round(c.sent * (1 if c.last else plan.layout.micro_batches))
     told = {
-        "simulated": True, "recipe": plan.config.name, "hardware": plan.machine.name, "layout": dataclasses.asdict(plan.layout),
-        "memory": plan.memory.categories(), "fits": plan.memory.total <= plan.machine.memory, "step_s": plan.timing.step,
-        "mfu": plan.timing.mfu, "parts_s": {"/".join(key): s for key, s in plan.timing.step_parts().items()},
+        "simulated": True, "recipe": plan.config.name, "hardware": plan.machine.name, "precision": plan.precision,
+        "layout": dataclasses.asdict(plan.layout), "parameters": counts.total, "active": counts.active,
+        "flops_per_token": flops_per_token(model, train.seq_len), "memory": memory.categories(), "kept_by_layer": memory.kept,
+        "fits": memory.total <= plan.machine.memory, "largest_micro_batch": largest_batch(model, plan.layout, plan.machine),
+        "step_s": timing.step, "tokens_per_s": train.global_batch * train.seq_len / timing.step, "mfu": timing.mfu,
+        "parts_s": {"/".join(key): s for key, s in timing.step_parts().items()}, "sent_bytes": sent,
     }  # fmt: skip
     return json.dumps(told)
 
