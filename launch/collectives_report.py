@@ -188,7 +188,9 @@ class Profile:
             for name, found in (("collectives", rows), ("layers", summary["layers"]), ("things", summary["things"])):
                 columns = list(dict.fromkeys(k for row in found for k in row))
                 tables[f"profile/{name}"] = wandb.Table(columns, [[row.get(k) for k in columns] for row in found])
-            self.wandb.log({"step": self.step} | tables | {f"profile/{p.stem}": wandb.Image(str(p)) for p in pictures})
+            self.wandb.log(
+                {"step": self.step} | tables | {f"profile/{p.stem}_plot": wandb.Image(str(p)) for p in pictures}
+            )
         steps = ", ".join(map(str, summary["steps"]))
         self.say(f"profile of step {steps}: {summary['step_ms']:.1f} ms a step, {summary['exposed_ms']:.1f} in collectives; "
                  f"{summary['sent_bytes'] / 1e6:,.2f} MB sent by all ranks a step")  # fmt: skip

@@ -25,7 +25,8 @@ SHORT = "train.steps=4 train.checkpoint_every=0 train.eval_every=0".split()
 @pytest.fixture(scope="module")
 def run_dir(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("profiled")
-    finished(folder, place.knobs(folder / "run", *SHORT, "profile=collectives", "profile_steps=[2,4]"))
+    more = ["profile=collectives", "profile_steps=[2,4]", "wandb.mode=offline"]
+    finished(folder, place.knobs(folder / "run", *SHORT, *more))
     return folder / "run"
 
 
@@ -79,6 +80,15 @@ def test_all_files_are_there_and_add_up(run_dir: Path) -> None:
         assert sum(n["comm_size"] for n in found) == sum(int(row["buffer_bytes"]) for row in last)
         assert sum(n["sent_intra"] for n in found) == sum(int(row["sent_intra_bytes"]) for row in last)
     assert json.loads(gzip.decompress((profile / "kineto" / "rank_0.json.gz").read_bytes()))["traceEvents"]
+
+
+def test_tables_and_plots_are_in_wandb(run_dir: Path) -> None:
+    """Each under a name of its own: a plot must not take a table's."""
+    kept = [path.relative_to(path.parents[2]).as_posix() for path in run_dir.glob("wandb/**/media/*/profile/*")]
+    found = {re.sub(r"_\d+_[0-9a-f]+\..*", "", name) for name in kept}
+    assert found == {f"table/profile/{name}" for name in ("collectives", "layers", "things")} | {
+        f"images/profile/{name}_plot" for name in ("layers", "bandwidth", "imbalance", "memory")
+    }
 
 
 def test_it_changes_no_loss(run_dir: Path, place: Place, tmp_path: Path) -> None:
