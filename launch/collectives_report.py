@@ -167,8 +167,8 @@ class Profile:
         rows = [row for told in ranks for row in told["rows"]]
         loads = imbalance(self.config, self.loads, self.experts)
         for row in rows:
-            found = loads.get(row["layer"], {})
-            row |= {name: found.get(name) for name in ("expert_max_over_mean", "rank_max_over_mean")}
+            load = loads.get(row["layer"], {})
+            row |= {name: load.get(name) for name in ("expert_max_over_mean", "rank_max_over_mean")}
         summary = summarize(rows, ranks, loads, self.device.type, self.experts)
         with (self.folder / "collectives.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]) if rows else ["rank"])

@@ -65,8 +65,8 @@ class Hardware:
     node         devices that one host drives
     domain       devices that the `intra` links join: the node, or several
     hops         the links, by hop: intra, inside a domain, and inter, to another one
-    launch_us    microseconds that the host needs to issue one operation: PyTorch's dispatch, autograd, and the launch, which is 2.3
-                 of them (arXiv 2504.11750)
+    launch_us    microseconds that the host needs to issue one operation: PyTorch's dispatch, autograd, and the launch, 2.3 of
+                 them (arXiv 2504.11750)
     """
 
     name: str
