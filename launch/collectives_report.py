@@ -4,7 +4,8 @@ collectives.csv       each collective of each layer, by rank and step (moesaic.p
 summary.json          totals, by layer, by what it is for; host work and kernel queues by layer; imbalance; memory; advice
 report.html, *.png    the same to look at; layers, bandwidth, imbalance, memory
 trace.json            for ui.perfetto.dev or chrome://tracing: two lanes a layer, of the last chosen step
-kineto/, execution_trace/    of each rank and the last chosen step: torch's own trace, and its execution trace in Chakra's format
+kineto/              of each rank and the last chosen step: torch's own trace
+execution_trace/     of the same: rank_N.json, torch's, of every operator; rank_N.et, Chakra's, of collectives and work between
 """
 
 import csv
@@ -22,13 +23,16 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile
 
+from moesaic.launch import chakra_trace
 from moesaic.launch import html_page as html
 from moesaic.launch.metrics import WandbRun
 from moesaic.launch.schema import Config
+from moesaic.launch.startup import together
 from moesaic.parallel import collectives as c
 from moesaic.parallel import kineto, trace
 from moesaic.parallel.engine import Engine
 
+MIB = 2**20
 DRAWN = 8  # ranks in trace.json and in the plots of memory
 ROWS, TOLD = "rows to experts and back", "what is told about rows"
 THINGS = {"counts": TOLD, "slots": TOLD, "slots_grad": TOLD} | dict.fromkeys(
@@ -54,12 +58,11 @@ class Profile:
             left = config.train.steps - done
             say(f"warning: profile_steps={config.profile_steps}: {left} steps are left, none of these is traced")
             return
-        for name in ("kineto", "execution_trace"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        together(self._make_folders)
         node = config.parallel.node_size
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if node == "auto" else int(node)
         self.recorder = c.Recorder(local)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else each start and stop is a line of every rank
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else each start and stop is a line of every rank
         self.activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with profile(activities=self.activities):
             pass  # the first start is the slow one
@@ -67,6 +70,15 @@ class Profile:
         self.open: ExitStack | None = None
         self.mine: Row = {"rows": [], "steps": {}, "sent": Counter(), "unseen": Counter()}
         self.loads: dict[int, torch.Tensor] = {}
+
+    def _make_folders(self) -> None:
+        try:
+            for name in ("kineto", "execution_trace"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+                (self.folder / name / f"rank_{self.rank}.json").touch()
+                (self.folder / name / f"rank_{self.rank}.json").unlink()
+        except OSError as error:
+            raise ValueError(f"profile=collectives: {self.folder}: can't be written ({error.strerror})") from None
 
     def begin(self, step: int) -> None:
         if step not in self.chosen:
@@ -96,9 +108,13 @@ class Profile:
         tracing.close()
         self.open = None
         events, mine, path = self.recorder.events, self.mine, self.folder / "kineto" / f"rank_{self.rank}.json.gz"
-        self.tracer.export_chrome_trace(str(path))
-        with gzip.open(path, "rt") as file:
-            reading = kineto.read(json.load(file)["traceEvents"], int(self.device.type == "cuda"))
+        try:
+            self.tracer.export_chrome_trace(str(path))
+            with gzip.open(path, "rt") as file:
+                reading = kineto.read(json.load(file)["traceEvents"], int(self.device.type == "cuda"))
+        except (OSError, EOFError, ValueError, RuntimeError) as error:  # a full disk must not end the training
+            print(f"warning: rank {self.rank}: {path}: can't be written, and so not read ({error})", flush=True)
+            reading = kineto.Reading()
         shift = kineto.place(events, reading)
         c.exchange(events, self.recorder.groups, self.offset, self.device)
         rows_LE = rows_LE.clone()
@@ -118,6 +134,13 @@ class Profile:
             mine["spans"] = [(m, p, b + shift - zero, e - b) for m, p, b, e in reading.spans]
             mine["calls"] = [self._drawn(e, zero) for e in events]
         if self.step == max(self.chosen):
+            path = self.folder / "execution_trace" / f"rank_{self.rank}.et"
+            try:
+                path.write_bytes(
+                    chakra_trace.execution_trace(events, self.rank, names, self.began, self.began + seconds)
+                )
+            except OSError as error:
+                print(f"warning: rank {self.rank}: {path}: can't be written ({error})", flush=True)
             self.finish()
 
     def _drawn(self, e: c.Event, zero: float) -> Row:
@@ -144,8 +167,9 @@ class Profile:
         rows = [row for told in ranks for row in told["rows"]]
         loads = imbalance(self.config, self.loads, self.experts)
         for row in rows:
-            row |= loads.get(row["layer"], {"expert_max_over_mean": None, "rank_max_over_mean": None})
-        summary = summarize(rows, ranks, loads, self.device.type)
+            load = loads.get(row["layer"], {})
+            row |= {name: load.get(name) for name in ("expert_max_over_mean", "rank_max_over_mean")}
+        summary = summarize(rows, ranks, loads, self.device.type, self.experts)
         with (self.folder / "collectives.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]) if rows else ["rank"])
             writer.writeheader()
@@ -164,7 +188,9 @@ class Profile:
             for name, found in (("collectives", rows), ("layers", summary["layers"]), ("things", summary["things"])):
                 columns = list(dict.fromkeys(k for row in found for k in row))
                 tables[f"profile/{name}"] = wandb.Table(columns, [[row.get(k) for k in columns] for row in found])
-            self.wandb.log({"step": self.step} | tables | {f"profile/{p.stem}": wandb.Image(str(p)) for p in pictures})
+            self.wandb.log(
+                {"step": self.step} | tables | {f"profile/{p.stem}_plot": wandb.Image(str(p)) for p in pictures}
+            )
         steps = ", ".join(map(str, summary["steps"]))
         self.say(f"profile of step {steps}: {summary['step_ms']:.1f} ms a step, {summary['exposed_ms']:.1f} in collectives; "
                  f"{summary['sent_bytes'] / 1e6:,.2f} MB sent by all ranks a step")  # fmt: skip
@@ -174,16 +200,21 @@ class Profile:
 
 
 def imbalance(config: Config, loads: dict[int, torch.Tensor], experts: int) -> dict[str, Row]:
-    """Of each MoE layer by name: rows of the busiest expert, and of the busiest rank of an expert group, over the mean."""
+    """Of each MoE layer by name: rows of the busiest expert, and of the busiest rank of an expert group, over the mean; and which
+    rank of such a group that is."""
     if not loads:
         return {}
     counts_LE = torch.stack([*loads.values()]).sum(dim=0).double()
     counts_LW = counts_LE.view(len(counts_LE), experts, -1).sum(dim=2)
-    most = [(n.max(dim=1).values / n.mean(dim=1).clamp(min=1e-9)).tolist() for n in (counts_LE, counts_LW)]
+    of_experts, of_ranks = ((n / n.mean(dim=1, keepdim=True).clamp(min=1e-9)).tolist() for n in (counts_LE, counts_LW))
     first = config.model.n_dense_layers
     return {
-        f"blocks.{first + i}": {"expert_max_over_mean": e, "rank_max_over_mean": r}
-        for i, (e, r) in enumerate(zip(*most, strict=True))
+        f"blocks.{first + i}": {
+            "expert_max_over_mean": max(e),
+            "rank_max_over_mean": max(r),
+            "busiest": r.index(max(r)),
+        }
+        for i, (e, r) in enumerate(zip(of_experts, of_ranks, strict=True))
     }
 
 
@@ -204,7 +235,7 @@ def add_up(rows: Sequence[Row], steps: int, ranks: int, *keys: str) -> list[Row]
     return sorted(made, key=lambda row: -row["exposed_ms"])
 
 
-def summarize(rows: list[Row], ranks: list[Row], loads: dict[str, Row], device: str) -> Row:
+def summarize(rows: list[Row], ranks: list[Row], loads: dict[str, Row], device: str, experts: int) -> Row:
     steps = sorted(ranks[0]["steps"])
     share = 1 / len(steps) / len(ranks)
     for row in rows:
@@ -226,7 +257,7 @@ def summarize(rows: list[Row], ranks: list[Row], loads: dict[str, Row], device: 
     peaks = [{"rank": r, "bytes": t["peak"][1], "module": t["peak"][2], "phase": t["peak"][3]}
              for r, t in enumerate(ranks) if t["peak"]]  # fmt: skip
     summary: Row = {
-        "steps": steps, "ranks": len(ranks), "device": device,
+        "steps": steps, "ranks": len(ranks), "expert_ranks": experts, "device": device,
         "step_ms": sum(sum(t["steps"].values()) for t in ranks) * share,
         "exposed_ms": whole["exposed_ms"], "wait_ms": whole["wait_ms"], "overlapped_ms": whole["overlapped_ms"],
         "calls": whole["calls"],
@@ -280,15 +311,15 @@ def advise(summary: Row, rows: list[Row]) -> list[str]:
                 late[row["waited_for"]] += row["wait_ms"]
         if late.total():
             whom, much = late.most_common(1)[0]
-            worst = max((v["rank_max_over_mean"] for v in summary["imbalance"].values()), default=1.0)
-            if much > 0.7 * late.total() and worst < 1.2:
-                try_it = f"a look at rank {whom}'s machine: rows are even, and it is late"
-            elif worst >= 1.2:
-                try_it = (
-                    f"a higher model.router.balance_coef: the busiest rank gets {worst:.2f} times its share of rows"
-                )
+            slow = max(add_up(mine, 1, 1, "layer"), key=lambda row: row["wait_ms"])["layer"]
+            load = summary["imbalance"].get(slow, {"rank_max_over_mean": 1.0, "busiest": 0})
+            if load["rank_max_over_mean"] >= 1.1 and whom % summary["expert_ranks"] == load["busiest"]:
+                over = load["rank_max_over_mean"]
+                try_it = f"a higher model.router.balance_coef: it has {over:.2f} times its share of rows in {slow}"
+            elif much > 0.7 * late.total():
+                try_it = f"a look at rank {whom}'s machine: it is late, and rows are not why"
             else:
-                try_it = "nothing in the layout: rows are even, and the ranks are late in turn, as on a shared machine"
+                try_it = "nothing in the layout: the ranks are late in turn, as on a shared machine"
             share_of = 100 * much / late.total()
             found.append(
                 (thing["wait_ms"], f"waiting: {name}, {where}, for rank {whom} in {share_of:.0f}% of it; try {try_it}")
@@ -359,7 +390,8 @@ def report(name: str, summary: Row, rows: list[Row], ranks: list[Row], counts_LE
     drawn = ranks[0]
     for module, phase, begin, us in drawn["spans"]:
         layer = c.attribute("", module)[0] if module else "phases"
-        if not module or module.count(".") < 2:
+        # Backward has no ranges of modules: the operators of their parts stand for them.
+        if not module or module.count(".") < 2 or phase == "backward":
             kind = phase if phase in ("forward", "backward") or not module else "other"
             lanes[layer].append(html.Slice(begin / 1e3, (begin + us) / 1e3, kind, f"{module} {phase}"))
     for e in drawn["calls"]:
@@ -367,7 +399,8 @@ def report(name: str, summary: Row, rows: list[Row], ranks: list[Row], counts_LE
         lanes[e["layer"]].append(html.Slice(e["begin"] / 1e3, (e["begin"] + e["us"]) / 1e3, "collective", title))
     experts = list(map(str, range(len(counts_LE[0]) if counts_LE else 0)))
     shares = [[n * len(row) / max(1, sum(row)) for n in row] for row in counts_LE]
-    memory = {f"rank {r}": tuple(zip(*t["memory"], strict=True)) for r, t in enumerate(ranks[:DRAWN]) if t["memory"]}
+    memory = {f"rank {r}": ([at for at, _ in t["memory"]], [size / MIB for _, size in t["memory"]])
+              for r, t in enumerate(ranks[:DRAWN]) if t["memory"]}  # fmt: skip
     steps = ", ".join(map(str, summary["steps"]))
     totals = (
         "step_ms",
@@ -392,9 +425,9 @@ def report(name: str, summary: Row, rows: list[Row], ranks: list[Row], counts_LE
                                              log_x=True, log_y=True, dots=True)),
         html.section("Imbalance", html.text("Rows of each expert over the mean, by MoE layer."),
                      html.heat(shares, list(summary["imbalance"]), experts, "times the mean"),
-                     html.table(("layer", "busiest expert over mean", "busiest rank over mean"),
+                     html.table(("layer", "busiest expert over mean", "busiest rank over mean", "which of its group"),
                                 [(k, *v.values()) for k, v in summary["imbalance"].items()])),
-        html.section("Memory", html.text(f"{summary['memory_is']}, during the step."), html.lines(memory, "ms", "bytes"),  # type: ignore[arg-type]
+        html.section("Memory", html.text(f"{summary['memory_is']}, during the step."), html.lines(memory, "ms", "MiB"),
                      html.table(("rank", "bytes", "module", "phase"), [list(p.values()) for p in summary["memory_peaks"]])),
         html.section("Host and kernels", html.text(f"{summary['launches']}. Of the last chosen step."),
                      records(summary["host"])),
@@ -442,6 +475,7 @@ def draw(folder: Path, summary: Row, rows: list[Row], ranks: list[Row], counts_L
     save("imbalance", figure, axes, "expert", "")
     figure, axes = pyplot.subplots(figsize=(8, 3))
     for i, told in enumerate(ranks[:DRAWN]):
-        axes.plot(*zip(*(told["memory"] or [(0, 0)]), strict=True), lw=1, color=html.colour(i), label=f"rank {i}")
-    save("memory", figure, axes, "ms", summary["memory_is"])
+        at, sizes = zip(*(told["memory"] or [(0, 0)]), strict=True)
+        axes.plot(at, [size / MIB for size in sizes], lw=1, color=html.colour(i), label=f"rank {i}")
+    save("memory", figure, axes, "ms", summary["memory_is"].replace("bytes", "MiB"))
     return made

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 # Okabe and Ito's colours, which most of the colour-blind tell apart, and three more (jfly.uni-koeln.de/color).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933", "#882255", "#44aa99", "#777777")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 860, 260, 70, 38, 8  # of a plot, in pixels
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 860, 260, 70, 36, 38, 8  # of a plot, in pixels
 Series = tuple[Sequence[float], Sequence[float]]
 
 
@@ -40,6 +40,7 @@ th { position: sticky; top: 0; background: var(--back); text-align: left }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer }
 th[aria-sort=ascending] button::after { content: " \\2191" } th[aria-sort=descending] button::after { content: " \\2193" }
 td, th { padding: 2px 10px; border-bottom: 1px solid var(--soft); white-space: nowrap } td.n { text-align: right }
+th { white-space: normal; vertical-align: bottom } th button { text-align: left }
 svg { max-width: 100% } svg text { font: 11px system-ui, sans-serif; fill: var(--text) }
 .key span { margin-right: 1.2em; white-space: nowrap; font-size: 13px } .key i { display: inline-block; width: 11px; height: 11px;
   margin-right: 5px; border-radius: 2px }
@@ -121,10 +122,12 @@ def links(targets: Mapping[str, str]) -> str:
 
 
 def number(value: Any) -> str:
-    """As a person reads it: thousands apart, four digits of what has more."""
+    """As a person reads it: thousands apart, whole numbers whole, four digits of what has more."""
     if isinstance(value, float) and math.isfinite(value):
-        if value == 0 or 1e-3 <= abs(value) < 1e7:
-            digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+        if value.is_integer() and abs(value) < 1e15:
+            return f"{value:,.0f}"
+        if 1e-3 <= abs(value) < 1e7:
+            digits = max(0, 3 - math.floor(math.log10(abs(value))))
             shown = f"{value:,.{digits}f}"
             return shown.rstrip("0").rstrip(".") if "." in shown else shown
         return f"{value:.3g}"
@@ -135,7 +138,8 @@ def number(value: Any) -> str:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Sorts by a column when its head is clicked: numbers by value, None and NaN last among them, texts by their letters."""
-    head = "".join(f"<th><button>{escape(c)}</button></th>" for c in columns)
+    # A long name may break where its words end, so that a wide table needs less room.
+    head = "".join(f"<th><button>{escape(c).replace('_', '_<wbr>')}</button></th>" for c in columns)
     body = []
     for row in rows:
         cells = []
@@ -170,10 +174,10 @@ def lines(
     every = [p for found in runs.values() for run in found for p in run]
     if not every:
         return text("nothing to draw")
-    to_x, x_ticks = _axis([p[0] for p in every], LEFT, WIDTH - 10, log_x)
+    to_x, x_ticks = _axis([p[0] for p in every], LEFT, WIDTH - RIGHT, log_x)
     to_y, y_ticks = _axis([p[1] for p in every], HEIGHT - BOTTOM, TOP, log_y)
     parts = [
-        _line(LEFT, to_y(v), WIDTH - 10, to_y(v)) + _label(LEFT - 6, to_y(v) + 4, number(v), "end") for v in y_ticks
+        _line(LEFT, to_y(v), WIDTH - RIGHT, to_y(v)) + _label(LEFT - 6, to_y(v) + 4, number(v), "end") for v in y_ticks
     ]
     parts += [_label(to_x(v), HEIGHT - BOTTOM + 15, number(v), "middle") for v in x_ticks]
     parts += [_label(WIDTH / 2, HEIGHT - 6, x, "middle")]
@@ -250,7 +254,8 @@ def timeline(lanes: Mapping[str, Sequence[Slice]], unit: str) -> str:
         drawn.append(f'<div class="lane"><b title="{escape(name)}">{escape(name)}</b>'
                      f'<svg viewBox="{first:.9g} 0 {last - first:.9g} 1" preserveAspectRatio="none">{rects}</svg></div>'
                      )  # fmt: skip
-    axis = f'<div class="range"><span>{first:.3f}</span><span>{escape(unit)}</span><span>{last:.3f}</span></div>'
+    middle = escape(f"{unit}; ctrl and the wheel zoom, the pointer drags")
+    axis = f'<div class="range"><span>{first:.3f}</span><span>{middle}</span><span>{last:.3f}</span></div>'
     return f'{key(kinds)}<div class="timeline" data-range="{first!r} {last!r}">{"".join(drawn)}{axis}</div>\n'
 
 

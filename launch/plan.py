@@ -240,7 +240,16 @@ def describe_search(found: list[Candidate], plan: Plan) -> list[str]:
         lines.append(
             f"  {place:2} {c.timing.step:8.3f} s  MFU {c.timing.mfu:5.1%}  {c.memory.total / GIB:6.1f} GiB  {c.overrides()}"
         )
-    return [*lines, "why the first", *(f"  {line}" for line in reasons(found))]
+    lines += ["why the first", *(f"  {line}" for line in reasons(found))]
+    for kind in ("fp8", "fp4"):
+        if kind in plan.machine.tflops and plan.precision == "bf16":
+            step, best = min(
+                (time_of(plan.config.model, c.layout, plan.machine, kind, efficiency=plan.efficiency).step, i)
+                for i, c in enumerate(fitting) if c.precision == "bf16"
+            )  # fmt: skip
+            lines.append(f"  with products in {kind}, which are emulated today, the best were {step:.3f} s a step: "
+                         f"{dataclasses.replace(fitting[best], precision=kind).overrides()}")  # fmt: skip
+    return lines
 
 
 def describe_dry_run(plan: Plan) -> list[str]:
@@ -265,6 +274,12 @@ def describe_dry_run(plan: Plan) -> list[str]:
     ]
 
 
+def short(layout: Layout) -> str:
+    """A layout in two lines of a picture; knobs without their groups."""
+    return (f"expert={layout.expert} replicate={layout.replicate} reshard={layout.reshard}\n"
+            f"{layout.hops} remat={layout.remat} micro_batch={layout.micro_batch}")  # fmt: skip
+
+
 def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -> None:
     """A bar for each layout: memory by category beside the device's, and a step's seconds by what they go to."""
     import matplotlib
@@ -272,7 +287,7 @@ def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.45 * len(rows)), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 1.6 + 0.5 * len(rows)), layout="constrained")
     names = [name for name, _, _ in rows]
     for axis, parts in (
         (left, [{k: v / GIB for k, v in memory.categories().items()} for _, memory, _ in rows]),
@@ -286,6 +301,8 @@ def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -
             start = [a + b for a, b in zip(start, widths, strict=True)]
         axis.invert_yaxis()
         axis.legend(fontsize=7)
+    left.tick_params(axis="y", labelsize=8)
+    right.set_yticks([])
     left.axvline(machine.memory_gib, color="black", linestyle="--")
     left.set_xlabel(f"GiB of a rank; dashed: {machine.part}")
     right.set_xlabel("seconds of a step, simulated")
@@ -297,10 +314,18 @@ def draw(rows: list[tuple[str, Memory, Timing]], machine: Hardware, path: str) -
 
 
 def as_json(plan: Plan) -> str:
+    """Bytes and seconds; of a rank, or of all for tokens."""
+    model, train, memory, timing = plan.config.model, plan.config.train, plan.memory, plan.timing
+    counts, sent = parameter_counts(model), Counter[str]()
+    for c in collectives(model, plan.layout):
+        sent[c.operation] += round(c.sent * (1 if c.last else plan.layout.micro_batches))
     told = {
-        "simulated": True, "recipe": plan.config.name, "hardware": plan.machine.name, "layout": dataclasses.asdict(plan.layout),
-        "memory": plan.memory.categories(), "fits": plan.memory.total <= plan.machine.memory, "step_s": plan.timing.step,
-        "mfu": plan.timing.mfu, "parts_s": {"/".join(key): s for key, s in plan.timing.step_parts().items()},
+        "simulated": True, "recipe": plan.config.name, "hardware": plan.machine.name, "precision": plan.precision,
+        "layout": dataclasses.asdict(plan.layout), "parameters": counts.total, "active": counts.active,
+        "flops_per_token": flops_per_token(model, train.seq_len), "memory": memory.categories(), "kept_by_layer": memory.kept,
+        "fits": memory.total <= plan.machine.memory, "largest_micro_batch": largest_batch(model, plan.layout, plan.machine),
+        "step_s": timing.step, "tokens_per_s": train.global_batch * train.seq_len / timing.step, "mfu": timing.mfu,
+        "parts_s": {"/".join(key): s for key, s in timing.step_parts().items()}, "sent_bytes": sent,
     }  # fmt: skip
     return json.dumps(told)
 
@@ -314,12 +339,15 @@ def main(arguments: Sequence[str]) -> None:
         print(as_json(plan))
         return
     lines = describe(plan, chosen)
-    rows = [("as asked", plan.memory, plan.timing)]
+    rows = [(f"as asked: {short(plan.layout)}", plan.memory, plan.timing)]
     if chosen.search == "true":
-        found = search(plan.config.model, plan.layout, plan.machine, plan.precision, plan.config.train.global_batch,
-                       plan.efficiency)  # fmt: skip
+        # fp8 and fp4 are emulated: ranked where they are asked for, else told apart.
+        kinds = [kind for kind in dict.fromkeys((plan.precision, "bf16", "fp32")) if kind in plan.machine.tflops]
+        found = search(
+            plan.config.model, plan.layout, plan.machine, kinds, plan.config.train.global_batch, plan.efficiency
+        )
         lines += describe_search(found, plan)
-        rows += [(f"search {i}", c.memory, c.timing) for i, c in enumerate(found[:5], 1) if c.timing]
+        rows += [(f"{i}: {short(c.layout)}", c.memory, c.timing) for i, c in enumerate(found[:5], 1) if c.timing]
     if chosen.dry_run == "true":
         lines += describe_dry_run(plan)
     print("\n".join(lines))

@@ -102,6 +102,10 @@ def memory_of(model: ModelConfig, layout: Layout) -> Memory:
             max(again_first + work, again) + summed - kept[-1] + sum(4 * g.held for g in groups[last]),
         ),
     }
+    if root.ranks > 1:  # at the end of backward: the embedding's gradient, and that of the root on its way, in fp32
+        made = (0 if model.tie_embeddings else layout.width * model.vocab_size * model.d_model) + 4 * root.padded
+        blocks = 0 if layout.micro_batches > 1 else 4 * (held - root.held)
+        places["root"] = (0, made + blocks - sum(kept))
     gathered, temporary = max(places.values(), key=sum)
     head = _kept_by_head(model, layout)
     if layout.zero is None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +13,30 @@ from moesaic.parallel.layout import Layout
 from moesaic.parallel.memory_plan import Memory, memory_of
 from moesaic.parallel.time_plan import Timing, time_of
 
-KNOBS = {"expert": "parallel.expert", "replicate": "parallel.replicate", "path": "parallel.expert_path",
+KNOBS = {"precision": "precision", "expert": "parallel.expert", "replicate": "parallel.replicate", "path": "parallel.expert_path",
          "reshard": "parallel.reshard", "remat": "parallel.remat", "micro_batch": "train.micro_batch"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Candidate:
+    """precision: of products. timing: none where it doesn't fit."""
+
     layout: Layout
+    precision: str
     memory: Memory
-    timing: Timing | None  # none where it doesn't fit
+    timing: Timing | None
+
+    def value(self, name: str) -> Any:
+        return self.precision if name == "precision" else getattr(self.layout, name)
 
     def overrides(self) -> str:
         layout = self.layout
         names = [name for name in KNOBS if layout.zero is None or name not in ("replicate", "reshard")]
         engine = [] if layout.zero is None else [f"parallel.engine=deepspeed parallel.zero_stage={layout.zero}"]
-        return " ".join(engine + [f"{KNOBS[name]}={getattr(layout, name)}" for name in names])
+        told = {name: f"{KNOBS[name]}={self.value(name)}" for name in names}
+        if self.precision in ("fp8", "fp4"):  # a plan's own knob: no run computes products so yet
+            told["precision"] = f"products={self.precision}"
+        return " ".join([*engine, *told.values()])
 
 
 def divisors(n: int) -> list[int]:
@@ -40,10 +50,15 @@ def with_batch(layout: Layout, micro_batch: int, global_batch: int) -> Layout:
 
 
 def search(
-    model: ModelConfig, layout: Layout, hardware: Hardware, precision: str, global_batch: int, efficiency: float
+    model: ModelConfig,
+    layout: Layout,
+    hardware: Hardware,
+    precisions: Sequence[str],
+    global_batch: int,
+    efficiency: float,
 ) -> list[Candidate]:
-    """All of: divisors of ranks and experts for `expert`; one copy, a copy a node, and whole copies for `replicate`; the rest as
-    told in KNOBS. Those that fit come first, by time; then the others, by memory."""
+    """All of: `precisions` of products; divisors of ranks and experts for `expert`; one copy, a copy a node, and whole copies for
+    `replicate`; the rest as told in KNOBS. Those that fit come first, by time; then the others, by memory."""
     world, share = layout.world, -(-global_batch // layout.world)
     batches = [m for m in divisors(share) if m * layout.seq_len <= 131_072] or [1]
     experts = divisors(math.gcd(world, model.n_experts))
@@ -71,13 +86,16 @@ def search(
                 "remat": remat,
             }
             one = with_batch(dataclasses.replace(layout, **changed), micro, global_batch)
-            memory = memory_of(model, one)
-            fits = memory.total <= hardware.memory
-            found.append(
-                Candidate(
-                    one, memory, time_of(model, one, hardware, precision, efficiency=efficiency) if fits else None
-                )
-            )
+            for compute, kinds in itertools.groupby(sorted(precisions), key=lambda kind: kind == "fp32"):
+                one = dataclasses.replace(one, compute="fp32" if compute else "bf16")
+                memory = memory_of(model, one)
+                fits = memory.total <= hardware.memory
+                found += [
+                    Candidate(
+                        one, kind, memory, time_of(model, one, hardware, kind, efficiency=efficiency) if fits else None
+                    )
+                    for kind in kinds
+                ]
     return sorted(found, key=lambda c: (c.timing is None, c.timing.step if c.timing else c.memory.total))
 
 
@@ -103,12 +121,12 @@ def reasons(candidates: list[Candidate]) -> list[str]:
     assert winner.timing is not None
     lines = []
     for name, knob in KNOBS.items():
-        own = getattr(winner.layout, name)
-        others = [c for c in candidates if getattr(c.layout, name) != own]
+        own = winner.value(name)
+        others = [c for c in candidates if c.value(name) != own]
         if not others:
             continue
         other = others[0]
-        value = getattr(other.layout, name)
+        value = other.value(name)
         if other.timing is None:
             least = other.memory.total / 2**30
             lines.append(f"{knob}={own}: with another value nothing fits; {value} needs at least {least:.0f} GiB")

@@ -8,7 +8,8 @@
     exposed              exchanges of rows but for what the shared expert hides, of the fused path what its products don't; of
                          weights and gradients what a layer's own work doesn't hide
     a step               micro-batches, those of a pipeline's bubble among them, the optimizer, and what is issued once
-    all of it            divided by `efficiency`, which is fitted (benchmarks/plan_accuracy.py) and not part of the model
+    work of a device     divided by `efficiency`, which is fitted (benchmarks/plan_accuracy.py) and not part of the model; links
+                         have an efficiency of their own (moesaic.parallel.hardware), so collectives are not
 
 Letters as in moesaic.moe.work.
 """
@@ -24,14 +25,17 @@ from moesaic.moe.work import Product, block_products, block_traffic, head_produc
 from moesaic.parallel.hardware import Hardware
 from moesaic.parallel.layout import Collective, Layout, collectives, groups_by_kind, load_of, root_group
 
-# Between the time that the model gives and what published frameworks take: the middle of their releases, see
+# Between the time that the model gives for computing and what published frameworks take: the middle of their releases, see
 # benchmarks/plan_accuracy.py. This framework was not measured on a GPU.
-EFFICIENCY = {"cpu": 1.0, "gpu": 0.65}
+EFFICIENCY = {"cpu": 1.0, "gpu": 0.62}
 # Of the peak: what large products reach, by precision; and attention, which is in bf16 whatever the rest is in.
 PRODUCT = {"fp32": 0.9, "tf32": 0.75, "bf16": 0.8, "fp8": 0.7, "fp4": 0.6}
 ATTENTION, MEMORY = 0.55, 0.8
-LAUNCHES = {"forward": 60, "backward": 110}  # operations that a block issues
+LAUNCHES = {"forward": 120, "backward": 110}  # operations that a block issues, views left out: counted
 AFTER_WAIT = 20  # those that the device waits for after the host waited for it, as it does for the sizes of an exchange
+SENDING = (
+    0.15  # of a device that copies for a collective while it computes: 20 of 132 processors (arXiv 2505.09343, 4.4)
+)
 NARROW = 128  # heads that are less wide spend as long on softmax as on products, and proportionally more
 
 
@@ -63,11 +67,10 @@ class Timing:
         """`parts`, of a whole step."""
         return {key: s * (1 if key[0] == "step" else self.batches) for key, s in self.parts.items()}
 
-    def total(self, *, where: str = "", phase: str = "", what: str = "") -> float:
-        return sum(
-            s for (a, b, c), s in self.parts.items()
-            if (not where or a == where) and (not phase or b == phase) and (not what or c.startswith(what))
-        )  # fmt: skip
+    def share(self, what: str) -> float:
+        """Of a step, the part that goes to parts whose name begins with `what`."""
+        parts = self.step_parts()
+        return sum(s for (_, _, name), s in parts.items() if name.startswith(what)) / sum(parts.values())
 
 
 def product_seconds(p: Product, hardware: Hardware, precision: str, width: int, ragged: bool = True) -> float:
@@ -114,6 +117,7 @@ def time_of(
     precision   of products: fp32, bf16, fp8 or fp4; attention and head are in bf16 at most. router: of its product
     overlapped  the part of the exchange of rows that something hides, beside the shared expert
     attended    positions of the sequence that attention spans (null: all)
+    efficiency  part of the rates above that computing reaches, collectives left out
     sums        bytes of a gradient on its way between copies
     """
     pipeline = pipeline or Pipeline()
@@ -150,8 +154,10 @@ def time_of(
             for name, size in traffic.items():
                 repeated = again if phase == "backward" else 0
                 work[f"memory {name}"] += size * (times + repeated) / (hardware.bandwidth * MEMORY)
-            issue = LAUNCHES[phase] * hardware.launch_us * 1e-6
-            busy = sum(work.values())
+            for name in work:
+                work[name] /= efficiency
+            launch = hardware.launch_us * 1e-6 / efficiency
+            issue, busy = LAUNCHES[phase] * launch, sum(work.values())
             if hardware.target == "cpu":
                 work["issuing"] = issue
             elif issue > busy:
@@ -164,31 +170,32 @@ def time_of(
                 hidden = min(experts, exchanges)
             hidden += overlapped * (exchanges - hidden)
             if exchanges and not fused and phase == "forward" and hardware.target != "cpu":
-                work["issuing"] += AFTER_WAIT * hardware.launch_us * 1e-6
-            work["exposed exchange of rows"] = exchanges - hidden
+                work["issuing"] += AFTER_WAIT * launch
+            work["exposed exchange of rows"] = exchanges - hidden * (1 - SENDING)
             kept = gathers if hardware.target == "cpu" else max(0.0, gathers - max(busy, issue))
-            work["exposed weights and gradients"] = kept
+            work["exposed weights and gradients"] = kept + SENDING * (gathers - kept)
             timing.hidden["exchange of rows"] += count * hidden
             timing.hidden["weights and gradients"] += count * (gathers - kept)
             for name, seconds in work.items():
-                timing.parts[where, phase, name] += count * seconds / efficiency
+                timing.parts[where, phase, name] += count * seconds
     head = 3 * product_seconds(head_product(model, t), hardware, wide, b)
     timing.parts["head", "forward", "product head"] += head / efficiency
     timing.parts["head", "forward", "memory head"] += (
         head_traffic(model, t) / (hardware.bandwidth * MEMORY) / efficiency
     )
-    timing.parts["head", "forward", "exposed weights and gradients"] += sum(share[None, "forward"]) / efficiency
+    timing.parts["head", "forward", "exposed weights and gradients"] += sum(share[None, "forward"])
 
     held = root_group(model, layout).held + sum(
         sum(g.held for g in groups) * layers[dense] for dense, groups in groups_by_kind(model, layout).items()
     )
     stages = pipeline.stages
-    timing.micro_batch, timing.batches = timing.total() / stages, layout.micro_batches
-    optimizer = 32 * held / stages / (hardware.bandwidth * MEMORY)  # norm, and weights, moments, gradients in and out
-    reduced = once / stages * sums / 4
-    timing.once = (optimizer + max(0.0, reduced - timing.micro_batch * efficiency / 2)) / efficiency
-    timing.parts["step", "optimizer", "memory optimizer"] = optimizer / efficiency
-    timing.parts["step", "optimizer", "exposed sums over copies"] = timing.once - optimizer / efficiency
+    timing.micro_batch, timing.batches = sum(timing.parts.values()) / stages, layout.micro_batches
+    # The norm, and weights, moments and gradients in and out. Half of a micro-batch hides the sums.
+    optimizer = 32 * held / stages / (hardware.bandwidth * MEMORY) / efficiency
+    exposed = max(0.0, once / stages * sums / 4 - timing.micro_batch / 2)
+    timing.once = optimizer + exposed
+    timing.parts["step", "optimizer", "memory optimizer"] = optimizer
+    timing.parts["step", "optimizer", "exposed sums over copies"] = exposed
     timing.bubble = (stages - 1) / pipeline.virtual * timing.micro_batch
     timing.step = layout.micro_batches * timing.micro_batch + timing.bubble + timing.once
     timing.tokens_per_s = layout.micro_batches * t / timing.step / stages

@@ -32,7 +32,11 @@ def test_search_and_dry_run(capsys):
         "search=true", "dry_run=true",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert "why the first" in out and "parallel.expert=" in out
+    assert "why the first" in out and "precision=bf16: the best with fp32 is" in out
+    assert (
+        "with products in fp8, which are emulated today, the best were" in out
+        and "products=fp8 parallel.expert=" in out
+    )
     assert "bytes: the same" in out
 
 
@@ -41,6 +45,10 @@ def test_json_says_that_it_is_simulated(capsys):
     told = json.loads(out)
     assert code == 0 and told["simulated"] is True
     assert told["fits"] is True and told["step_s"] == pytest.approx(sum(told["parts_s"].values()))
+    assert len(told["kept_by_layer"]) == 4 and sum(told["kept_by_layer"]) == pytest.approx(
+        told["memory"]["activations"]
+    )
+    assert told["largest_micro_batch"] >= told["layout"]["micro_batch"] and told["sent_bytes"]["all_to_all"] > 0
 
 
 def test_what_does_not_fit_is_said(capsys):

@@ -3,18 +3,21 @@ without it."""
 
 import csv
 import gzip
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moesaic.launch import cli, comm_bench
+from moesaic.launch import chakra_trace, cli, comm_bench
 from moesaic.launch.collectives_report import add_up, advise
 from moesaic.parallel.collectives import BOTH, KERNEL
 from moesaic.parallel.hardware import load
 from tests.launch.browser import Browser, needs_browser
-from tests.launch.launches import PROGRAM, Place, finished, losses
+from tests.launch.chakra_reader import chakra_nodes
+from tests.launch.launches import PROGRAM, Place, finished, launch, losses
 
 SHORT = "train.steps=4 train.checkpoint_every=0 train.eval_every=0".split()
 
@@ -22,7 +25,8 @@ SHORT = "train.steps=4 train.checkpoint_every=0 train.eval_every=0".split()
 @pytest.fixture(scope="module")
 def run_dir(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("profiled")
-    finished(folder, place.knobs(folder / "run", *SHORT, "profile=collectives", "profile_steps=[2,4]"))
+    more = ["profile=collectives", "profile_steps=[2,4]", "wandb.mode=offline"]
+    finished(folder, place.knobs(folder / "run", *SHORT, *more))
     return folder / "run"
 
 
@@ -36,7 +40,8 @@ def test_all_files_are_there_and_add_up(run_dir: Path) -> None:
     names = {path.relative_to(profile).as_posix() for path in profile.rglob("*") if path.is_file()}
     assert names == {"collectives.csv", "summary.json", "trace.json", "report.html", "layers.png", "bandwidth.png",
                      "imbalance.png", "memory.png", "kineto/rank_0.json.gz", "kineto/rank_1.json.gz",
-                     "execution_trace/rank_0.json", "execution_trace/rank_1.json"}  # fmt: skip
+                     "execution_trace/rank_0.json", "execution_trace/rank_1.json", "execution_trace/rank_0.et",
+                     "execution_trace/rank_1.et"}  # fmt: skip
     rows, summary = table(run_dir), json.loads((profile / "summary.json").read_text())
     assert {row["rank"] for row in rows} == {"0", "1"} and {row["step"] for row in rows} == {"2", "4"}
     assert summary["steps"] == [2, 4] and summary["ranks"] == 2 and len(summary["advice"]) == 3
@@ -58,15 +63,47 @@ def test_all_files_are_there_and_add_up(run_dir: Path) -> None:
     events = json.loads((profile / "trace.json").read_text())["traceEvents"]
     lanes = {event["args"]["name"] for event in events if event.get("name") == "thread_name"}
     assert any("blocks.0" in lane for lane in lanes) and any("blocks.1" in lane for lane in lanes)
+    page = (profile / "report.html").read_text()
+    for i, phase in itertools.product((0, 1), ("forward", "backward")):  # each layer's lane has both
+        assert re.search(rf"<title>blocks\.{i}\S* {phase}</title>", page)
+    assert f"{sent // 2:,}" in page
     nodes = json.loads((profile / "execution_trace" / "rank_1.json").read_text())["nodes"]
     assert any("all_to_all" in node["name"].lower() or "alltoall" in node["name"].lower() for node in nodes)
+    for rank in (0, 1):  # Chakra's has the collectives of the last step, and their bytes
+        last = [row for row in rows if (row["rank"], row["step"]) == (str(rank), "4")]
+        found = [
+            n
+            for n in chakra_nodes(profile / "execution_trace" / f"rank_{rank}.et")
+            if n["type"] == chakra_trace.COLLECTIVE
+        ]
+        assert len(found) == sum(int(row["calls"]) for row in last)
+        assert sum(n["comm_size"] for n in found) == sum(int(row["buffer_bytes"]) for row in last)
+        assert sum(n["sent_intra"] for n in found) == sum(int(row["sent_intra_bytes"]) for row in last)
     assert json.loads(gzip.decompress((profile / "kineto" / "rank_0.json.gz").read_bytes()))["traceEvents"]
+
+
+def test_tables_and_plots_are_in_wandb(run_dir: Path) -> None:
+    """Each under a name of its own: a plot must not take a table's."""
+    kept = [path.relative_to(path.parents[2]).as_posix() for path in run_dir.glob("wandb/**/media/*/profile/*")]
+    found = {re.sub(r"_\d+_[0-9a-f]+\..*", "", name) for name in kept}
+    assert found == {f"table/profile/{name}" for name in ("collectives", "layers", "things")} | {
+        f"images/profile/{name}_plot" for name in ("layers", "bandwidth", "imbalance", "memory")
+    }
 
 
 def test_it_changes_no_loss(run_dir: Path, place: Place, tmp_path: Path) -> None:
     finished(tmp_path, place.knobs(tmp_path / "plain", *SHORT))
     assert losses(run_dir) == losses(tmp_path / "plain")
     assert not (tmp_path / "plain" / "profile").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_of_both_ranks(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "profile").write_text("")
+    with launch(tmp_path, place.knobs(tmp_path / "run", *SHORT, "profile=collectives")) as running:
+        assert running.wait() == 1
+        lines = [line for line in running.text().splitlines() if line.startswith("error:")]
+    assert lines == [f"error: profile=collectives: {tmp_path}/run/profile: can't be written (Not a directory)"]
 
 
 @needs_browser
@@ -116,11 +153,23 @@ def row_of(layer: str, purpose: str, wait: float, transfer: float, whom: int, in
 def test_advice_names_the_most_expensive() -> None:
     rows = [row_of("blocks.0", "weights", 0.0, 30.0, 0, 10), row_of("blocks.1", "weights", 0.0, 50.0, 0, 10),
             row_of("blocks.1", "gradients", 60.0, 5.0, 3)]  # fmt: skip
-    summary = {"step_ms": 1000.0, "things": add_up(rows, 1, 1, "thing"), "imbalance": {}}
+    summary = {"step_ms": 1000.0, "things": add_up(rows, 1, 1, "thing"), "imbalance": {}, "expert_ranks": 2}
     first, second, third = advise(summary, rows)
     assert "transfer: weights, most in blocks.1" in first and "parallel.reshard=never" in first
     assert "waiting: gradients" in second and "rank 3" in second
     assert "transfer: gradients" in third
+
+
+def test_advice_asks_for_balance_where_the_late_rank_is_the_full_one() -> None:
+    """Expert groups of two ranks; in blocks.1 the second of each has 1.5 times its share."""
+    loads = {"blocks.1": {"expert_max_over_mean": 2.0, "rank_max_over_mean": 1.5, "busiest": 1}}
+    told = {}
+    for whom in (3, 2):
+        rows = [row_of("blocks.1", "gradients", 60.0, 5.0, whom)]
+        summary = {"step_ms": 100.0, "things": add_up(rows, 1, 1, "thing"), "imbalance": loads, "expert_ranks": 2}
+        told[whom] = advise(summary, rows)[0]
+    assert "model.router.balance_coef: it has 1.50 times its share of rows in blocks.1" in told[3]
+    assert "a look at rank 2's machine" in told[2]
 
 
 # ---------------------------------------------------------------- launch/comm_bench.py

@@ -12,7 +12,16 @@ from moesaic.parallel.hardware import Link
 from moesaic.parallel.layout import Collective, layout_of
 from moesaic.parallel.memory_plan import memory_of
 from moesaic.parallel.plan_search import divisors, largest_batch, reasons, search, with_batch
-from moesaic.parallel.time_plan import MEMORY, PRODUCT, Pipeline, collective_seconds, product_seconds, time_of
+from moesaic.parallel.time_plan import (
+    MEMORY,
+    PRODUCT,
+    SENDING,
+    Pipeline,
+    collective_seconds,
+    product_seconds,
+    seconds_by_kind,
+    time_of,
+)
 
 H100 = hardware.load("h100_sxm")
 
@@ -80,10 +89,31 @@ def test_what_makes_a_step_longer():
     step = time_of(model, base, H100, "bf16").step
     for change in ({"imbalance": 1.5}, {"remat": "full"}, {"micro_batches": 8}, {"expert": 64}, {"reshard": "always"}):
         assert time_of(model, dataclasses.replace(base, **change), H100, "bf16").step > step, change
-    assert time_of(model, base, H100, "bf16", efficiency=0.5).step == pytest.approx(2 * step)
     assert time_of(model, base, hardware.load("b200"), "bf16").step < step
     with pytest.raises(ValueError, match="precision=fp4: hardware=h100_sxm has"):
         time_of(model, base, H100, "fp4")
+
+
+def test_efficiency_is_that_of_computing_alone():
+    """Links have one of their own. What a layer's longer work hides of the gathering of weights is not paid again."""
+    model, base = layout("parallel.expert=16")
+    whole, half = (time_of(model, base, H100, "bf16", efficiency=e) for e in (1.0, 0.5))
+    for key, seconds in half.parts.items():
+        if not key[2].startswith("exposed") and key[2] != "issuing":
+            assert seconds == pytest.approx(2 * whole.parts[key]), key
+    key = "MoE layer", "forward", "exposed exchange of rows"
+    assert half.parts[key] == pytest.approx(whole.parts[key], rel=0.05) and half.parts[key] <= whole.parts[key]
+    assert half.step < 1.99 * whole.step
+    assert 0 < half.share("exposed") < whole.share("exposed") < 1
+
+
+def test_what_travels_while_it_is_hidden_takes_a_part_of_the_device():
+    """Without experts' exchanges, with layers long enough to hide all weights: a collective costs SENDING of its time."""
+    model, base = layout("parallel.expert=1", micro=8)
+    timing = time_of(model, base, H100, "bf16")
+    gathered = seconds_by_kind(model, base, H100)[0][False, "forward"][0]
+    exposed = timing.parts["MoE layer", "forward", "exposed weights and gradients"] / model.n_layers
+    assert exposed == pytest.approx(SENDING * gathered)
 
 
 def test_the_parts_are_the_step():
@@ -106,13 +136,15 @@ def test_bubble_of_a_pipeline():
 def test_search_ranks_what_fits():
     model, base = layout("model.n_layers=8", world=16)
     small = dataclasses.replace(H100, memory_gib=20)
-    found = search(model, base, small, "bf16", 256, 1.0)
+    found = search(model, base, small, ["bf16", "fp32"], 256, 1.0)
     fitting = [c for c in found if c.timing]
     assert fitting and len(fitting) < len(found)
     assert all(c.memory.total <= small.memory for c in fitting)
     steps = [c.timing.step for c in fitting]
     assert steps == sorted(steps)
-    assert len({c.layout for c in found}) == len(found)
+    assert len({c.layout for c in found}) == len(found) and {c.precision for c in found} == {"bf16", "fp32"}
+    assert all((c.layout.compute == "fp32") == (c.precision == "fp32") for c in found)
+    assert fitting[0].precision == "bf16" and "precision=bf16 parallel.expert=" in fitting[0].overrides()
     told = reasons(found)
     assert any(line.startswith("parallel.expert=") for line in told) and all(
         "slower" in line or "fits" in line for line in told
