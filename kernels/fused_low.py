@@ -69,23 +69,28 @@ def inverse_of(byte, CODE: tl.constexpr):
 
 
 @jit
-def magnitude(x):
-    """The bits of |x|, in the order of values, infinity and NaN above all others."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def largest(x, axis: tl.constexpr):
+    """The bits, as fp32, of the largest magnitude along an axis, infinity and NaN above all others. In 16 bits where x has no
+    more: converted values would take registers until they are cast."""
+    if x.dtype == tl.bfloat16:
+        bits = tl.max(x.to(tl.int16, bitcast=True) & 0x7FFF, axis=axis).to(tl.int32) << 16
+    else:
+        bits = tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis)
+    return bits
 
 
 @jit
 def cast_rows(x_MK, CODE: tl.constexpr):
-    """(codes of fp32 rows that are one block each, the bytes of their scales)."""
-    by_M, byte_M = factors(tl.max(magnitude(x_MK), axis=1), CODE)
-    return (x_MK * by_M[:, None]).to(CODE), byte_M
+    """(codes of rows that are one block each, the bytes of their scales)."""
+    by_M, byte_M = factors(largest(x_MK, 1), CODE)
+    return (x_MK.to(tl.float32) * by_M[:, None]).to(CODE), byte_M
 
 
 @jit
 def cast_columns(x_KN, CODE: tl.constexpr):
-    """(codes of fp32 columns that are one block each, what they count)."""
-    by_N, byte_N = factors(tl.max(magnitude(x_KN), axis=0), CODE)
-    return (x_KN * by_N[None, :]).to(CODE), scale_of(byte_N, CODE)
+    """(codes of columns that are one block each, what they count)."""
+    by_N, byte_N = factors(largest(x_KN, 0), CODE)
+    return (x_KN.to(tl.float32) * by_N[None, :]).to(CODE), scale_of(byte_N, CODE)
 
 
 # ---------------------------------------------------------------- rows that travel
@@ -121,7 +126,7 @@ def send_cast(
         for part in range(0, DEPTH, BK):
             ds = block + part + tl.arange(0, BK)
             values = tl.load(x_M1 + ds[None, :], mask=carried[:, None] & (ds < D)[None, :], other=0.0)
-            amax = tl.maximum(amax, tl.max(magnitude(values.to(tl.float32)), axis=1))
+            amax = tl.maximum(amax, largest(values, 1))
         by_M, byte_M = factors(amax, CODE)
         tl.store(scales_M1 + block // DEPTH, byte_M[:, None], mask=carried[:, None])
         for part in range(0, DEPTH, BK):
@@ -229,8 +234,7 @@ def cast_by_weight(
     scales go to kept_M1 where keep_M1 says so, unless that is None."""
     acc_MN = tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, DEPTH):
-        values = load_rows(x_M1, k, K, DEPTH, K % 128 == 0).to(tl.float32)
-        x_MK, byte_M = cast_rows(values, CODE)
+        x_MK, byte_M = cast_rows(load_rows(x_M1, k, K, DEPTH, K % 128 == 0), CODE)
         if kept_M1 is not None:
             tl.store(kept_M1 + k // DEPTH, byte_M[:, None], mask=keep_M1)
         scale_M1 = scale_of(byte_M, CODE)[:, None]
@@ -303,9 +307,10 @@ def low_weight_tile(
             r_KN = tl.load(right + r_row[:, None] * Q + qs[None, :], mask=r_mask, other=0.0).to(tl.float32)
             r_KN = (r_KN * inverse_of(byte_K, CODE)[:, None]).to(CODE).to(tl.float32) * scale_of(byte_K, CODE)[:, None]
         if CAST:
-            l_KP = l_KP.to(tl.float32)
             if weight_R is not None:
-                l_KP *= tl.load(weight_R + row, mask=real, other=0.0, cache_modifier=".cg")[:, None]
+                l_KP = (
+                    l_KP.to(tl.float32) * tl.load(weight_R + row, mask=real, other=0.0, cache_modifier=".cg")[:, None]
+                )
             l8_KP, l_scale_P = cast_columns(l_KP, CODE)
             r8_KN, r_scale_N = cast_columns(r_KN, CODE)
             acc += tl.dot(l8_KP.T, r8_KN) * (l_scale_P[:, None] * r_scale_N[None, :])
