@@ -22,7 +22,6 @@ from torch import Tensor
 
 from moesaic.kernels.grouped_gemm import load_rows, load_weight, multiply, rows_by_weight
 from moesaic.kernels.interpret import jit
-from moesaic.kernels.quantize_triton import scales_of
 from moesaic.kernels.scaled_gemm import e4m3
 
 BLOCK = 128
@@ -48,29 +47,36 @@ def inside(rows_M, columns_N, SIZE: tl.constexpr, TILE: tl.constexpr):
     return rows_M[:, None] if SIZE % TILE == 0 else rows_M[:, None] & (columns_N < SIZE)[None, :]
 
 
+# Scales in integers alone: on AMD, comparisons would take scalar registers, of which there are too few.
+
+
 @jit
 def factors(amax, CODE: tl.constexpr):
     """(what values are multiplied with before they are cast, the byte of the scale) of blocks of which amax has the bits of the
-    largest magnitude. CODE: the type whose bits are codes."""
-    by, byte = scales_of(amax, "rceil", 8, 3, 448.0, True)
-    return by * 0.5 if CODE.is_fp8e4b8() else by, byte
+    largest magnitude. CODE: the type whose bits are codes.
+
+    The scale is 2^ceil(log2(amax / 448)), and 448 is 1.75 times a power of two: amax's exponent less 8, one more where what is
+    behind it is above 1.75. There is one amax, about 2^-118, just above, of which the quotient is rounded to a power of two.
+    """
+    byte = tl.maximum((amax - (amax == 0x4600001).to(tl.int32) + 0x1FFFFF >> 23) - 8, 0)
+    byte |= -((amax >> 23) + 1 >> 8) & 255  # infinity and NaN: 255
+    return inverse_of(byte, CODE), byte.to(tl.uint8)
 
 
 @jit
 def scale_of(byte, CODE: tl.constexpr):
-    """fp32: what a code counts, from the byte of its scale."""
+    """fp32: what a code counts, from the byte of its scale; NaN of 255. No byte is from 248 to 254."""
     exponent = byte.to(tl.int32)
-    bits = tl.where(exponent == 0, 1 << 22, tl.where(exponent == 255, 0x7FC00000, exponent << 23))
+    bits = tl.maximum(exponent << 23, 1 << 22) + (exponent + 8 >> 8 << 22)
     scale = bits.to(tl.float32, bitcast=True)
     return scale * 2.0 if CODE.is_fp8e4b8() else scale
 
 
 @jit
 def inverse_of(byte, CODE: tl.constexpr):
-    """1 / scale_of, exactly: what values are multiplied with before they are cast again."""
+    """1 / scale_of, exactly: what values are multiplied with before they are cast."""
     exponent = byte.to(tl.int32)
-    bits = tl.where(exponent == 254, 1 << 22, tl.where(exponent == 255, 0x7FC00000, (254 - exponent) << 23))
-    inverse = bits.to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent << 23) + (exponent + 8 >> 8 << 22)).to(tl.float32, bitcast=True)
     return inverse * 0.5 if CODE.is_fp8e4b8() else inverse
 
 

@@ -63,12 +63,14 @@ def heap_regions(
     tokens: int,
     compute: torch.dtype,
     target: str | torch.device,
+    low: bool = False,
 ) -> Regions:
-    """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks`."""
+    """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks`. low: where layers have
+    products of fp8."""
     from moesaic.kernels import fused_ep  # only here: without a GPU it starts Triton's interpreter
     from moesaic.kernels.fused_protocol import regions
 
-    tile, factor = fused_tile(target), parallel.max_recv_tokens_factor
+    tile, factor = fused_tile(target, low), parallel.max_recv_tokens_factor
     d, f, gated = config.d_model, config.d_expert, config.activation != "relu2"
     slots = most_slots(config, tokens, rounding_tile(target, config.router.rounding_tile))
     rows = ranks * min(slots, tokens * config.n_experts // ranks)
@@ -86,12 +88,12 @@ class Space:
 
     def __init__(
         self, group: dist.ProcessGroup, config: ModelConfig, parallel: ParallelConfig, compute: torch.dtype,
-        device: torch.device,
+        device: torch.device, low: bool = False,
     ) -> None:  # fmt: skip
         from moesaic.kernels.fused_ep import grid_programs  # only here: without a GPU it starts Triton's interpreter
 
         self.group, self.config, self.parallel, self.compute, self.device = group, config, parallel, compute, device
-        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.ranks, self.rank, self.low = dist.get_world_size(group), dist.get_rank(group), low
         self.programs = grid_programs(device, parallel.comm_sms)
         self.tokens = -1
         self.setting: Any = None  # moesaic.kernels.fused_ep.Setting, when there is room
@@ -109,12 +111,12 @@ class Space:
         if tokens <= self.tokens:
             return
         config, device = self.config, self.device
-        shapes = heap_regions(config, self.parallel, self.ranks, tokens, self.compute, device)
+        shapes = heap_regions(config, self.parallel, self.ranks, tokens, self.compute, device, self.low)
         allocate = shared_memory if self.device.type == "cpu" else self.device_memory
         heap = make_heap(self.rank, shapes, self.exchange, allocate)
         spins = min(int(self.parallel.timeout * POLLS[self.device.type]), 2**30)
         self.setting = fused_ep.Setting(
-            heap, config.n_experts, fused_tile(device), self.parallel.fused_once, spins, self.programs
+            heap, config.n_experts, fused_tile(device, self.low), self.parallel.fused_once, spins, self.programs
         )
         self.tokens = tokens
 
@@ -255,10 +257,11 @@ def coded(weight: Weight, w: Tensor) -> tuple[Tensor, Tensor]:
 
 def fused_paths(
     config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, compute: torch.dtype, device: torch.device,
-    tokens: int | None,
+    tokens: int | None, low: bool = False,
 ) -> Callable[[str], FusedPath]:  # fmt: skip
     """What makes the path of each layer, given the layer's name. Collective.
 
+    low: some layers have products of fp8.
     tokens: of a call of any rank, at most; None: of the first call. Raises ValueError where the ranks of an expert group are in
     several nodes.
     """
@@ -268,7 +271,7 @@ def fused_paths(
         raise ValueError(
             f"parallel.expert_path=fused: parallel.expert={degree} must be within a node, of {node} ranks (parallel.node_size)"
         )
-    space = Space(meshes.experts.get_group("expert"), config, parallel, compute, device)
+    space = Space(meshes.experts.get_group("expert"), config, parallel, compute, device, low)
     if tokens is not None:
         space.reserve(tokens)
     factor = parallel.max_recv_tokens_factor
