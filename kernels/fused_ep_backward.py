@@ -19,7 +19,6 @@ from torch import Tensor
 
 from moesaic.kernels.experts import dact_quarters
 from moesaic.kernels.fused_ep import (
-    COMPILED,
     N_PHASES,
     Setting,
     begin,
@@ -42,6 +41,7 @@ from moesaic.kernels.fused_low import (
     cast_by_weight,
     cast_weight_tile,
     code_type,
+    compiled,
     decoded_weight_tile,
     kept_bytes,
     scales_low,
@@ -324,4 +324,4 @@ def compile_cases(target: str) -> Any:
         rest = dict(coded=g["coded"], low=g["low"])
         backward(g["x"], g["x"], g["h"], kept, g["tables"], *weights, g["rows"], "swiglu", s, g["sent"], **rest)
 
-    return {name: functools.partial(case, *sizes) for name, sizes in COMPILED.items()}
+    return {name: functools.partial(case, *sizes) for name, sizes in compiled(target).items()}

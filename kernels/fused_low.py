@@ -23,6 +23,7 @@ from torch import Tensor
 from moesaic.kernels.grouped_gemm import load_rows, load_weight, multiply, rows_by_weight
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.scaled_gemm import e4m3
+from moesaic.kernels.tiles import target_name
 
 BLOCK = 128
 DEPTH = tl.constexpr(BLOCK)
@@ -395,6 +396,12 @@ class Low:
     a_scales_RB: Tensor
 
 
+def has_products(target: str | torch.device) -> bool:
+    """Whether the kernels with fp8 products are ready for a target. On AMD that of backward moves scalar registers to lanes of
+    vector registers within the loops of weight gradients."""
+    return not target_name(target).startswith("gfx")
+
+
 def code_type(device: torch.device) -> tl.dtype:
     """The type whose bits are codes on a device."""
     return tl.float8e4b8 if e4m3(device) is torch.float8_e4m3fnuz else tl.float8e4nv
@@ -421,3 +428,18 @@ def meta_low(e: int, d: int, f: int, rows: int) -> Low:
     b, g = -(-d // BLOCK), -(-2 * f // BLOCK)
     scales = (torch.empty(e, n, m, device="meta") for n, m in ((g, b), (b, -(-f // BLOCK))))
     return Low(*scales, torch.empty(rows, -(-f // BLOCK), dtype=torch.uint8, device="meta"))
+
+
+COMPILED: dict[str, tuple[int, int, torch.dtype, bool, str]] = {
+    "D 2048, F 1024, bf16": (2048, 1024, torch.bfloat16, True, "high"),
+    "D 2048, F 1024, bf16, every row": (2048, 1024, torch.bfloat16, False, "high"),
+    "D 2048, F 1024, fp32": (2048, 1024, torch.float32, True, "high"),
+    "D 2048, F 1024, bf16, fp8 rows": (2048, 1024, torch.bfloat16, True, "rows"),
+    "D 2048, F 1024, bf16, fp8 products": (2048, 1024, torch.bfloat16, True, "products"),
+    "D 2048, F 1024, bf16, fp8 products, every row": (2048, 1024, torch.bfloat16, False, "products"),
+}
+
+
+def compiled(target: str) -> dict[str, tuple[int, int, torch.dtype, bool, str]]:
+    """Of COMPILED, what a target has."""
+    return {name: case for name, case in COMPILED.items() if case[4] != "products" or has_products(target)}
