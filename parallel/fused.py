@@ -8,6 +8,10 @@ All layers of a run use one symmetric heap for each expert group, in the order i
 and on one stream. It has room for what a call may bring at most; nothing is dropped, and the host waits for nothing. The other
 collectives of the run never wait inside a launch: every rank issues both in the same order.
 
+**Low precision**: with `precision.dispatch=fp8` rows of X travel as the codes and scales of moesaic.parallel.codec; with
+`precision=fp8_block` products are of fp8, of a cast of each weight that is made once a forward pass and kept for backward. Other
+recipes are refused with the knobs.
+
 **Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert:
 `FusedPath.sent`.
 
@@ -24,11 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.kernels.permute import Rows
+from moesaic.kernels.quantize import pack
 from moesaic.kernels.symmetric import Exchange, FusedError, Regions, make_heap, shared_memory
 from moesaic.kernels.tiles import fused_tile, rounding_tile
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import sorted_rows
 from moesaic.moe.experts import Experts
+from moesaic.moe.low import LowExperts, Weight
 from moesaic.moe.router import Routing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert import AllToAllPath, Sent
@@ -57,12 +63,14 @@ def heap_regions(
     tokens: int,
     compute: torch.dtype,
     target: str | torch.device,
+    low: bool = False,
 ) -> Regions:
-    """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks`."""
+    """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks`. low: where layers have
+    products of fp8."""
     from moesaic.kernels import fused_ep  # only here: without a GPU it starts Triton's interpreter
     from moesaic.kernels.fused_protocol import regions
 
-    tile, factor = fused_tile(target), parallel.max_recv_tokens_factor
+    tile, factor = fused_tile(target, low), parallel.max_recv_tokens_factor
     d, f, gated = config.d_model, config.d_expert, config.activation != "relu2"
     slots = most_slots(config, tokens, rounding_tile(target, config.router.rounding_tile))
     rows = ranks * min(slots, tokens * config.n_experts // ranks)
@@ -80,12 +88,18 @@ class Space:
 
     def __init__(
         self, group: dist.ProcessGroup, config: ModelConfig, parallel: ParallelConfig, compute: torch.dtype,
-        device: torch.device,
+        device: torch.device, low: bool = False,
     ) -> None:  # fmt: skip
         from moesaic.kernels.fused_ep import grid_programs  # only here: without a GPU it starts Triton's interpreter
+        from moesaic.kernels.fused_low import has_products
 
+        if low and not has_products(device):
+            raise ValueError(
+                "parallel.expert_path=fused: has no products of fp8_block on AMD GPUs; use all_to_all, or leave experts out of "
+                "precision.layers"
+            )
         self.group, self.config, self.parallel, self.compute, self.device = group, config, parallel, compute, device
-        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.ranks, self.rank, self.low = dist.get_world_size(group), dist.get_rank(group), low
         self.programs = grid_programs(device, parallel.comm_sms)
         self.tokens = -1
         self.setting: Any = None  # moesaic.kernels.fused_ep.Setting, when there is room
@@ -103,12 +117,12 @@ class Space:
         if tokens <= self.tokens:
             return
         config, device = self.config, self.device
-        shapes = heap_regions(config, self.parallel, self.ranks, tokens, self.compute, device)
+        shapes = heap_regions(config, self.parallel, self.ranks, tokens, self.compute, device, self.low)
         allocate = shared_memory if self.device.type == "cpu" else self.device_memory
         heap = make_heap(self.rank, shapes, self.exchange, allocate)
         spins = min(int(self.parallel.timeout * POLLS[self.device.type]), 2**30)
         self.setting = fused_ep.Setting(
-            heap, config.n_experts, fused_tile(device), self.parallel.fused_once, spins, self.programs
+            heap, config.n_experts, fused_tile(device, self.low), self.parallel.fused_once, spins, self.programs
         )
         self.tokens = tokens
 
@@ -192,6 +206,7 @@ class FusedPath(AllToAllPath):
     def __init__(self, space: Space, limit: Limit | None = None, layer: str = "") -> None:
         self.space, self.layer, self.number, self.counting = space, layer, next(_numbers), True
         self.call = 2 * next(space.calls)
+        self.low: LowExperts | None = None
         super().__init__(space.group, limit=limit, layer=layer)
         _paths[self.number] = self
 
@@ -218,6 +233,7 @@ class FusedPath(AllToAllPath):
         rows = sorted_rows(routing, experts, x_TD)
         weights_S = routing.weights_S.index_select(0, rows.slot_R)
         self.counting = experts.training
+        self.low = experts.low if experts.low is not None and experts.low.active else None
         return experts(x_TD, weights_S, rows, operation=self.fused)
 
     def fused(
@@ -225,18 +241,33 @@ class FusedPath(AllToAllPath):
         b_down: Tensor | None, activation: str,
     ) -> Tensor:  # fmt: skip
         assert b_up is None and b_down is None, "refused with the knobs"
+        low = (None,) * 4
+        if self.low is not None:
+            low = *coded(self.low.up, w_up), *coded(self.low.down, w_down)
         return _op(
             x_TD.contiguous(), weights_S.float().contiguous(), w_up.contiguous(), w_down.contiguous(), rows.source_R,
-            rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number,
+            rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number, self.codec is not None, *low,
         )[0]  # fmt: skip
+
+
+@torch.no_grad()
+def coded(weight: Weight, w: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, fp32 scales of their blocks) of an expert matrix, as the device's matrix units take them."""
+    from moesaic.kernels.scaled_gemm import e4m3, without_minus_zero
+
+    quantized = weight.cast("fprop", "w", w).quantized
+    assert quantized is not None
+    packed, kind = without_minus_zero(pack(quantized)), e4m3(w.device)
+    return packed.codes.view(kind), packed.scales.float() * (2 if kind is torch.float8_e4m3fnuz else 1)
 
 
 def fused_paths(
     config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, compute: torch.dtype, device: torch.device,
-    tokens: int | None,
+    tokens: int | None, low: bool = False,
 ) -> Callable[[str], FusedPath]:  # fmt: skip
     """What makes the path of each layer, given the layer's name. Collective.
 
+    low: some layers have products of fp8.
     tokens: of a call of any rank, at most; None: of the first call. Raises ValueError where the ranks of an expert group are in
     several nodes.
     """
@@ -246,7 +277,7 @@ def fused_paths(
         raise ValueError(
             f"parallel.expert_path=fused: parallel.expert={degree} must be within a node, of {node} ranks (parallel.node_size)"
         )
-    space = Space(meshes.experts.get_group("expert"), config, parallel, compute, device)
+    space = Space(meshes.experts.get_group("expert"), config, parallel, compute, device, low)
     if tokens is not None:
         space.reserve(tokens)
     factor = parallel.max_recv_tokens_factor
@@ -265,36 +296,51 @@ def _rows(source: Tensor, expert: Tensor, bag: Tensor, starts: Tensor | None, co
     return Rows(source, source, expert, bag, starts, counts)
 
 
+def _low(up_scales: Tensor | None, down_scales: Tensor | None, a_scales: Tensor) -> Any:
+    from moesaic.kernels.fused_low import Low
+
+    return None if up_scales is None or down_scales is None else Low(up_scales, down_scales, a_scales)
+
+
+def _new_a_scales(x_TD: Tensor, rows: int, w_down_eDF: Tensor, down_scales: Tensor | None) -> Tensor:
+    return x_TD.new_empty(0 if down_scales is None else rows, -(-w_down_eDF.shape[2] // 128), dtype=torch.uint8)
+
+
 def _forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
-    starts: Tensor | None, counts_E: Tensor, activation: str, path: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool, up_codes: Tensor | None,
+    up_scales: Tensor | None, down_codes: Tensor | None, down_scales: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from moesaic.kernels.fused_ep import forward
 
     caller = _paths[path]
+    setting = caller.space.setting
     caller.space.one_stream()
     sent = caller.counters_WP if caller.counting else caller.uncounted_WP
-    y_TD, h_RG, tables, kept_RD = forward(
-        x_TD, weights_S, w_up_eGD, w_down_eDF, _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting,
-        sent, caller.space.parallel.fused_keep, caller.call,
+    a_scales = _new_a_scales(x_TD, setting.heap.regions["rows"][0][0], w_down_eDF, down_scales)
+    up, down = (w if codes is None else codes for w, codes in ((w_up_eGD, up_codes), (w_down_eDF, down_codes)))
+    y_TD, h_RG, tables, kept = forward(
+        x_TD, weights_S, up, down, _rows(source, expert, bag, starts, counts_E), activation, setting, sent,
+        caller.space.parallel.fused_keep, caller.call, coded=coded, low=_low(up_scales, down_scales, a_scales),
     )  # fmt: skip
     caller.space.check(f"forward of {caller.layer}")
-    return y_TD, h_RG, tables, x_TD.new_empty(0) if kept_RD is None else kept_RD
+    return y_TD, h_RG, tables, x_TD.new_empty(0) if kept is None else kept, a_scales
 
 
 def _backward(
-    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor, tables: Tensor, weights_S: Tensor, w_up_eGD: Tensor,
-    w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor, starts: Tensor | None, counts_E: Tensor, activation: str,
-    path: int,
+    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
+    up_scales: Tensor | None, down_scales: Tensor | None, a_scales: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
+    starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """up, down: the experts' matrices, or their codes."""
     from moesaic.kernels.fused_ep_backward import backward
 
     caller = _paths[path]
     caller.space.one_stream()
     grads = backward(
-        dy_TD, x_TD, h_RG, kept_RD if kept_RD.numel() else None, tables, weights_S, w_up_eGD, w_down_eDF,
+        dy_TD, x_TD, h_RG, kept if kept.numel() else None, tables, weights_S, up, down,
         _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
-        caller.call + 1,
+        caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales),
     )  # fmt: skip
     caller.space.check(f"backward of {caller.layer}")
     return grads
@@ -305,34 +351,58 @@ _op_backward = torch.library.custom_op("moesaic::fused_experts_backward", _backw
 
 
 @_op.register_fake
-def _(x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
+    starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool, *low: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from moesaic.kernels.fused_low import new_kept
     from moesaic.kernels.fused_protocol import tables_size
 
-    space = _paths[rest[-1]].space
-    rows, width = space.setting.heap.regions["rows"][0]
+    space = _paths[path].space
+    rows = space.setting.heap.regions["rows"][0][0]
     tables = weights_S.new_empty(tables_size(space.ranks, space.config.n_experts), dtype=torch.int32)
-    kept = x_TD.new_empty(rows, width) if space.parallel.fused_keep else x_TD.new_empty(0)
-    return torch.empty_like(x_TD), x_TD.new_empty(rows, w_up_eGD.shape[1]), tables, kept
+    kept = new_kept(x_TD, rows, coded) if space.parallel.fused_keep else x_TD.new_empty(0)
+    a_scales = _new_a_scales(x_TD, rows, w_down_eDF, low[3])
+    return torch.empty_like(x_TD), x_TD.new_empty(rows, w_up_eGD.shape[1]), tables, kept, a_scales
 
 
 @_op_backward.register_fake
 def _(
-    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor, tables: Tensor, weights_S: Tensor, w_up: Tensor, w_down: Tensor,
+    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x_TD), torch.empty_like(weights_S), torch.empty_like(w_up), torch.empty_like(w_down)
+    return torch.empty_like(x_TD), torch.empty_like(weights_S), x_TD.new_empty(up.shape), x_TD.new_empty(down.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path = inputs
-    _, h_RG, tables, kept_RD = output
-    ctx.save_for_backward(x_TD, h_RG, kept_RD, tables, weights_S, w_up, w_down, source, expert, bag, starts, counts_E)
-    ctx.mark_non_differentiable(h_RG, tables, kept_RD)
+    x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path, ctx.coded, *low = (
+        inputs
+    )
+    _, h_RG, tables, kept, a_scales = output
+    up, up_scales, down, down_scales = low if low[0] is not None else (w_up, None, w_down, None)
+    ctx.save_for_backward(
+        x_TD,
+        h_RG,
+        kept,
+        tables,
+        weights_S,
+        up,
+        down,
+        up_scales,
+        down_scales,
+        a_scales,
+        source,
+        expert,
+        bag,
+        starts,
+        counts_E,
+    )
+    ctx.mark_non_differentiable(h_RG, tables, kept, a_scales)
 
 
 def _differentiate(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grads = _op_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.path)
-    return (*grads, *[None] * 7)
+    grads = _op_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.path, ctx.coded)
+    return (*grads, *[None] * 12)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)

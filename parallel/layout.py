@@ -340,9 +340,10 @@ def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Colle
     nodes = ranks // places
     if layout.hops == "fused":
         rows = load.rows if layout.once else load.slots
-        there = [("counts", 4 * model.n_experts), ("dispatch", rows * row), ("slots", 12 * load.slots),
+        x = sum(row_bytes(layout.dispatch, model.d_model, layout.width))
+        there = [("counts", 4 * model.n_experts), ("dispatch", rows * x), ("slots", 12 * load.slots),
                  ("combine", load.slots * row)]  # fmt: skip
-        back = [("dispatch", rows * row * (1 if layout.keep else 2)), ("slots", 16 * load.slots),
+        back = [("dispatch", rows * (row + (0 if layout.keep else x))), ("slots", 16 * load.slots),
                 ("combine", load.slots * (row + 4))]  # fmt: skip
         for phase, parts in (("forward", there), ("backward", [*there, *back] if layout.remat == "full" else back)):
             for purpose, size in parts:

@@ -18,7 +18,17 @@ from moesaic.kernels.symmetric import Regions, starts
 from moesaic.moe.config import ModelConfig
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.fused import heap_regions
-from moesaic.parallel.layout import BYTES, ZERO_LIVE, Group, Layout, dense_held, groups_by_kind, load_of, root_group
+from moesaic.parallel.layout import (
+    BYTES,
+    ZERO_LIVE,
+    Group,
+    Layout,
+    dense_held,
+    groups_by_kind,
+    load_of,
+    root_group,
+    row_bytes,
+)
 
 # Of what is allocated, memory that no tensor uses: torch's allocator rounds up and splits. An allowance, not measured here.
 FRAGMENTATION = 0.05
@@ -216,7 +226,10 @@ def _kept_by_experts(model: ModelConfig, layout: Layout) -> int:
     g = model.d_expert * (1 if model.activation == "relu2" else 2)
     if layout.hops == "fused":  # h, and the rows, for as many as there is room for
         room = heap_of(model, layout)["rows"][0][0]
-        return b * room * (g + (model.d_model if layout.keep else 0)) + _indices(model, layout)
+        row = b * model.d_model
+        if layout.dispatch == "fp8":  # codes and scales, in whole 16 bytes
+            row = -(-sum(row_bytes("fp8", model.d_model, b)) // 16) * 16
+        return room * (b * g + (row if layout.keep else 0)) + _indices(model, layout)
     came = 0 if layout.hops == "local" else load.received * b * model.d_model
     return came + load.computed * b * (g + 1) + _indices(model, layout)
 
