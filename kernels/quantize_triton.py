@@ -4,13 +4,18 @@
     along columns   codes (K, P), scales (K, P / g): for weight gradients, whose depth are each expert's rows. Experts begin at
                     multiples of TILE positions, and what lies between is 0: expert e at TILE (tile_ends[e] - tiles[e])
 
+    of squares      codes (E, N, K), scales (E, N / g, K / g): of weights, `quantize_squares`, one cast for both directions
+
+What is cast may have weights of rows, or be codes with fp32 scales, cast before: they are multiplied while they are loaded.
+
 Elements e4m3 and e2m1; scales fp32, pow2 and e8m0 with the rules amax, floor, ceil, rceil, even and shrink; rounding to nearest
 even or stochastic. Codes and scales are equal to those of `quantize` bit by bit; with a rotation (moesaic.kernels.hadamard),
-where its fp32 sums are. -0 stays: gfx942's products want `scaled_gemm.without_minus_zero` first.
+where its fp32 sums are. But on gfx942, e4m3 has 0 for -0, whose bits are NaN there.
 
-Letters: N rows, K columns, P positions; g the depth of a block.
+Letters: N rows, K columns, P positions, E matrices; g the depth of a block.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,7 +28,7 @@ from moesaic.kernels.grouped_gemm import Schedule, find_tile, schedule
 from moesaic.kernels.hadamard import rotation
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.quantize import ELEMENTS, SCALES, Format, Packed, line_hash
-from moesaic.kernels.tiles import product_precision
+from moesaic.kernels.tiles import product_precision, target_name
 
 TILE = 128  # rows of one program, and at most its columns
 INFINITE = tl.constexpr(0x7F800000)  # the bits of fp32's infinity; NaN's are larger
@@ -31,7 +36,8 @@ INFINITE = tl.constexpr(0x7F800000)  # the bits of fp32's infinity; NaN's are la
 
 @jit
 def codes_of(
-    x, bits, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, STOCHASTIC: tl.constexpr, NAN: tl.constexpr
+    x, bits, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, STOCHASTIC: tl.constexpr, NAN: tl.constexpr,
+    SIGNED_ZERO: tl.constexpr = True,
 ):  # fmt: skip
     """uint8: the codes of fp32 x; `bits`: a random int32 for each."""
     nan = x != x
@@ -53,7 +59,8 @@ def codes_of(
     normal = (value.to(tl.int32, bitcast=True) >> (23 - MANTISSA)) - (126 + LEAST << MANTISSA)
     subnormal = (value * 2.0 ** (MANTISSA - LEAST)).to(tl.int32)
     sign = negative.to(tl.int32) * (64 if NAN else 4) * 2
-    code = tl.where(value >= 2.0**LEAST, normal, subnormal) | sign
+    code = tl.where(value >= 2.0**LEAST, normal, subnormal)
+    code |= sign if SIGNED_ZERO else tl.where(code == 0, 0, sign)
     return tl.where(nan, NAN, code).to(tl.uint8)
 
 
@@ -93,7 +100,7 @@ def cast_rows(
     x_MK, row_hash_M, column_hash_K, rotation_nn, codes, scales, places_M, real_M, column, C, B, BM: tl.constexpr,
     BK: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, BYTES: tl.constexpr, STOCHASTIC: tl.constexpr,
     SIZE: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr,
-    NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr,
+    NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr, SIGNED_ZERO: tl.constexpr,
 ):  # fmt: skip
     """Casts a tile along its rows, and writes it at rows places_M, from `column`; C bytes and B scales a row."""
     if SIZE:
@@ -113,7 +120,7 @@ def cast_rows(
         mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
         mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
         bits = (mixed ^ (mixed >> 16)).to(tl.int32, bitcast=True)
-    code = codes_of(x, bits, MANTISSA, LEAST, LARGEST, STOCHASTIC, NAN)
+    code = codes_of(x, bits, MANTISSA, LEAST, LARGEST, STOCHASTIC, NAN, SIGNED_ZERO)
     if PACK == 2:
         first, second = tl.split(code.reshape(BM, BK // 2, 2))
         code = first | (second << 4)
@@ -124,13 +131,25 @@ def cast_rows(
 
 
 @jit
+def _values(x_NK, x_scales, weights_N, places, rows, ks, inside, stride, stride_s, GX: tl.constexpr):
+    """fp32: what is at these rows and columns, times its scale and the row's weight; 0 where nothing is inside."""
+    x = tl.load(x_NK + places * stride + ks, mask=inside, other=0.0).to(tl.float32)
+    if x_scales is not None:
+        x *= tl.load(x_scales + places * stride_s + ks // GX, mask=inside, other=0.0)
+    if weights_N is not None:
+        x *= tl.load(weights_N + rows, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@jit
 def _quantize_kernel(
-    x_NK, source_N, row_codes, row_scales, row_hash_N, column_hash_K, row_rotation, CR, BR,
+    x_NK, x_scales, weights_N, source_N, row_codes, row_scales, row_hash_N, column_hash_K, row_rotation, CR, BR,
     column_codes, column_scales, row_hash_K, column_hash_N, column_rotation, CC, BC,
-    counts_E, starts_E, tile_ends_E, E, N, K, stride, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    counts_E, starts_E, tile_ends_E, E, N, K, stride, stride_s,
+    GX: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, BYTES: tl.constexpr, STOCHASTIC: tl.constexpr,
     SIZE: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr,
-    NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr,
+    NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr, SIGNED_ZERO: tl.constexpr,
 ):  # fmt: skip
     tile, k_tiles = tl.program_id(0), tl.cdiv(K, BK)
     if tile < tl.load(tile_ends_E + E - 1) * k_tiles:
@@ -144,15 +163,17 @@ def _quantize_kernel(
                 rows = row + part + tl.arange(0, BM * 64 // BK)
                 real = rows < end
                 places = tl.load(source_N + rows, mask=real, other=0) if source_N is not None else rows
-                x_MK = tl.load(
-                    x_NK + places[:, None] * stride + ks[None, :], mask=real[:, None] & there[None, :], other=0.0
-                )
+                x_MK = _values(
+                    x_NK, x_scales, weights_N, places[:, None], rows[:, None], ks[None, :], real[:, None] & there[None, :],
+                    stride, stride_s, GX,
+                )  # fmt: skip
                 m_hash = (
                     tl.load(row_hash_N + rows, mask=real, other=0) if STOCHASTIC else tl.zeros_like(rows).to(tl.int32)
                 )
                 cast_rows(
-                    x_MK.to(tl.float32), m_hash, k_hash, row_rotation, row_codes, row_scales, rows, real, k_tile * BK, CR, BR,
+                    x_MK, m_hash, k_hash, row_rotation, row_codes, row_scales, rows, real, k_tile * BK, CR, BR,
                     BM * 64 // BK, BK, G, RULE, BYTES, STOCHASTIC, SIZE, EXPONENT, MANTISSA, LEAST, LARGEST, NAN, PACK, PRECISION,
+                    SIGNED_ZERO,
                 )  # fmt: skip
         if COLUMNS:
             rows = row + tl.arange(0, BM)
@@ -166,24 +187,79 @@ def _quantize_kernel(
             for part in range(0, BK, 64):
                 cs = k_tile * BK + part + tl.arange(0, 64)
                 inside = cs < K
-                x_KM = tl.load(
-                    x_NK + places[None, :] * stride + cs[:, None], mask=inside[:, None] & real[None, :], other=0.0
-                )
+                x_KM = _values(
+                    x_NK, x_scales, weights_N, places[None, :], rows[None, :], cs[:, None], inside[:, None] & real[None, :],
+                    stride, stride_s, GX,
+                )  # fmt: skip
                 c_hash = tl.load(row_hash_K + cs) if STOCHASTIC else tl.zeros_like(cs)
                 cast_rows(
-                    x_KM.to(tl.float32), c_hash, m_hash, column_rotation, column_codes, column_scales, cs.to(tl.int64), inside,
+                    x_KM, c_hash, m_hash, column_rotation, column_codes, column_scales, cs.to(tl.int64), inside,
                     position, CC, BC, 64, BM, G, RULE, BYTES, STOCHASTIC, SIZE, EXPONENT, MANTISSA, LEAST, LARGEST, NAN, PACK,
-                    PRECISION,
+                    PRECISION, SIGNED_ZERO,
                 )  # fmt: skip
 
 
-# ---------------------------------------------------------------- the launcher
+@jit
+def _part(w, row, ks, N, K, stride_n):
+    """64 rows of a tile, fp32."""
+    rows = row + tl.arange(0, 64)
+    inside = (rows < N)[:, None] & (ks < K)[None, :]
+    return tl.load(w + rows.to(tl.int64)[:, None] * stride_n + ks[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _amax_of_squares(x, BN: tl.constexpr, SIDE: tl.constexpr, G: tl.constexpr):
+    """The bits of the largest magnitude of each SIDE x G."""
+    magnitude = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF).reshape(64 // SIDE, SIDE, BN // G, G)
+    return tl.max(tl.max(magnitude, axis=3), axis=1)
+
+
+@jit
+def _squares_kernel(
+    w, codes, scales, N, K, stride_e, stride_n, C, BR, B, BN: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr,
+    BYTES: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr,
+    NAN: tl.constexpr, PACK: tl.constexpr, SIGNED_ZERO: tl.constexpr,
+):  # fmt: skip
+    k_tiles = tl.cdiv(K, BN)
+    e = tl.program_id(1).to(tl.int64)
+    row, column = tl.program_id(0) // k_tiles * BN, tl.program_id(0) % k_tiles * BN
+    ks = column + tl.arange(0, BN)
+    cs = column // PACK + tl.arange(0, BN // PACK)
+    SIDE: tl.constexpr = G if G < 64 else 64  # rows of a block in one part of the tile
+    w += e * stride_e
+    amax = tl.zeros([64 // SIDE, BN // G], tl.int32)
+    if SIDE < G:  # the block is read twice: first for its scale
+        for part in range(0, BN, 64):
+            x = _part(w, row + part, ks, N, K, stride_n)
+            amax = tl.maximum(amax, _amax_of_squares(x, BN, SIDE, G))
+    for part in range(0, BN, 64):
+        x = _part(w, row + part, ks, N, K, stride_n)
+        largest = amax if SIDE < G else _amax_of_squares(x, BN, SIDE, G)
+        by, stored = scales_of(largest, RULE, EXPONENT, MANTISSA, LARGEST, BYTES)
+        by = tl.broadcast_to(by[:, None, :, None], (64 // SIDE, SIDE, BN // G, G)).reshape(64, BN)
+        x = tl.div_rn(x, by) if RULE == "amax" else x * by
+        if RULE == "shrink":
+            x *= 0.75
+        code = codes_of(x, 0, MANTISSA, LEAST, LARGEST, False, NAN, SIGNED_ZERO)
+        if PACK == 2:
+            first, second = tl.split(code.reshape(64, BN // 2, 2))
+            code = first | (second << 4)
+        rows = row + part + tl.arange(0, 64)
+        tl.store(codes + (e * N + rows)[:, None] * C + cs[None, :], code, mask=(rows < N)[:, None] & (cs < C)[None, :])
+        rs = (row + part) // G + tl.arange(0, 64 // SIDE)
+        bs = column // G + tl.arange(0, BN // G)
+        there = (rs < BR)[:, None] & (bs < B)[None, :]
+        tl.store(scales + (e * BR + rs)[:, None] * B + bs[None, :], stored, mask=there)
+
+
+# ---------------------------------------------------------------- launchers
 
 
 def supported(form: Format) -> bool:
+    """Whether a cast is made here: of blocks of one row, or square."""
     return (
         form.element in ("e4m3", "e2m1")
-        and form.block[0] == 1
+        and (form.block[0] == 1 or (form.block[0] == form.block[1] and form.rounding == "even"))
         and TILE % form.block[1] == 0
         and form.scale != "e4m3"
         and form.rule in SCALES[form.scale]
@@ -192,32 +268,78 @@ def supported(form: Format) -> bool:
     )
 
 
+def cast_constants(form: Format, device: torch.device) -> dict[str, Any]:
+    """What `cast_rows` and `codes_of` must know of a format."""
+    kind, pack = ELEMENTS[form.element], 2 if form.element == "e2m1" else 1
+    return {
+        "G": form.block[1], "RULE": form.rule, "BYTES": form.scale == "e8m0", "EXPONENT": kind.exponent,
+        "MANTISSA": kind.mantissa, "LEAST": kind.least, "LARGEST": kind.largest, "NAN": 0 if pack == 2 else 0x7F, "PACK": pack,
+        "SIGNED_ZERO": pack == 2 or target_name(device) != "gfx942",
+    }  # fmt: skip
+
+
+def packed_like(form: Format, codes: Tensor, scales: Tensor, columns: int) -> Packed:
+    """Codes and scales, as bytes where they are, in their types, with the format's factor."""
+    codes = codes if form.element == "e2m1" else codes.view(torch.float8_e4m3fn)
+    scales = scales.view(torch.float8_e8m0fnu) if form.scale == "e8m0" else scales
+    return Packed(
+        form, codes, scales, torch.full((), 4 / 3 if form.rule == "shrink" else 1.0, device=codes.device), columns
+    )
+
+
+def quantize_squares(w_ENK: Tensor, form: Format) -> Packed:
+    """Each of E matrices, of any floating type, its rows contiguous, in square blocks: codes (E, N, K), scales (E, N / g, K / g).
+
+    Raises ValueError for a format that is not `supported`.
+    """
+    if not supported(form) or form.block[0] != form.block[1]:
+        raise ValueError(f"{form}: must have e4m3 or e2m1, square blocks, scale fp32, pow2 or e8m0, any rule but quest")
+    assert w_ENK.stride(-1) == 1, w_ENK.stride()
+    (e, n, k), g, device = w_ENK.shape, form.block[1], w_ENK.device
+    constants = cast_constants(form, device)
+    codes = torch.empty(e, n, -(-k // constants["PACK"]), dtype=torch.uint8, device=device)
+    stored = torch.uint8 if form.scale == "e8m0" else torch.float32
+    scales = torch.empty(e, -(-n // g), -(-k // g), dtype=stored, device=device)
+    _squares_kernel[triton.cdiv(n, TILE) * triton.cdiv(k, TILE), e](
+        w_ENK, codes, scales, n, k, w_ENK.stride(0), w_ENK.stride(1), codes.shape[2], *scales.shape[1:], BN=TILE,
+        num_warps=8, **constants,
+    )  # fmt: skip
+    packed = packed_like(form, codes, scales, k)
+    return dataclasses.replace(packed, factor=packed.factor.expand(e))
+
+
 def quantize_tiles(
-    x_NK: Tensor, form: Format, plan: Schedule, *, rows: bool = True, columns: bool = False, source_N: Tensor | None = None,
+    x_NK: Tensor | Packed, form: Format, plan: Schedule, *, rows: bool = True, columns: bool = False,
+    source_N: Tensor | None = None, weights_N: Tensor | None = None,
     keys: tuple[int, int] = (0, 0), ids_N: Tensor | None = None, size: int = 0, signs_n: Tensor | None = None,
 ) -> tuple[Packed | None, Packed | None]:  # fmt: skip
     """(cast along rows, cast along columns), those that are asked for.
 
-    x_NK     of any floating type, rows contiguous; or read through source_N, int64 (N,)
+    x_NK     of any floating type, rows contiguous; or read through source_N, int64 (N,); or such e4m3 codes, cast along rows
+             with fp32 scales: without their factor
+    weights_N   what a row is multiplied with, any floating type
     plan     of the rows of each expert, in tiles of TILE rows
     keys     of chance, along rows and along columns; ids_N: the global numbers of rows, int64 (default: from 0)
     size     of the rotation, 0 for none, with its signs
     Raises ValueError for a format that is not `supported`.
     """
-    if not supported(form):
+    if not supported(form) or form.block[0] != 1:
         raise ValueError(
             f"{form}: must have e4m3 or e2m1, one row a block, scale fp32, pow2 or e8m0, any rule but quest, "
             "rounding even or stochastic"
         )
+    x_scales, gx = None, 1
+    if isinstance(x_NK, Packed):
+        assert x_NK.format.block[0] == 1 and x_NK.codes.dtype is torch.float8_e4m3fn, x_NK.format
+        x_NK, x_scales, gx = x_NK.codes, x_NK.scales, x_NK.format.block[1]
+        assert x_scales.dtype is torch.float32, x_scales.dtype
     assert plan.m == TILE and x_NK.stride(-1) == 1, (plan.m, x_NK.stride())
-    kind, device, (_, k) = ELEMENTS[form.element], x_NK.device, x_NK.shape
+    device, (_, k) = x_NK.device, x_NK.shape
     n, n_experts, g = (x_NK if source_N is None else source_N).shape[0], plan.counts_E.numel(), form.block[1]
     pack = 2 if form.element == "e2m1" else 1
     width = max(g, size, 64)
     m_tiles, k_tiles = n // TILE + n_experts, triton.cdiv(k, width)
-    code = torch.uint8 if pack == 2 else torch.float8_e4m3fn
     stored = torch.uint8 if form.scale == "e8m0" else torch.float32
-    factor = torch.ones((), device=device) * (4 / 3 if form.rule == "shrink" else 1)
     ids_N = torch.arange(n, device=device) if ids_N is None else ids_N
     matrix = rotation(size, signs_n, device) if size else None
 
@@ -240,19 +362,15 @@ def quantize_tiles(
     positions = torch.cat((ids_N, -1 - torch.arange(TILE, device=device)))
     by_column = outputs(columns, k, m_tiles * TILE, numbers, positions, keys[1])
     _quantize_kernel[m_tiles * k_tiles,](
-        x_NK, source_N, *by_row[:4], matrix, *by_row[4:], *by_column[:4], matrix, *by_column[4:],
+        x_NK, x_scales, weights_N, source_N, *by_row[:4], matrix, *by_row[4:], *by_column[:4], matrix, *by_column[4:],
         plan.counts_E, plan.starts_E, plan.tile_ends_E, n_experts, n, k, x_NK.stride(0),
-        BE=triton.next_power_of_2(n_experts), BM=TILE, BK=width, ROWS=rows, COLUMNS=columns, G=g, RULE=form.rule,
-        BYTES=form.scale == "e8m0", STOCHASTIC=form.rounding == "stochastic", SIZE=size, EXPONENT=kind.exponent,
-        MANTISSA=kind.mantissa, LEAST=kind.least, LARGEST=kind.largest, NAN=0 if pack == 2 else 0x7F, PACK=pack,
-        PRECISION=product_precision(device, torch.float32), num_warps=8,
+        0 if x_scales is None else x_scales.stride(0), GX=gx, BE=triton.next_power_of_2(n_experts), BM=TILE, BK=width,
+        ROWS=rows, COLUMNS=columns, SIZE=size, PRECISION=product_precision(device, torch.float32), num_warps=8,
+        STOCHASTIC=form.rounding == "stochastic", **cast_constants(form, device),
     )  # fmt: skip
 
     def packed(made: tuple[Any, ...], depth: int) -> Packed | None:
-        if made[0] is None:
-            return None
-        scales = made[1].view(torch.float8_e8m0fnu) if form.scale == "e8m0" else made[1]
-        return Packed(form, made[0].view(code), scales, factor, depth + -depth % max(size, 1))
+        return None if made[0] is None else packed_like(form, made[0], made[1], depth + -depth % max(size, 1))
 
     return packed(by_row, k), packed(by_column, m_tiles * TILE)
 
@@ -265,11 +383,28 @@ def compile_cases(target: str) -> Any:
         plan = schedule(meta(128, dtype=torch.int64), TILE)
         quantize_tiles(meta(8 * 24576, 1536), form, plan, columns=True, size=size)
 
+    def again(form: Format) -> None:
+        plan, source = schedule(meta(128, dtype=torch.int64), TILE), meta(8 * 24576, dtype=torch.int64)
+        x = Packed(
+            form, meta(24576, 1536, dtype=torch.float8_e4m3fn), meta(24576, 12, dtype=torch.float32), meta(), 1536
+        )
+        quantize_tiles(x, form, plan, rows=False, columns=True, source_N=source)
+        weights = meta(8 * 24576, dtype=torch.float32)
+        quantize_tiles(meta(24576, 1536), form, plan, rows=False, columns=True, source_N=source, weights_N=weights)
+
+    fp8 = Format("e4m3", (1, 128), "pow2", "rceil")
     return {
         "fp8, fp32 scales": functools.partial(case, Format("e4m3", (1, 128), "fp32", "amax"), 0),
-        "fp8": functools.partial(case, Format("e4m3", (1, 128), "pow2", "rceil"), 0),
+        "fp8": functools.partial(case, fp8, 0),
+        "fp8, of codes; of weighted rows": functools.partial(again, fp8),
         "mxfp8": functools.partial(case, Format("e4m3", (1, 32), "e8m0", "rceil"), 0),
         "mxfp4, rotated, stochastic": functools.partial(
             case, Format("e2m1", (1, 32), "e8m0", "shrink", "stochastic"), 32
+        ),
+        "fp8, 128 x 128": lambda: quantize_squares(
+            meta(128, 512, 1536, dtype=torch.float32), Format("e4m3", (128, 128), "pow2", "rceil")
+        ),
+        "mxfp4, 32 x 32": lambda: quantize_squares(
+            meta(128, 512, 1536, dtype=torch.float32), Format("e2m1", (32, 32), "e8m0", "even")
         ),
     }
