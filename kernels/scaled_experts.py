@@ -151,12 +151,13 @@ def _sums_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-def up_tile(target: str | torch.device, name: str, activation: str) -> Tile:
-    """Of `up`: as wide as a block of a's row, and with two accumulators for the gated kinds."""
+def up_tile(target: str | torch.device, name: str, even: bool) -> Tile:
+    """Of `up`: as wide as a block of a's row, and with two accumulators for the gated kinds. even: whether rows of h begin at
+    multiples of 16 bytes; if not, their addresses take registers."""
     tile = scaled_tile(target, name)
     if name == "fp8":
         return dataclasses.replace(tile, m=tile.m if target_name(target) == "cpu" else 64, n=128)
-    return dataclasses.replace(tile, n=64)
+    return dataclasses.replace(tile, n=64 if even else 32)
 
 
 def fits(form: Format, f: int, activation: str) -> bool:
@@ -178,7 +179,7 @@ def scaled_up(
     f, n_rows = g // 2 if pair else g, source_R.numel()
     name = format_of(x)
     assert fits(form, f, activation) and activation in ACTIVATIONS and FORMATS[name].group == form.block[1], (form, f)
-    tile = up_tile(device, name, activation)
+    tile = up_tile(device, name, f * dtype.itemsize % 16 == 0)
     plan = plan if plan.m == tile.m else schedule(counts_E, tile.m)
     options = product_options(x, w, tile, 16, 16)
     (x_codes, x_scales, one), (w_codes, w_scales, other) = (for_units(v, FORMATS[name]) for v in (x, w))
@@ -199,10 +200,12 @@ def scaled_up(
     return h_RG, packed_like(form, codes, scales, f)
 
 
-def dact_tile(target: str | torch.device, name: str) -> Tile:
-    """Around dact's product there is more to hold than registers for 128 columns on AMD."""
+def dact_tile(target: str | torch.device, name: str, activation: str) -> Tile:
+    """Around dact's product there is more to hold than registers for 128 columns on AMD, and of fp8, which adds up in fp32, with
+    two halves of h."""
     tile = scaled_tile(target, name)
-    return dataclasses.replace(tile, n=64) if target_name(target).startswith("gfx") else tile
+    narrow = target_name(target).startswith("gfx") or (name == "fp8" and activation != "relu2")
+    return dataclasses.replace(tile, n=64) if narrow else tile
 
 
 def scaled_dact(
@@ -222,7 +225,7 @@ def scaled_dact(
     """
     (n_experts, f, _), device = w.codes.shape, dy.codes.device
     name, h = format_of(dy), h_RG.shape[1]
-    tile = dact_tile(device, name)
+    tile = dact_tile(device, name, activation)
     options = product_options(dy, w, tile, f, h_RG.element_size())
     (dy_codes, dy_scales, one), (w_codes, w_scales, other) = (for_units(v, FORMATS[name]) for v in (dy, w))
     factor_E = (dy.factor * w.factor).expand(n_experts).mul(one * other).contiguous()

@@ -26,7 +26,14 @@ from moesaic.kernels.quantize import Format, Packed, key_of, pack
 from moesaic.kernels.quantize_triton import TILE, quantize_squares, quantize_tiles, supported
 from moesaic.kernels.scaled_experts import expert_sums, fits, scaled_dact, scaled_up
 from moesaic.kernels.scaled_formats import name_of
-from moesaic.kernels.scaled_gemm import by_column, scaled_tile, scaled_varlen_k, scaled_varlen_m, transposed
+from moesaic.kernels.scaled_gemm import (
+    by_column,
+    gradient_tile,
+    scaled_tile,
+    scaled_varlen_k,
+    scaled_varlen_m,
+    transposed,
+)
 from moesaic.moe.experts import activate, activate_backward
 from moesaic.moe.low import Low, Weight, pack_bits, unpack_bits
 
@@ -207,7 +214,7 @@ def product(
 
 
 def weight_gradient(left: Packed, right: Packed, plan: Plan) -> Tensor:
-    return scaled_varlen_k(left, right, plan.schedule, scaled_tile(left.codes.device, name_of(left.format)))
+    return scaled_varlen_k(left, right, plan.schedule, gradient_tile(left.codes.device, name_of(left.format)))
 
 
 # ---------------------------------------------------------------- linear

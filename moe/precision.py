@@ -255,7 +255,8 @@ def why_not_native(config: PrecisionConfig, device: torch.device) -> str | None:
     target = target_name(device)
     for name in names:
         if target not in TARGETS_OF[name]:
-            return f"precision={config.recipe}: {target} has no products of {name}, only {', '.join(TARGETS_OF[name])}"
+            has = ", ".join(TARGETS_OF[name])
+            return f"precision={config.recipe}: {target} has no products of {name}, only {has}"
     return None
 
 
@@ -326,6 +327,13 @@ class Precision:
                 self.backend == "auto" and device.type == "cuda" and why is None
             )
         return self.chosen[device]
+
+    def told(self, device: torch.device) -> str:
+        """How quantized products are made on the device, for the head of a run."""
+        if self.native(device):
+            return "by kernels" + ("" if device.type == "cuda" else ", interpreted")
+        why = why_not_native(self.config, device) if self.backend == "auto" and device.type == "cuda" else None
+        return f"emulated, as {why}" if why else "emulated"
 
     def begin(self, step: int, steps: int) -> None:
         """Step `step` of `steps`, from 0, begins."""
