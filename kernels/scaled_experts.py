@@ -88,7 +88,7 @@ def _scaled_up_kernel(
             up = up_MN.to(h_RG.dtype.element_ty)
             tl.store(places + F, up, mask=exists)
             a_MN *= up.to(tl.float32)
-        a_MN = tl.where((fs < F)[None, :], a_MN, 0.0)  # past column F, the up rows of W and what is behind them
+        # Past column F, W has no up rows, and a is 0.
         cast_rows(
             a_MN, rows, fs, rows, a_codes, a_scales, rows, real, f, AC, AB, BM, BN, G, RULE, BYTES, False, 0, EXPONENT,
             MANTISSA, LEAST, LARGEST, NAN, PACK, "ieee", SIGNED_ZERO,
