@@ -330,9 +330,9 @@ def quantize_tiles(
         )
     x_scales, gx = None, 1
     if isinstance(x_NK, Packed):
-        assert x_NK.format.block[0] == 1 and x_NK.codes.dtype is torch.float8_e4m3fn, x_NK.format
-        x_NK, x_scales, gx = x_NK.codes, x_NK.scales, x_NK.format.block[1]
-        assert x_scales.dtype is torch.float32, x_scales.dtype
+        first, x_scales, x_NK = x_NK.format, x_NK.scales, x_NK.codes
+        assert first.block[0] == 1 and x_NK.dtype is torch.float8_e4m3fn and x_scales.dtype is torch.float32, first
+        gx = first.block[1]
     assert plan.m == TILE and x_NK.stride(-1) == 1, (plan.m, x_NK.stride())
     device, (_, k) = x_NK.device, x_NK.shape
     n, n_experts, g = (x_NK if source_N is None else source_N).shape[0], plan.counts_E.numel(), form.block[1]

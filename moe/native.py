@@ -326,7 +326,9 @@ class NativeExperts(torch.autograd.Function):
                 dyq, source_R, w, h_RG, weights_R, plan.schedule, ctx.activation, stored
             )
             dweights_R = parts_RP.sum(dim=1)
-        right = cast_columns(down, "wgrad", "x", a if isinstance(a, Packed) else a_RF, plan)
+        of_a = a if isinstance(a, Packed) else a_RF
+        assert of_a is not None
+        right = cast_columns(down, "wgrad", "x", of_a, plan)
         left = cast_columns(down, "wgrad", "dy", dy_ND, plan, source_R, weights_R)
         dw_down = down.straight_back(weight_gradient(left, right, plan), "wgrad", "x", trusted_down, f)
         db_up = db_down = None
@@ -358,8 +360,7 @@ def cast_both(weight: Weight, dy_RN: Tensor, plan: Plan) -> tuple[Packed, Packed
     form, native, key, _ = how(weight, "dgrad", "dy", dy_RN.device)
     other, _, other_key, _ = how(weight, "wgrad", "dy", dy_RN.device)
     if not native or form != other or products["dgrad"].rotation or products["wgrad"].rotation:
-        rows = cast_rows(weight, "dgrad", "dy", dy_RN, plan).packed
-        return rows, cast_columns(weight, "wgrad", "dy", dy_RN, plan)
+        return cast_rows(weight, "dgrad", "dy", dy_RN, plan).packed, cast_columns(weight, "wgrad", "dy", dy_RN, plan)
     rows, columns = quantize_tiles(dy_RN, form, plan.schedule, columns=True, keys=(key, other_key), ids_N=plan.ids_R)
     assert rows is not None and columns is not None
     return rows, columns
