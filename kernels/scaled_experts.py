@@ -24,7 +24,7 @@ from moesaic.kernels.experts import ACTIVATIONS, _activation, dact_quarters
 from moesaic.kernels.grouped_gemm import Schedule, describe, find_tile, first_tile, load_rows, row_pointers, schedule
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.quantize import Format, Packed
-from moesaic.kernels.quantize_triton import TILE, cast_constants, cast_rows, packed_like, supported
+from moesaic.kernels.quantize_triton import TILE, cast_constants, cast_rows, packed_like, scale_bytes, supported
 from moesaic.kernels.scaled_gemm import (
     FORMATS,
     TARGETS_OF,
@@ -48,7 +48,7 @@ def _scaled_up_kernel(
     G: tl.constexpr, WN: tl.constexpr, PACK: tl.constexpr, ELEMENT: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr,
     XCDS: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr,
     RULE: tl.constexpr, BYTES: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr,
-    LARGEST: tl.constexpr, NAN: tl.constexpr, SIGNED_ZERO: tl.constexpr,
+    LARGEST: tl.constexpr, NAN: tl.constexpr, SIGNED_ZERO: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(F, BN)
     tiles = tl.load(tile_ends_E + E - 1) * n_tiles
@@ -163,7 +163,8 @@ def up_tile(target: str | torch.device, name: str, even: bool) -> Tile:
 def fits(form: Format, f: int, activation: str) -> bool:
     """Whether `up` casts a of F columns to this format: natively, in whole blocks of a tile. Of fp8, a tile of W_up's gate rows
     and one of its up rows must each have one scale."""
-    return supported(form) and form.block[0] == 1 and (form.block[1] < 128 or activation == "relu2" or f % 128 == 0)
+    whole = supported(form) and form.block[0] == 1 and form.scale != "e4m3"
+    return whole and (form.block[1] < 128 or activation == "relu2" or f % 128 == 0)
 
 
 def scaled_up(
@@ -187,8 +188,7 @@ def scaled_up(
     constants = cast_constants(form, device)
     h_RG = torch.empty(n_rows, g, dtype=dtype, device=device)
     codes = torch.empty(n_rows, -(-f // constants["PACK"]), dtype=torch.uint8, device=device)
-    stored = torch.uint8 if form.scale == "e8m0" else torch.float32
-    scales = torch.empty(n_rows, -(-f // form.block[1]), dtype=stored, device=device)
+    scales = torch.empty(n_rows, -(-f // form.block[1]), dtype=scale_bytes(form), device=device)
     described, is_described = describe(w_codes, options["BN"], options["BC"])
     _scaled_up_kernel[processors(device),](
         x_codes, x_scales, source_R, described, w_scales, factor_E, b_up_EG, h_RG, codes, scales,

@@ -6,8 +6,8 @@ before writes as codes where its tile holds whole blocks; what backward reads of
 its casts, dh are of the compute type, where the emulation keeps fp32.
 
 A cast is one launch, and serves every product that reads it: x of N inputs is cast before it is gathered; dh along rows and
-columns at once; a weight's square blocks both ways. **Cast by the emulation's torch functions**, then multiplied natively: e4m3
-scales (nvfp4, quartet2), rule quest, rounding eden, and casts of 4-bit casts (quartet). The host waits for nothing.
+columns at once; a weight's square blocks both ways. **Cast by the emulation's torch functions**, then multiplied natively: rules
+quest and four_six, rounding eden, and casts of 4-bit casts (quartet, quartet2). The host waits for nothing.
 
 Letters: as in moesaic.moe.low.
 """
