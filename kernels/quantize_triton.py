@@ -421,8 +421,8 @@ def quantize_tiles(
         if not wanted:
             return None, None, None, None, 0, 0
         depth += -depth % max(size, 1)
-        codes = torch.zeros(n_rows, -(-depth // pack), dtype=torch.uint8, device=device)
-        scales = torch.zeros(n_rows, -(-depth // g), dtype=scale_bytes(form), device=device)
+        codes = torch.empty(n_rows, -(-depth // pack), dtype=torch.uint8, device=device)
+        scales = torch.empty(n_rows, -(-depth // g), dtype=scale_bytes(form), device=device)
         hashes: tuple[Any, Any] = (None, None)
         if form.rounding == "stochastic":
             hashes = line_hash(key, row_ids, 0), line_hash(key, column_ids, 1)
