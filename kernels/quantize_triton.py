@@ -170,8 +170,8 @@ def _values(x_NK, x_scales, weights_N, places, rows, ks, inside, stride, stride_
 @jit
 def _remember(largest, x_MK):
     """The bits of the largest magnitude; of integers, so that the order doesn't matter."""
-    magnitude = x_MK.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(largest, tl.max(tl.max(magnitude, axis=1), axis=0))
+    # Over both axes at once: one by one, of a rotation's product, Triton 3.7.1 fails for sm_100a.
+    tl.atomic_max(largest, tl.max(x_MK.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
 
 
 @jit
@@ -204,7 +204,8 @@ def _quantize_kernel(
                     tl.load(row_hash_N + rows, mask=real, other=0) if STOCHASTIC else tl.zeros_like(rows).to(tl.int32)
                 )
                 if largest is not None:
-                    _remember(largest, rotated(x_MK, row_rotation, BM * 64 // BK, BK, SIZE, PRECISION))
+                    x_MK = rotated(x_MK, row_rotation, BM * 64 // BK, BK, SIZE, PRECISION)
+                    _remember(largest, x_MK)
                 else:
                     cast_rows(
                         x_MK, m_hash, k_hash, row_rotation, row_codes, row_scales, rows, real, k_tile * BK, CR, BR,
