@@ -164,6 +164,36 @@ def test_in_bf16_and_what_is_kept() -> None:
     assert codes == 20 * 256 + 40 * 128 + experts.w_up_EGD.numel() + experts.w_down_EDF.numel()
 
 
+class Unlaunched:
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_host_does_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens between launches, on tensors without values: reading one raises. Shapes and types are those of a run."""
+    kernels = {
+        "scaled_gemm": "_scaled_varlen_m_kernel _scaled_varlen_k_kernel", "quantize_triton": "_quantize_kernel _squares_kernel",
+        "scaled_experts": "_scaled_up_kernel _scaled_dact_kernel _sums_kernel", "grouped_gemm": "_schedule_kernel",
+        "combine": "_combine_kernel",
+    }  # fmt: skip
+    for file, names in kernels.items():
+        for kernel in names.split():
+            monkeypatch.setattr(f"moesaic.kernels.{file}.{kernel}", Unlaunched())
+    experts, rows = experts_of(256, 128, "swiglu", True).to("meta"), ragged(30, 3, 2)
+    rows = Rows(*(None if t is None else t.to("meta") for t in vars(rows).values()))
+    x, weights = (torch.empty(*shape, device="meta", requires_grad=True) for shape in ((30, 256), (60,)))
+    with tiles.meta_is("sm_100a"):
+        experts.low = LowExperts(precision_of(name, "triton"), "e", 3)
+        y = experts(x.bfloat16(), weights, rows)
+        y.backward(torch.empty_like(y))
+    assert y.shape == x.shape and y.dtype is torch.bfloat16
+    for tensor in (x, weights, *experts.parameters()):
+        assert tensor.grad is not None and tensor.grad.shape == tensor.shape
+    with pytest.raises(RuntimeError):  # so a wait would be seen
+        rows.counts_E.tolist()
+
+
 # ---------------------------------------------------------------- epilogues by themselves
 
 
