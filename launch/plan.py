@@ -121,7 +121,11 @@ def describe(plan: Plan, chosen: PlanOptions) -> list[str]:
         f"{layout.expert_shard}, parallel.remat={layout.remat}, parallel.reshard={layout.reshard}",
         f"batch    {train.global_batch} sequences, {layout.micro_batches} micro-batches of {layout.micro_batch} on a rank; "
         f"{plan.precision} products"
-        + (", as if the recipe had kernels here; docs/precision.md says where" if plan.precision[:3] in ("fp8", "fp4") else ""),
+        + (
+            ", as if the recipe had kernels here; docs/precision.md says where"
+            if plan.precision[:3] in ("fp8", "fp4")
+            else ""
+        ),
         "",
         f"memory of a rank, GiB: {memory.total / GIB:.1f} of {machine.memory_gib:g}: "
         + ("fits" if fits else "DOES NOT FIT")
