@@ -121,7 +121,7 @@ def cast_rows(
     x_MK, row_hash_M, column_hash_K, rotation_nn, codes, scales, places_M, real_M, column, C, B, BM: tl.constexpr,
     BK: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, BYTES: tl.constexpr, STOCHASTIC: tl.constexpr,
     SIZE: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr,
-    NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr, SIGNED_ZERO: tl.constexpr, SHARE: tl.constexpr = 0.0,
+    NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr, SIGNED_ZERO: tl.constexpr = True, SHARE: tl.constexpr = 0.0,
     factor=None,
 ):  # fmt: skip
     """Casts a tile along its rows, and writes it at rows places_M, from `column`; C bytes and B scales a row. factor: of scales
