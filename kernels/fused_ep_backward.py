@@ -201,7 +201,7 @@ def _fused_backward_kernel(
                     w_M1 = tl.load(address(table, WEIGHT, me, W, tl.float32) + rows, cache_modifier=".cg")[:, None]
                     part_M = dact_quarters(
                         da_MN, w_M1, h_RG + row * G, dh_RG + row * G, a_RF + row * F, end - tile * BM, f, F, G, KIND, PAIR, BM,
-                        BN, WHOLE, not LOW,
+                        BN, WHOLE, "a" if LOW else "a'",
                     )  # fmt: skip
                     rows = tile * BM + tl.arange(0, BM)
                     tl.store(parts_RP + rows.to(tl.int64) * FT + column, part_M, mask=rows < end)

@@ -1,6 +1,8 @@
 """Grouped products of quantized matrices over rows sorted by expert: what moesaic.kernels.quantize specifies, on matrix units.
 
-    for row r of expert e:   y[r] = factor[e] sum over blocks b of the depth  sx[source[r], b] sw[e, ·, b] (W_b[e] x_b[source[r]])
+    varlen_m   for row r of expert e:   y[r] = b[e] + factor[e] sum over blocks b of the depth
+                                               sx[source[r], b] sw[e, ·, b] (W_b[e] x_b[source[r]])
+    varlen_k   for expert e:   dW[e] = factor sum over blocks b of its positions  (sl[·, b] sr[·, b]) (left_b right_b^T)
 
     fp8      e4m3 codes, fp32 scales: blocks 1x128 of x, 128x128 of W. Matrix units have no such scales: `tl.dot` sums 128 of
              the depth, then the sum is multiplied with both scales and added in fp32, which also keeps the sums of Hopper's
@@ -9,19 +11,20 @@
              16x16). `tl.dot_scaled`: the matrix units of sm_100a and gfx950 take the scales, nvfp4's those of sm_100a alone. For
              sm_90a, Triton makes bf16 of the mx formats' codes and scales first, which loses nothing; for gfx942, nothing.
 
-W is (E, N, K): its depth is contiguous, as 8-bit matrix units want it. For the gradient of x pass transposed codes and scales:
-square blocks are the same either way.
+W is (E, N, K): its depth is contiguous, as 8-bit matrix units want it. For the gradient of x pass transposed codes and scales
+(`transposed`: square blocks are the same either way), or W cast along its columns (`by_column`, which copies nothing). varlen_k's
+operands, (P, positions) and (Q, positions), are casts along columns of moesaic.kernels.quantize_triton: each expert's rows begin
+at a multiple of TILE positions.
 
 **e4m3 on gfx942** is another type, e4m3fnuz: the same bits stand for half the value, so the same codes are multiplied, and the
 result counts 4 times; but 0x80, -0 elsewhere, is NaN there: `without_minus_zero` when a matrix has been quantized. What the bits
 of NaN stand for there doesn't matter: whatever isn't finite has a scale of NaN.
 
-Letters: R rows, E experts, K depth, N columns; G the depth of a block; BM, BN, BK tile sizes.
+Letters: R rows, E experts, K depth, N columns; P x Q the matrices of varlen_k; G the depth of a block; BM, BN, BK tile sizes.
 """
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,50 +45,14 @@ from moesaic.kernels.grouped_gemm import (
     schedule,
 )
 from moesaic.kernels.interpret import jit
-from moesaic.kernels.quantize import Packed
+from moesaic.kernels.quantize import Format, Packed
+from moesaic.kernels.quantize_triton import TILE
+from moesaic.kernels.scaled_formats import FORMATS, TARGETS_OF, Scaled, format_of
 from moesaic.kernels.tiles import Tile, processors, target_name
 
+__all__ = ["FORMATS", "TARGETS_OF", "Scaled", "format_of"]  # and what stands here
+
 # ---------------------------------------------------------------- formats
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """element: of codes, as `tl.dot_scaled` names it. group: columns that share a scale. scale: its type."""
-
-    element: str
-    group: int
-    scale: torch.dtype
-
-    @property
-    def pack(self) -> int:
-        """Codes a byte."""
-        return 2 if self.element == "e2m1" else 1
-
-
-FORMATS = {
-    "fp8": Scaled("e4m3", 128, torch.float32),
-    "mxfp8": Scaled("e4m3", 32, torch.float8_e8m0fnu),
-    "mxfp4": Scaled("e2m1", 32, torch.float8_e8m0fnu),
-    "nvfp4": Scaled("e2m1", 16, torch.float8_e4m3fn),
-}
-TARGETS_OF = {
-    "fp8": ("sm_90a", "sm_100a", "gfx942", "gfx950", "cpu"),
-    "mxfp8": ("sm_90a", "sm_100a", "gfx950", "cpu"),
-    "mxfp4": ("sm_90a", "sm_100a", "gfx950", "cpu"),
-    "nvfp4": ("sm_100a", "cpu"),
-}
-
-
-def format_of(packed: Packed) -> str:
-    """The name of the format that a matrix has; raises ValueError where matrix units have none such."""
-    form = packed.format
-    for name, known in FORMATS.items():
-        if (form.element, form.block[1], packed.scales.dtype) == (known.element, known.group, known.scale):
-            return name
-    raise ValueError(
-        f"element={form.element}, block={form.block[0]}x{form.block[1]}, scale={form.scale}: no matrix unit multiplies it; "
-        "those that do: e4m3 with fp32 scales of 128 columns, e4m3 or e2m1 with e8m0 scales of 32, e2m1 with e4m3 scales of 16"
-    )
 
 
 def e4m3(device: torch.device) -> torch.dtype:
@@ -122,9 +89,11 @@ def scaled_varlen_m_reference(x: Packed, w: Packed, counts_E: Tensor, source_R: 
 def multiply_scaled(
     acc_MN, x_MK, x_scales_M1, w, w_scales, expert, n, column, N, C, B, stride_e, stride_r, scale_e,
     BN: tl.constexpr, BC: tl.constexpr, G: tl.constexpr, WN: tl.constexpr, PACK: tl.constexpr, ELEMENT: tl.constexpr,
-    SCALED: tl.constexpr, DESCRIBED: tl.constexpr,
+    SCALED: tl.constexpr, DESCRIBED: tl.constexpr, scale_r=None,
 ):  # fmt: skip
-    """acc + x W^T for BC bytes of the depth from `column`, of C; B: blocks of the depth; WN: rows of W that share a scale."""
+    """acc + x W^T for BC bytes of the depth from `column`, of C; B: blocks of the depth, and without scale_r what the scales of
+    W's next rows are away; WN: rows of W that share a scale."""
+    stride_s = B if scale_r is None else scale_r
     b_CN = load_weight(w, expert, n, column, N, C, stride_e, stride_r, BN, BC, DESCRIBED).T
     scales_e = w_scales + expert.to(tl.int64) * scale_e
     if SCALED:
@@ -132,20 +101,20 @@ def multiply_scaled(
         ns = n + tl.arange(0, BN)
         real = (blocks < B)[None, :]
         x_scales = tl.load(x_scales_M1 + blocks[None, :], mask=real, other=0.0)
-        places = scales_e + (ns // WN)[:, None] * B + blocks[None, :]
+        places = scales_e + (ns // WN)[:, None] * stride_s + blocks[None, :]
         b_scales = tl.load(places, mask=real & (ns < N)[:, None], other=0.0)
         acc_MN = tl.dot_scaled(x_MK, x_scales, ELEMENT, b_CN, b_scales, ELEMENT, acc_MN)
     else:
         block = column // G
         x_scales = tl.load(x_scales_M1 + block)
-        acc_MN += tl.dot(x_MK, b_CN) * (x_scales * tl.load(scales_e + n // WN * B + block))
+        acc_MN += tl.dot(x_MK, b_CN) * (x_scales * tl.load(scales_e + n // WN * stride_s + block))
     return acc_MN
 
 
 @jit
 def _scaled_varlen_m_kernel(
-    x, x_scales, source_R, w, w_scales, factor_E, y_RN, counts_E, starts_E, tile_ends_E, E, N, C, B,
-    stride_x, stride_e, stride_r, scale_e,
+    x, x_scales, source_R, w, w_scales, factor_E, bias_EN, y_RN, counts_E, starts_E, tile_ends_E, E, N, C, B,
+    stride_x, stride_s, stride_e, stride_r, scale_e, scale_r,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr, G: tl.constexpr, WN: tl.constexpr,
     PACK: tl.constexpr, ELEMENT: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr, XCDS: tl.constexpr,
     DESCRIBED: tl.constexpr, EVEN: tl.constexpr,
@@ -155,36 +124,158 @@ def _scaled_varlen_m_kernel(
     for tile in range(first_tile(XCDS), tiles, tl.num_programs(0)):
         expert, row, end, n_tile = find_tile(tile, n_tiles, counts_E, starts_E, tile_ends_E, E, BM, BE, GROUP)
         x_M1, rows, real = row_pointers(x, source_R, row, end, stride_x, BM, source_R is not None)
-        x_scales_M1, _, _ = row_pointers(x_scales, source_R, row, end, B, BM, source_R is not None)
+        x_scales_M1, _, _ = row_pointers(x_scales, source_R, row, end, stride_s, BM, source_R is not None)
         n = n_tile * BN
         acc_MN = tl.zeros([BM, BN], tl.float32)
         for column in range(0, C, BC):
             x_MK = load_rows(x_M1, column, C, BC, EVEN)
             acc_MN = multiply_scaled(
                 acc_MN, x_MK, x_scales_M1, w, w_scales, expert, n, column, N, C, B, stride_e, stride_r, scale_e,
-                BN, BC, G, WN, PACK, ELEMENT, SCALED, DESCRIBED,
+                BN, BC, G, WN, PACK, ELEMENT, SCALED, DESCRIBED, scale_r,
             )  # fmt: skip
         acc_MN *= tl.load(factor_E + expert)
         ns = n + tl.arange(0, BN)
+        if bias_EN is not None:
+            acc_MN += tl.load(bias_EN + expert.to(tl.int64) * N + ns, mask=ns < N, other=0.0).to(tl.float32)[None, :]
         places = y_RN + rows[:, None] * N + ns[None, :]
         tl.store(places, acc_MN.to(y_RN.dtype.element_ty), mask=real[:, None] & (ns < N)[None, :])
+
+
+@jit
+def _scaled_varlen_k_kernel(
+    left, left_scales, right, right_scales, factor, out_EPQ, counts_E, tile_ends_E, order_E, E, P, Q, C,
+    stride_l, stride_r, scale_l, scale_r,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, DEPTH: tl.constexpr, G: tl.constexpr, PACK: tl.constexpr,
+    ELEMENT: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr, XCDS: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    p_tiles = tl.cdiv(P, BM)
+    q_tiles = tl.cdiv(Q, BN)
+    for tile in range(first_tile(XCDS), E * p_tiles * q_tiles, tl.num_programs(0)):
+        expert = tl.load(order_E + tile // (p_tiles * q_tiles))
+        local = tile % (p_tiles * q_tiles)
+        p_tile, q_tile = tl.swizzle2d(local // q_tiles, local % q_tiles, p_tiles, q_tiles, GROUP)
+        p, q = p_tile * BM, q_tile * BN
+        ps = p + tl.arange(0, BM)
+        qs = q + tl.arange(0, BN)
+        steps = tl.cdiv(tl.load(counts_E + expert), DEPTH).to(tl.int32)
+        first = tl.load(tile_ends_E + expert) - steps
+        # Rows past the last read the scales of some row, and are not stored.
+        l_scales_M = left_scales + tl.where(ps < P, ps, 0).to(tl.int64) * scale_l
+        r_scales_N = right_scales + tl.where(qs < Q, qs, 0).to(tl.int64) * scale_r
+        acc_MN = tl.zeros([BM, BN], tl.float32)
+        for column in range(first * (DEPTH // PACK), (first + steps) * (DEPTH // PACK), BC):
+            a_MC = load_weight(left, expert * 0, p, column, P, C, 0, stride_l, BM, BC, DESCRIBED)
+            b_NC = load_weight(right, expert * 0, q, column, Q, C, 0, stride_r, BN, BC, DESCRIBED)
+            if SCALED:
+                blocks = (column * PACK // G + tl.arange(0, BC * PACK // G))[None, :]
+                l_scales, r_scales = tl.load(l_scales_M[:, None] + blocks), tl.load(r_scales_N[:, None] + blocks)
+                acc_MN = tl.dot_scaled(a_MC, l_scales, ELEMENT, b_NC.T, r_scales, ELEMENT, acc_MN)
+            else:
+                l_scales, r_scales = tl.load(l_scales_M + column // G), tl.load(r_scales_N + column // G)
+                acc_MN += tl.dot(a_MC, b_NC.T) * (l_scales[:, None] * r_scales[None, :])
+        acc_MN *= tl.load(factor)
+        places = out_EPQ + expert.to(tl.int64) * P * Q + ps.to(tl.int64)[:, None] * Q + qs[None, :]
+        tl.store(places, acc_MN.to(out_EPQ.dtype.element_ty), mask=(ps < P)[:, None] & (qs < Q)[None, :])
 
 
 # ---------------------------------------------------------------- launchers
 
 
 def scaled_tile(target: str | torch.device, name: str) -> Tile:
-    """The tile for a format; k counts values. Its M is that of `tiles.gemm_tile`'s."""
+    """The tile for a format; k counts values. Its M is TILE on every target, so that casts and products share a schedule."""
     if target_name(target) == "cpu":
-        return Tile(16, 64, 128)
-    return Tile(128, 128, 128, stages=1 if target_name(target).startswith("gfx") else 3)
+        return Tile(TILE, 64, 128)
+    return Tile(TILE, 128, 128, stages=1 if target_name(target).startswith("gfx") else 3)
+
+
+def gradient_tile(target: str | torch.device, name: str) -> Tile:
+    """Of `scaled_varlen_k`. Of fp8 on sm_100a, whose matrix units leave sums in a memory of their own: to be scaled in fp32 they
+    come to registers, beside those before, of which there aren't enough for 128 columns."""
+    tile = scaled_tile(target, name)
+    return dataclasses.replace(tile, n=64) if name == "fp8" and target_name(target) == "sm_100a" else tile
 
 
 def _aligned(codes: Tensor) -> Tensor:
     """Codes whose rows begin at multiples of 16 bytes, if need be with zeros behind: single bytes would take all registers."""
-    codes = codes.contiguous()
     spare = -codes.shape[-1] % 16
-    return codes if not spare else F.pad(codes.view(torch.uint8), (0, spare)).view(codes.dtype)
+    if spare or codes.stride(-1) != 1 or any(stride % 16 for stride in codes.stride()[:-1]):
+        codes = F.pad(codes.view(torch.uint8), (0, spare)).view(codes.dtype).contiguous()
+    return codes
+
+
+def transposed(w: Packed) -> Packed:
+    """(E, N, K) as (E, K, N), of square blocks of 8-bit or 4-bit codes: a copy, for the depth must be contiguous."""
+    assert w.format.block[0] == w.format.block[1], w.format
+    if w.codes.dtype is torch.uint8:
+        nibbles = torch.stack((w.codes & 15, w.codes >> 4), dim=-1).flatten(-2)[..., : w.columns].mT
+        nibbles = F.pad(nibbles, (0, nibbles.shape[-1] % 2))
+        codes = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+    else:
+        codes = w.codes.view(torch.uint8).mT.contiguous().view(w.codes.dtype)
+    scales = w.scales.view(torch.uint8).mT.contiguous().view(w.scales.dtype) if w.scales.itemsize == 1 else w.scales.mT
+    return Packed(w.format, codes, scales, w.factor, w.codes.shape[-2])
+
+
+def by_column(w: Packed, n_experts: int, columns: int) -> Packed:
+    """E matrices (`columns`, N) of which the rows, one below the other, were cast along columns in one schedule of E experts: as
+    codes (E, N, columns and the zeros behind them), without a copy."""
+    depth = -(-columns // TILE) * TILE
+
+    def each(x: Tensor, per: int) -> Tensor:
+        return x[:, : n_experts * depth // per].unflatten(1, (n_experts, depth // per)).transpose(0, 1)
+
+    known = FORMATS[format_of(w)]
+    return Packed(w.format, each(w.codes, known.pack), each(w.scales, known.group), w.factor, columns)
+
+
+def one_format(x: Packed, w: Packed) -> tuple[str, Scaled]:
+    """The format of both; raises ValueError where they have none together, or the device's matrix units don't have it."""
+    name = format_of(x)
+    if name != format_of(w) or x.format.block[0] != 1:
+        raise ValueError(f"{x.format} times {w.format}: must be one format, and that of x with a scale for each row")
+    target = target_name(x.codes.device)
+    if target not in TARGETS_OF[name]:
+        raise ValueError(
+            f"element={x.format.element}, scale={x.format.scale}: {name} doesn't run on {target}, only on "
+            f"{', '.join(TARGETS_OF[name])}"
+        )
+    return name, FORMATS[name]
+
+
+def for_units(packed: Packed, known: Scaled) -> tuple[Tensor, Tensor, float]:
+    """(codes in aligned rows, scales, both of the type that the device's matrix units take; what the codes count too little)."""
+    codes, scales, device = packed.codes, packed.scales, packed.codes.device
+    if scales.stride(-1) != 1:
+        scales = (
+            scales.contiguous() if scales.itemsize > 1 else scales.view(torch.uint8).contiguous().view(scales.dtype)
+        )
+    codes = _aligned(codes)
+    if known.scale is torch.float8_e8m0fnu:
+        scales = scales.view(torch.uint8)
+    if known.element != "e4m3":
+        return codes, scales, 1.0
+    kind = e4m3(device) if known.group == 128 else torch.float8_e4m3fn
+    return codes.view(kind), scales, 2.0 if kind is torch.float8_e4m3fnuz else 1.0
+
+
+def product_options(x: Packed, w: Packed, tile: Tile, width: int, size: int) -> dict[str, Any]:
+    """Constants of a kernel that multiplies x and w, for results of `width` columns of `size` bytes. Raises ValueError as
+    `one_format`."""
+    name, known = one_format(x, w)
+    programs, target = processors(x.codes.device), target_name(x.codes.device)
+    assert name != "fp8" or tile.k == known.group, tile
+    return {
+        "BM": tile.m, "BN": min(tile.n, 64) if width * size % 16 else tile.n,  # rows at odd addresses take registers
+        "BC": tile.k // known.pack, "G": known.group, "PACK": known.pack, "ELEMENT": known.element, "SCALED": name != "fp8",
+        "GROUP": GROUP, "XCDS": 8 if target.startswith("gfx") and programs % 8 == 0 else 1, "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def weight_rows(w: Packed, bn: int) -> int:
+    """Rows of w that share a scale; of fp8, a tile of bn columns has one."""
+    assert w.format.scale not in ("fp32", "pow2") or w.format.block[0] % bn == 0, (w.format, bn)
+    return w.format.block[0]
 
 
 def scaled_varlen_m(
@@ -194,54 +285,59 @@ def scaled_varlen_m(
     tile: Tile,
     *,
     source_R: Tensor | None = None,
+    bias_EN: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """y (R, N) of `dtype`.
 
     x   codes (R, K), or (inputs, K) read through source_R, int64 (R,)
-    w   codes (E, N, K); both of one of FORMATS, their factor for all of x and for each expert of w
+    w   codes (E, N, K), or more than K, of which the others are 0; both of one of FORMATS, their factor for all of x and for
+        each expert of w
+    bias_EN   added to the rows of each expert
     Rows of codes that aren't whole multiples of 16 bytes are copied first.
     Rows past the last expert's are left as they are in memory. Raises ValueError where the formats cannot be multiplied.
     """
-    name = format_of(x)
-    if name != format_of(w) or x.format.block[0] != 1:
-        raise ValueError(f"{x.format} times {w.format}: must be one format, and that of x with a scale for each row")
-    known, device = FORMATS[name], x.codes.device
-    target = target_name(device)
-    if target not in TARGETS_OF[name]:
-        raise ValueError(
-            f"element={x.format.element}, scale={x.format.scale}: {name} doesn't run on {target}, only on "
-            f"{', '.join(TARGETS_OF[name])}"
-        )
-    (n_experts, n, columns), blocks = w.codes.shape, x.scales.shape[1]
-    assert x.codes.shape[1] == columns and plan.m == tile.m, (x.codes.shape, w.codes.shape)
-    codes, scales = [_aligned(v.codes) for v in (x, w)], [v.scales.contiguous() for v in (x, w)]
-    columns = codes[0].shape[1]
-    factor_E = (x.factor * w.factor).expand(n_experts).contiguous()
-    if known.element == "e4m3":
-        kind = e4m3(device) if name == "fp8" else torch.float8_e4m3fn
-        codes = [v.view(kind) for v in codes]
-        factor_E = factor_E * 4 if kind is torch.float8_e4m3fnuz else factor_E
-    if known.scale is torch.float8_e8m0fnu:
-        scales = [v.view(torch.uint8) for v in scales]
-    rows_of_block = w.format.block[0]
-    # Rows of y at odd addresses take registers.
-    bn, bc = min(tile.n, 64) if n * dtype.itemsize % 16 else tile.n, tile.k // known.pack
-    if name == "fp8":
-        assert rows_of_block % bn == 0 and tile.k == known.group, (rows_of_block, tile)
+    (n_experts, n, _), blocks, device = w.codes.shape, x.scales.shape[1], x.codes.device
+    options = product_options(x, w, tile, n, dtype.itemsize)
+    (x_codes, x_scales, one), (w_codes, w_scales, other) = (for_units(v, FORMATS[format_of(x)]) for v in (x, w))
+    assert x.codes.shape[1] <= w.codes.shape[2] and plan.m == tile.m, (x.codes.shape, w.codes.shape)
+    columns = x_codes.shape[1]
+    factor_E = (x.factor * w.factor).expand(n_experts).mul(one * other).contiguous()
     y_RN = torch.empty((x.codes if source_R is None else source_R).shape[0], n, dtype=dtype, device=device)
-    described, is_described = describe(codes[1], bn, bc)
-    programs = processors(device)
-    _scaled_varlen_m_kernel[programs,](
-        codes[0], scales[0], source_R, described, scales[1], factor_E, y_RN,
+    described, is_described = describe(w_codes, options["BN"], options["BC"])
+    _scaled_varlen_m_kernel[processors(device),](
+        x_codes, x_scales, source_R, described, w_scales, factor_E, bias_EN, y_RN,
         plan.counts_E, plan.starts_E, plan.tile_ends_E, n_experts, n, columns, blocks,
-        codes[0].stride(0), codes[1].stride(0), codes[1].stride(1), scales[1].stride(0),
-        BM=tile.m, BN=bn, BC=bc, BE=triton.next_power_of_2(n_experts), G=known.group, WN=rows_of_block,
-        PACK=known.pack, ELEMENT=known.element, SCALED=name != "fp8", GROUP=GROUP,
-        XCDS=8 if target.startswith("gfx") and programs % 8 == 0 else 1, DESCRIBED=is_described,
-        EVEN=columns % bc == 0, num_warps=tile.warps, num_stages=tile.stages,
+        x_codes.stride(0), x_scales.stride(0), w_codes.stride(0), w_codes.stride(1), w_scales.stride(0), w_scales.stride(1),
+        BE=triton.next_power_of_2(n_experts), WN=weight_rows(w, options["BN"]), DESCRIBED=is_described,
+        EVEN=columns % options["BC"] == 0, **options,
     )  # fmt: skip
     return y_RN
+
+
+def scaled_varlen_k(
+    left: Packed, right: Packed, plan: Schedule, tile: Tile, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """dW (E, P, Q) of `dtype`: of each expert, left (P, positions) times right (Q, positions) over its positions.
+
+    Both with a scale for each row of codes, of one of FORMATS, and with a factor for all. Zeros for an expert without rows.
+    Raises ValueError where the formats cannot be multiplied.
+    """
+    options, known = product_options(left, right, tile, right.codes.shape[0], dtype.itemsize), FORMATS[format_of(left)]
+    assert right.format.block[0] == 1 and plan.m == TILE and left.codes.shape[1] == right.codes.shape[1], (left, right)
+    (l_codes, l_scales, one), (r_codes, r_scales, other) = (for_units(v, known) for v in (left, right))
+    (p, columns), q, n_experts = l_codes.shape, r_codes.shape[0], plan.counts_E.numel()
+    factor = left.factor * right.factor * (one * other)
+    out_EPQ = torch.empty(n_experts, p, q, dtype=dtype, device=l_codes.device)
+    (a, described), (b, _) = (describe(codes[None], options[size], options["BC"])
+                              for codes, size in ((l_codes, "BM"), (r_codes, "BN")))  # fmt: skip
+    if not described:
+        a, b = l_codes, r_codes
+    _scaled_varlen_k_kernel[processors(l_codes.device),](
+        a, l_scales, b, r_scales, factor, out_EPQ, plan.counts_E, plan.tile_ends_E, plan.order_E, n_experts, p, q, columns,
+        l_codes.stride(0), r_codes.stride(0), l_scales.stride(0), r_scales.stride(0), DEPTH=TILE, DESCRIBED=described, **options,
+    )  # fmt: skip
+    return out_EPQ
 
 
 # ---------------------------------------------------------------- ahead of time
@@ -249,27 +345,37 @@ def scaled_varlen_m(
 
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles: products of a layer of D 1536, F 256, 128 experts, and one of odd widths."""
-    from moesaic.kernels.quantize import Format
     from moesaic.kernels.targets import meta
 
-    def case(name: str, rows: int, d: int, f: int) -> None:
-        known, n_experts = FORMATS[name], 128
-        tile = scaled_tile(target, name)
+    def packed(name: str, *shape: int, block_rows: int = 1) -> Packed:
+        known = FORMATS[name]
         scale = {torch.float32: "fp32", torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}[known.scale]
         code = torch.float8_e4m3fn if known.pack == 1 else torch.uint8
+        form = Format(known.element, (block_rows, known.group), scale, "amax")
+        *lead, n, k = shape
+        codes = meta(*lead, n, -(-k // known.pack), dtype=code)
+        scales = meta(*lead, -(-n // block_rows), -(-k // known.group), dtype=known.scale)
+        return Packed(form, codes, scales, meta(*lead[:1], dtype=torch.float32), k)
 
-        def packed(*shape: int, block_rows: int) -> Packed:
-            form = Format(known.element, (block_rows, known.group), scale, "amax")
-            *lead, n, k = shape
-            codes = meta(*lead, n, -(-k // known.pack), dtype=code)
-            scales = meta(*lead, -(-n // block_rows), -(-k // known.group), dtype=known.scale)
-            return Packed(form, codes, scales, meta(*lead[:1], dtype=torch.float32), k)
+    def by_rows(name: str, rows: int, d: int, f: int) -> None:
+        source, plan = meta(8 * 24576, dtype=torch.int64), schedule(meta(128, dtype=torch.int64), TILE)
+        x, w = packed(name, 24576, d), packed(name, 128, f, d, block_rows=rows)
+        scaled_varlen_m(x, w, plan, scaled_tile(target, name), source_R=source)
+        if rows == 1:  # of a weight cast along its columns
+            w = by_column(packed(name, f, 128 * TILE * -(-d // TILE)), 128, d)
+            scaled_varlen_m(x, w, plan, scaled_tile(target, name), bias_EN=meta(128, f, dtype=torch.float32))
 
-        source, counts = meta(8 * 24576, dtype=torch.int64), meta(n_experts, dtype=torch.int64)
-        x, w = packed(24576, d, block_rows=1), packed(n_experts, f, d, block_rows=rows)
-        scaled_varlen_m(x, w, schedule(counts, tile.m), tile, source_R=source)
+    def by_experts(name: str, d: int, f: int) -> None:
+        positions = 8 * 24576 + 128 * TILE
+        left, right = (
+            dataclasses.replace(packed(name, width, positions), factor=meta(dtype=torch.float32)) for width in (d, f)
+        )
+        scaled_varlen_k(left, right, schedule(meta(128, dtype=torch.int64), TILE), gradient_tile(target, name))
 
     names = [name for name in FORMATS if target in TARGETS_OF[name]]
     rows = {"fp8": 128, "mxfp8": 1, "mxfp4": 1, "nvfp4": 16}
-    cases = {f"D 1536, F 256, {name}": functools.partial(case, name, rows[name], 1536, 256) for name in names}
-    return cases | {f"D 1001, F 333, {name}": functools.partial(case, name, rows[name], 1001, 333) for name in names}
+    cases: dict[str, Any] = {}
+    for d, f in ((1536, 256), (1001, 333)):
+        cases |= {f"D {d}, F {f}, {name}": functools.partial(by_rows, name, rows[name], d, f) for name in names}
+        cases |= {f"D {d}, F {f}, {name}, weights": functools.partial(by_experts, name, d, f) for name in names}
+    return cases

@@ -121,7 +121,11 @@ def describe(plan: Plan, chosen: PlanOptions) -> list[str]:
         f"{layout.expert_shard}, parallel.remat={layout.remat}, parallel.reshard={layout.reshard}",
         f"batch    {train.global_batch} sequences, {layout.micro_batches} micro-batches of {layout.micro_batch} on a rank; "
         f"{plan.precision} products"
-        + (", as if hardware ran them: here they are emulated" if plan.precision[:3] in ("fp8", "fp4") else ""),
+        + (
+            ", as if the recipe had kernels here; docs/precision.md says where"
+            if plan.precision[:3] in ("fp8", "fp4")
+            else ""
+        ),
         "",
         f"memory of a rank, GiB: {memory.total / GIB:.1f} of {machine.memory_gib:g}: "
         + ("fits" if fits else "DOES NOT FIT")
@@ -223,7 +227,7 @@ def what_if(plan: Plan) -> list[str]:
     for precision in ("fp8", "fp4"):
         if precision in plan.machine.tflops and plan.precision != "fp32":
             step = time_of(model, plan.layout, plan.machine, precision, efficiency=plan.efficiency).step
-            lines.append(f"  products in {precision}, which are emulated today: {step:.3f} s a step")
+            lines.append(f"  products in {precision}, where docs/precision.md has kernels: {step:.3f} s a step")
     return lines
 
 

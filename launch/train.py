@@ -179,7 +179,9 @@ def train(config: Config, device: torch.device) -> None:
         f"model: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active a token; "
         f"{config.model.n_experts} experts, {config.model.router.top_k} a token"
     )
-    quantized = f", but those of precision={config.precision.recipe} (emulated)" if config.precision.quantized else ""
+    quantized = ""
+    if config.precision.quantized:
+        quantized = f", but those of precision={config.precision.recipe} ({model.precision.told(device)})"
     say(
         f"ranks: {world} ({device.type}), parallel.expert={expert} ({expert_path(config.parallel, meshes)}), "
         f"parallel.replicate={config.parallel.replicate}; "

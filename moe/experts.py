@@ -341,6 +341,10 @@ class Experts(nn.Module):
         """int64 (T,), the numbers of the tokens of this forward pass, where the operation needs those of its rows."""
         return self.low.numbers(tokens, device) if self.low is not None else None
 
+    def chunk(self, x_ND: Tensor, rows: Rows) -> int:
+        """Columns of y that kernels make at a time."""
+        return _column_chunks(x_ND.shape[1], rows.source_R.numel() * x_ND.element_size(), self.chunk_mib)[0].stop
+
     def forward(
         self, x_ND: Tensor, weights_R: Tensor, rows: Rows, ids_N: Tensor | None = None,
         operation: Callable[..., Tensor] | None = None,
@@ -360,9 +364,8 @@ class Experts(nn.Module):
             # Only here: where there is no GPU, it starts Triton's interpreter.
             from moesaic.kernels.experts import experts
 
-            chunk = _column_chunks(x_ND.shape[1], rows.source_R.numel() * x_ND.element_size(), self.chunk_mib)[0].stop
             return experts(
                 x_ND, weights_R, w_up, w_down, b_up, b_down, rows.source_R, rows.bag, rows.starts, rows.counts_E, self.activation,
-                chunk,
+                self.chunk(x_ND, rows),
             )  # fmt: skip
         return _ExpertsOp.apply(x_ND, weights_R, w_up, w_down, b_up, b_down, rows, self.activation, self.chunk_mib)

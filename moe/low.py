@@ -1,4 +1,5 @@
-"""Layers whose products are quantized, emulated: exact products, in fp32, of what hardware would multiply.
+"""Layers whose products are quantized, emulated: exact products, in fp32, of what hardware would multiply. Where hardware does,
+`Precision.native` says so, and moesaic.moe.native has the layers.
 
 moesaic.moe.precision says what a recipe is, moesaic.kernels.quantize what a cast. Here is when each tensor is cast: once, before
 it is gathered or read by several products, and kept packed where backward reads the same cast. Sums over tokens (wgrad) go in
@@ -32,7 +33,7 @@ from moesaic.moe.config import require
 from moesaic.moe.experts import Experts, activate, activate_backward
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Transformer
-from moesaic.moe.precision import Precision, PrecisionConfig
+from moesaic.moe.precision import Precision, PrecisionConfig, unit_formats
 
 
 class Low(NamedTuple):
@@ -223,7 +224,13 @@ def low_linear(module: nn.Linear, weight: Weight, x: Tensor) -> Tensor:
     precision = weight.precision
     if precision.high:
         return F.linear(x, module.weight.to(x.dtype))
-    return LowLinear.apply(x, module.weight, weight, precision.numbers(x.shape[:-1].numel(), x.device))
+    numbers = precision.numbers(x.shape[:-1].numel(), x.device)
+    if precision.native(x.device):
+        # Only here: where there is no GPU, it starts Triton's interpreter.
+        from moesaic.moe.native import NativeLinear
+
+        return NativeLinear.apply(x, module.weight, weight, numbers)
+    return LowLinear.apply(x, module.weight, weight, numbers)
 
 
 # ---------------------------------------------------------------- experts
@@ -355,9 +362,12 @@ class LowExperts:
         rows: Rows, ids_N: Tensor | None, first: int,
     ) -> Tensor:  # fmt: skip
         ids_N = torch.arange(x_ND.shape[0], device=x_ND.device) if ids_N is None else ids_N
-        return _LowExperts.apply(
-            x_ND, weights_R, *parameters, rows, owner.activation, self.up, self.down, ids_N, first, self.experts
-        )
+        arguments = x_ND, weights_R, *parameters, rows, owner.activation, self.up, self.down, ids_N, first, self.experts
+        if self.precision.native(x_ND.device):
+            from moesaic.moe.native import NativeExperts
+
+            return NativeExperts.apply(*arguments, owner.chunk(x_ND, rows))
+        return _LowExperts.apply(*arguments)
 
 
 # ---------------------------------------------------------------- a model
@@ -365,16 +375,19 @@ class LowExperts:
 
 def lower(model: Transformer, config: PrecisionConfig, seed: int = 0) -> None:
     """Let the layers that `config` names compute by its recipe. Names and parameters stay what they are. Raises ValueError where
-    no block is left, or the kernels are asked for, which have no such products."""
+    no block is left, or the kernels are asked for and no device has such products."""
     blocks, backend = model.config.n_layers, model.config.experts_backend
-    model.precision = Precision(config, seed)
+    model.precision = Precision(config, seed, backend)
     if not config.quantized:
         return
     require(config.high_first + config.high_last < blocks,
             f"precision.high_first={config.high_first}: with precision.high_last={config.high_last} leaves none of "
             f"model.n_layers={blocks} to quantize")  # fmt: skip
-    require(backend != "triton", f"model.experts_backend=triton: has no products of precision={config.recipe}; auto and torch "
-            "emulate them")  # fmt: skip
+    if backend == "triton":
+        try:
+            unit_formats(config)
+        except ValueError as error:
+            raise ValueError(f"model.experts_backend=triton: {error}; auto and torch emulate it") from None
     for i in range(config.high_first, blocks - config.high_last):
         block: Any = model.blocks[i]
         parts = {"attention": block.attention, "dense": block.ffn}

@@ -10,7 +10,8 @@ A recipe, `recipes/precision/NAME.yaml`, says of each operand what it becomes (m
 product whether a random rotation joins its operands, and which layers stay high. What is not said stays as it is: fp32 or bf16,
 as `compute` says. Always high: router, embeddings, head, norms, attention's own products, sums, weights and moments.
 
-**Emulated**: the products multiply what hardware would, exactly, in fp32, on any device; moesaic.moe.low has them.
+**Emulated**: the products multiply what hardware would, exactly, in fp32, on any device; moesaic.moe.low has them. **Native**, on
+devices whose matrix units have these products: moesaic.moe.native. `Precision.native` decides, and nothing else.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from moesaic.kernels.hadamard import SIZES
 from moesaic.kernels.quantize import BLOCKS, CLIPS, ELEMENTS, ROUNDINGS, SCALES, Format
+from moesaic.kernels.scaled_formats import TARGETS_OF, name_of
+from moesaic.kernels.tiles import known_tile, target_name
 from moesaic.moe.config import require
 
 LAYERS = ("attention", "dense", "experts")
@@ -226,6 +229,54 @@ def of_fp8_block(config: PrecisionConfig) -> bool:
         and form(f.w) == ("e4m3", "128x128", True, "rceil", "even", "high")
         and (d.w.element, d.w.source) == (None, "fprop")
     )
+# ---------------------------------------------------------------- where products are native
+
+
+def unit_formats(config: PrecisionConfig) -> list[str]:
+    """What matrix units must multiply for the recipe, of moesaic.kernels.scaled_formats. Raises ValueError, with the knob, where
+    none can: an operand that stays high, or two of different formats, or a block that a product cannot take."""
+    names = []
+    for product in PRODUCTS:
+        found = {}
+        for side, operand in operands(getattr(config, product)):
+            knob = f"precision.{product}.{side}"
+            if operand.element is None and operand.source == "fprop":
+                operand = getattr(config.fprop, side)
+            require(
+                operand.element is not None,
+                f"{knob}.element=null: no matrix unit multiplies it with numbers of 8 or 4 bits",
+            )
+            form = Format(str(operand.element), block_of(operand), operand.scale, operand.rule, operand.rounding)
+            try:
+                found[side] = name_of(form)
+            except ValueError as error:
+                raise ValueError(f"{knob}.{error}") from None
+            rows = 128 if side == "w" and found[side] == "fp8" else 1
+            require(form.block[0] == rows or (side == "w" and rows == 1),
+                    f"{knob}.block={operand.block}: matrix units take {rows}x{form.block[1]}")  # fmt: skip
+        one, other = found.values()
+        require(
+            one == other,
+            f"precision.{product}: {' times '.join(found)} is {one} times {other}, which no matrix unit multiplies",
+        )
+        names.append(one)
+    return list(dict.fromkeys(names))
+
+
+def why_not_native(config: PrecisionConfig, device: torch.device) -> str | None:
+    """Why the device has no products of the recipe, in one line; None where it has."""
+    try:
+        names = unit_formats(config)
+    except ValueError as error:
+        return str(error)
+    if not known_tile(device):
+        return f"precision={config.recipe}: no tiles are known for {device}"
+    target = target_name(device)
+    for name in names:
+        if target not in TARGETS_OF[name]:
+            has = ", ".join(TARGETS_OF[name])
+            return f"precision={config.recipe}: {target} has no products of {name}, only {has}"
+    return None
 
 
 # ---------------------------------------------------------------- of a run
@@ -263,8 +314,9 @@ class Precision:
     else, so that every layout draws the same.
     """
 
-    def __init__(self, config: PrecisionConfig, seed: int = 0) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: PrecisionConfig, seed: int = 0, backend: str = "torch") -> None:
+        self.config, self.seed, self.backend = config, seed, backend
+        self.chosen: dict[torch.device, bool] = {}  # what `native` found
         self.products = {name: compile_product(getattr(config, name)) for name in PRODUCTS}
         self.step, self.tail, self.high = 0, False, not config.quantized
         self.switch: Callable[[bool], None] = lambda tail: (
@@ -279,6 +331,28 @@ class Precision:
         self.weights: dict[
             str, Any
         ] = {}  # moesaic.moe.low.Weight of each parameter that is cast, by its name in the model
+
+    def native(self, device: torch.device) -> bool:
+        """Whether products on the device are made by kernels (moesaic.moe.native), not emulated, as `model.experts_backend` says.
+        triton: by kernels, which a CPU interprets; ValueError where the device has none such. auto: on a GPU that has them.
+        torch, reference: emulated."""
+        if device not in self.chosen:
+            why = None if self.backend in ("torch", "reference") else why_not_native(self.config, device)
+            require(
+                self.backend != "triton" or why is None,
+                f"model.experts_backend=triton: {why}; auto and torch emulate it",
+            )
+            self.chosen[device] = self.backend == "triton" or (
+                self.backend == "auto" and device.type == "cuda" and why is None
+            )
+        return self.chosen[device]
+
+    def told(self, device: torch.device) -> str:
+        """How quantized products are made on the device, for the head of a run."""
+        if self.native(device):
+            return "by kernels" + ("" if device.type == "cuda" else ", interpreted")
+        why = why_not_native(self.config, device) if self.backend == "auto" and device.type == "cuda" else None
+        return f"emulated, as {why}" if why else "emulated"
 
     def begin(self, step: int, steps: int) -> None:
         """Step `step` of `steps`, from 0, begins."""

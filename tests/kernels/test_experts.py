@@ -122,7 +122,7 @@ MUTANTS = [
     ("_up_kernel", "tl.load(biases + F,", "tl.load(biases,"),
     ("_up_kernel", "E - 1) * n_tiles", "E - 1) * n_tiles - 1"),
     ("_dact_columns", "dgate_MN = da_MN * w_M1", "dgate_MN = da_MN"),
-    ("_dact_columns", "(a_MN * w_M1)", "a_MN"),
+    ("_dact_columns", "a_MN * w_M1 if", "a_MN if"),
     ("_dact_columns", "dgate_MN *= up.to(tl.float32)", "pass"),
     ("_dact_columns", "(dgate_MN * slope_MN)", "dgate_MN"),
     ("_dact_columns", "tl.sum(da_MN * a_MN,", "tl.sum((da_MN * a_MN).to(tl.bfloat16).to(tl.float32),"),

@@ -11,6 +11,7 @@ from moesaic.kernels import tiles
 from moesaic.kernels.grouped_gemm import schedule
 from moesaic.kernels.interpret import INTERPRET
 from moesaic.kernels.quantize import Format, Packed, pack, quantize, quantize_each
+from moesaic.kernels.quantize_triton import quantize_tiles
 from moesaic.kernels.scaled_gemm import (
     format_of,
     scaled_tile,
@@ -144,13 +145,72 @@ def test_refused() -> None:
         scaled_varlen_m(*meta, schedule(torch.tensor([4]), 16), scaled_tile("gfx950", "nvfp4"))
 
 
+WEIGHTS = {
+    "fp8": Format("e4m3", (1, 128), "fp32", "amax"),
+    "fp8, powers of two": Format("e4m3", (1, 128), "pow2", "rceil"),
+    "mxfp8": Format("e4m3", (1, 32), "e8m0", "rceil"),
+    "mxfp4": Format("e2m1", (1, 32), "e8m0", "floor"),
+    "nvfp4": Format("e2m1", (1, 16), "e4m3", "amax"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("shape", [(72, 40, (9, 0, 133, 1)), (131, 33, (0, 128))], ids=str)
+def test_weight_gradients(name: str, shape: tuple[int, int, tuple[int, ...]]) -> None:
+    """Of rows in whole tiles of positions for each expert, against fp64 of what codes stand for; no rows give zeros."""
+    torch.manual_seed(5)
+    (p, q, counts), form = shape, WEIGHTS[name]
+    tiles_E = [-(-count // module.TILE) for count in counts]
+    casts = []
+    for width in (p, q):
+        x = torch.zeros(width, (sum(tiles_E) + 1) * module.TILE)
+        for e, count in enumerate(counts):
+            first = sum(tiles_E[:e]) * module.TILE
+            x[:, first : first + count] = torch.randn(width, count) * 2.0 ** torch.randint(-6, 6, (width, 1))
+        casts.append(pack(quantize(x, form)))
+    tile = scaled_tile(torch.device(DEVICE), format_of(casts[0]))
+    plan = schedule(torch.tensor(counts).to(DEVICE), module.TILE)
+    made = module.scaled_varlen_k(on_device(casts[0]), on_device(casts[1]), plan, tile).cpu()
+    left, right = (c.unpack().dequantize().double() for c in casts)
+    assert made.shape == (len(counts), p, q) and made.dtype is torch.float32
+    for e, (one, count) in enumerate(zip(made, counts, strict=True)):
+        part = slice(sum(tiles_E[:e]) * module.TILE, sum(tiles_E[: e + 1]) * module.TILE)
+        want, magnitude = left[:, part] @ right[:, part].T, left[:, part].abs() @ right[:, part].abs().T
+        assert ((one - want).abs() <= 1e-6 * magnitude).all() and bool(one.any()) == (count > 0)
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8", "mxfp4", "nvfp4"])
+def test_weights_transposed_and_by_column(name: str) -> None:
+    """Codes for the gradient of x: a square cast transposed; a cast along columns, deeper than x, biased."""
+    torch.manual_seed(6)
+    square = {"fp8": 128, "mxfp8": 32, "mxfp4": 32, "nvfp4": 16}[name]
+    form = WEIGHTS[name]
+    counts, e, n, k = torch.tensor([20, 0, 7]), 3, 45, 70
+    dy, w, bias = pack(quantize(torch.randn(27, n), form)), torch.randn(e, n, k), torch.randn(e, k)
+    q = quantize_each(w, Format(form.element, (square, square), form.scale, form.rule))
+    made = product(dy, module.transposed(pack(q)), counts, None)
+    values = [r @ v for r, v in zip(dy.unpack().dequantize().split(counts.tolist()), q.dequantize(), strict=True)]
+    torch.testing.assert_close(made, torch.cat(values), rtol=1e-5, atol=1e-5)
+    if name in ("mxfp8", "mxfp4"):
+        plan = schedule(torch.full((e,), n).to(DEVICE), module.TILE)
+        _, cast = quantize_tiles(w.to(DEVICE).flatten(0, 1), form, plan, rows=False, columns=True)
+        tile = scaled_tile(torch.device(DEVICE), name)
+        plan = schedule(counts.to(DEVICE), tile.m)
+        made = scaled_varlen_m(on_device(dy), module.by_column(cast, e, n), plan, tile, bias_EN=bias.to(DEVICE),
+                               dtype=torch.float32).cpu()  # fmt: skip
+        q = quantize_each(w.mT.contiguous(), form)
+        values = [r @ v.T + b for r, v, b in
+                  zip(dy.unpack().dequantize().split(counts.tolist()), q.dequantize(), bias, strict=True)]  # fmt: skip
+        torch.testing.assert_close(made, torch.cat(values), rtol=1e-5, atol=1e-5)
+
+
 MUTANTS = [
     # function, what stands there, what is put in its place
     ("multiply_scaled", "ns // WN", "ns * 0"),  # one scale of W for all rows
     ("multiply_scaled", "expert.to(tl.int64) * scale_e", "expert.to(tl.int64) * 0"),
     ("_scaled_varlen_m_kernel", "acc_MN *= tl.load(factor_E + expert)", "acc_MN *= tl.load(factor_E)"),
-    ("_scaled_varlen_m_kernel", "row_pointers(x_scales, source_R, row, end, B, BM, source_R is not None)",
-     "row_pointers(x_scales, source_R, row, end, B, BM, False)"),
+    ("_scaled_varlen_m_kernel", "row_pointers(x_scales, source_R, row, end, stride_s, BM, source_R is not None)",
+     "row_pointers(x_scales, source_R, row, end, stride_s, BM, False)"),
 ]  # fmt: skip
 
 
@@ -159,3 +219,10 @@ def test_notices(mutant: tuple[str, str, str]) -> None:
     kernel, old, new = mutant
     with mutated(getattr(module, kernel), old, new), pytest.raises(AssertionError):
         test_against_fp64("nvfp4", SHAPES[0])
+
+
+@pytest.mark.parametrize("old", ["column * PACK // G", "first = tl.load(tile_ends_E + expert) - steps"])
+def test_notices_of_weight_gradients(old: str) -> None:
+    new = old.replace("column *", "0 *").replace("tl.load(tile_ends_E + expert) - steps", "expert")
+    with mutated(module._scaled_varlen_k_kernel, old, new), pytest.raises(AssertionError):
+        test_weight_gradients("mxfp8", (72, 40, (9, 0, 133, 1)))

@@ -104,6 +104,34 @@ def test_layouts_agree(tmp_path: Path) -> None:
                 assert snr(gradients[name], gradient) > least, (recipe, layout, name)
 
 
+NATIVE, SMALL = ["fp8_block", "mxfp8"], ["model.n_layers=1", "model.d_shared=0", "model.n_experts=4"]
+
+
+def by_kernels() -> dict[str, tuple[float, dict[str, Tensor]]]:
+    found = {}
+    parallel, meshes = ParallelConfig(expert="2"), make_meshes("cpu", 2, 1)
+    for recipe in NATIVE:
+        c = config(recipe, "model.experts_backend=triton", *SMALL)
+        model = parallelize(c.model, parallel, meshes, seed=0, device=CPU, compute=torch.float32, precision=c.precision)
+        engine = start_engine(parallel, model, make_optimizer(model, c.optim))
+        loss = torch.tensor(backward(engine.model, dist.get_rank(), lambda x: engine.backward(x, last=True)))
+        dist.all_reduce(loss)
+        found[recipe] = loss.item(), {n: g.full_tensor().clone() for n, g in engine.gradients().items()}
+    return found if dist.get_rank() == 0 else {}
+
+
+def test_kernels_are_the_emulation(tmp_path: Path) -> None:
+    """Attention, experts on both ranks and their gradients, by kernels on two ranks; emulated in one process."""
+    for recipe, (loss, gradients) in run_ranks(by_kernels, 2, tmp_path, timeout=200)[0].items():
+        c = config(recipe, "model.experts_backend=torch", *SMALL)
+        model = build(c.model, 0, CPU)
+        lower(model, c.precision)
+        assert loss == pytest.approx(sum(backward(model, rank) for rank in range(2)), rel=1e-6)
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            assert snr(gradients[name], p.grad) > 60, (recipe, name)  # what a last bit moves to the next code
+
+
 def deoscillate() -> dict[str, tuple[int, dict[str, Tensor], dict[str, Tensor]]]:
     """Six steps by hand: a weight that crosses a boundary at each, one that moves away, the rest at rest."""
     found = {}
