@@ -229,6 +229,8 @@ def of_fp8_block(config: PrecisionConfig) -> bool:
         and form(f.w) == ("e4m3", "128x128", True, "rceil", "even", "high")
         and (d.w.element, d.w.source) == (None, "fprop")
     )
+
+
 # ---------------------------------------------------------------- where products are native
 
 
