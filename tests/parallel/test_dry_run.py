@@ -27,9 +27,9 @@ TWO_HOP = ["parallel.expert_path=two_hop"]
 # World, ranks of a node, sequences of a micro-batch, overrides.
 CASES = [
     (1024, 8, 2, ["recipe=7b_moe", "model.n_layers=2"]),
-    (1024, 8, 1, ["recipe=deepseek_v3", "model.n_layers=6", "parallel.expert=64", *TWO_HOP]),
     (1024, 4, 1, ["recipe=qwen3_235b", "model.n_layers=2", "parallel.expert=32", "parallel.replicate=4",
                    "parallel.remat=selective"]),
+    (128, 8, 1, ["recipe=qwen3_235b", "model.n_layers=6", "parallel.expert=32", "parallel.remat=full"]),
     (64, 8, 1, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=32", *TWO_HOP, "parallel.replicate=2"]),
     (24, 4, 3, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=1", "parallel.replicate=3", "parallel.reshard=never"]),
     (64, 8, 2, ["recipe=olmoe_7b", "model.n_layers=3", "parallel.remat=selective", "parallel.expert=16"]),
