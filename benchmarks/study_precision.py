@@ -2,7 +2,7 @@
 
     python benchmarks/study_precision.py [tokens=3000000] [seeds=3] [runs=main] [jobs=2] [data=]      (`make study-precision`)
 
-runs: `main`, the shipped recipes; `causes`, recipes with one thing changed, which tell what a gap comes from; `all`; or names
+runs: `main`, the shipped recipes (bf16 only where the CPU has its products: without, one is a hundred times slower); `causes`, recipes with one thing changed, which tell what a gap comes from; `all`; or names
 with commas. data: text files, a glob pattern (default: the Python standard library). Every run is `launch/train.py
 recipe=tiny_moe` (1.7M active parameters) in one process of one thread; runs of a seed start from the same weights and see the
 same batches.
@@ -25,12 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moesaic.launch import options
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "precision"
 WORK = ROOT / "runs" / "study_precision"
 STEP_TOKENS, POINTS = 8 * 256, 12
+LEAST_EVERY = 12  # steps between evaluations, each of which takes as long as two or three
+# Of glibc: freed memory stays with the process. Casts make and drop many tensors, and fresh pages are a fifth of their time.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 P = "precision"
 HIGH_BACKWARD = [f"{P}.{product}.{side}.element=null" for product, side in (
@@ -53,7 +58,7 @@ def plain(element: str) -> list[str]:
     ]  # fmt: skip
 
 
-MAIN = {name: [f"{P}={name}"] for name in "fp32 fp8_block mxfp8 mxint8 nvfp4 quartet quartet2 mxfp4_deosc".split()}
+MAIN = {name: [f"{P}={name}"] for name in "fp32 bf16 fp8_block mxfp8 mxint8 nvfp4 quartet quartet2 mxfp4_deosc".split()}
 CAUSES = {
     "quartet2, forward only": [f"{P}=quartet2", *HIGH_BACKWARD, *HIGH_SOURCES],
     "quartet2, backward only": [f"{P}=quartet2", *HIGH_FORWARD],
@@ -105,10 +110,10 @@ def run(name: str, seed: int, choice: Options) -> None:
     if path.exists():
         return
     steps, folder = choice.tokens // STEP_TOKENS, WORK / path.stem
-    every = max(1, steps // POINTS)
+    every = max(LEAST_EVERY, steps // POINTS)
     knobs = [
         "recipe=tiny_moe", f"run_dir={folder}", *RUNS[name], f"train.seed={seed}", f"train.steps={steps}", "wandb.mode=disabled",
-        "train.sample=0", "train.eval_batches=16",
+        "train.sample=0", "train.eval_batches=8",
         f"train.eval_every={every}", f"train.checkpoint_every={every}", f"train.log_every={max(1, every // 5)}",
         f"optim.warmup={max(1, steps // 20)}",
     ]  # fmt: skip
@@ -117,7 +122,7 @@ def run(name: str, seed: int, choice: Options) -> None:
     if "deosc" in name and "without" not in name:  # the recipe's own start is later than these runs end
         knobs += [f"{P}.deosc_start={steps // 8}", f"{P}.deosc_period={max(2, steps // 75)}"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "train.py"), *knobs], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, str(ROOT / "launch" / "train.py"), *knobs], env=os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"},
         check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if done.returncode:
@@ -204,7 +209,8 @@ def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, tokens: int) -> 
 
 
 def chosen(runs: str) -> list[str]:
-    groups = {"main": list(MAIN), "causes": ["fp32", *CAUSES], "all": list(RUNS)}
+    here = [n for n in MAIN if n != "bf16" or torch.cpu._is_avx512_bf16_supported()]
+    groups = {"main": here, "causes": ["fp32", *CAUSES], "all": list(RUNS)}
     if runs in groups:
         return groups[runs]
     names = [
