@@ -2,10 +2,10 @@
 
     python benchmarks/study_precision.py [tokens=3000000] [seeds=3] [runs=main] [jobs=2] [data=]      (`make study-precision`)
 
-runs: `main`, the shipped recipes (bf16 only where the CPU has its products: without, one is a hundred times slower); `causes`, recipes with one thing changed, which tell what a gap comes from; `all`; or names
-with commas. data: text files, a glob pattern (default: the Python standard library). Every run is `launch/train.py
-recipe=tiny_moe` (1.7M active parameters) in one process of one thread; runs of a seed start from the same weights and see the
-same batches.
+runs: `main`, the shipped recipes (bf16 only where the CPU has its products: without, one is a hundred times slower); `causes`,
+recipes with one thing changed, which tell what a gap comes from; `all`; or names with commas. data: text files, a glob pattern
+(default: the Python standard library). Every run is `launch/train.py recipe=tiny_moe` (1.6M active parameters) in one process
+of one thread; runs of a seed start from the same weights and see the same batches.
 
 One file a run in benchmarks/results/precision/, so that a study goes on where it stopped, and more seeds and tokens add to it;
 a run that is interrupted goes on from its last checkpoint, in runs/study_precision/. The summary, with its curves, is
