@@ -9,7 +9,8 @@ of one thread; runs of a seed start from the same weights and see the same batch
 
 One file a run in benchmarks/results/precision/, so that a study goes on where it stopped, and more seeds and tokens add to it;
 a run that is interrupted goes on from its last checkpoint, in runs/study_precision/. The summary, with its curves, is
-benchmarks/results/precision.md; it is of all runs whose files are there, and `seeds=0` writes it alone.
+benchmarks/results/precision.md; it is of all runs whose files are there, and `seeds=0` writes it alone. It ends with what needs no
+training: errors of casts and of products.
 """
 
 import datetime
@@ -26,7 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from moesaic.kernels.hadamard import rotate, rotate_back
+from moesaic.kernels.quantize import Format, key_of, quantize, random_signs
 from moesaic.launch import options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +148,80 @@ def run(name: str, seed: int, choice: Options) -> None:
     print(f"{path.stem}: val_loss {result['val_loss']:.4f}", flush=True)
 
 
+# ---------------------------------------------------------------- without training
+
+
+def casts() -> str:
+    """What casts alone do to a product, in three tables; nothing is trained."""
+    rows = [
+        "## Casts alone, without training\n",
+        CASTS,
+        "| draws | " + " | ".join(MEANS) + " |",
+        "|---" * (1 + len(MEANS)) + "|",
+    ]
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    found = [averaged(x, signs, rounding) for signs, rounding in MEANS.values()]
+    rows += [f"| {4**i} | " + " | ".join(f"{f[i]:.2f}" for f in found) + " |" for i in range(len(found[0]))]
+    rows += [
+        "\n| rows, block | Gaussian | the same, rotated | Student's t of 3 | the same, rotated |\n|---|---|---|---|---|"
+    ]
+    student = torch.randn(512, 512, generator=torch.Generator().manual_seed(1))
+    student /= (torch.randn(3, 512, 512, generator=torch.Generator().manual_seed(2)).square().mean(dim=0)).sqrt()
+    data = (torch.randn(512, 512, generator=torch.Generator().manual_seed(3)), student)
+    for label, element, block, scale, rule in (
+        ("MXFP4, 32", "e2m1", 32, "e8m0", "rceil"), ("MXINT4, 32", "int4", 32, "e8m0", "rceil"),
+        ("NVFP4, 16", "e2m1", 16, "e4m3", "amax"), ("NVINT4, 16", "int4", 16, "e4m3", "amax"),
+        ("MXFP8, 32", "e4m3", 32, "e8m0", "rceil"), ("MXINT8, 32", "int8", 32, "e8m0", "rceil"),
+    ):  # fmt: skip
+        form = Format(element, (1, block), scale, rule)
+        cells = [f"{product_snr(y, form, size):.2f}" for y in data for size in (0, block)]
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+CASTS = """\
+Above: effective bits, -log2(error / norm), of the mean of so many casts of a Gaussian matrix to MXFP4 (rule shrink), rotated by 32
+with new signs at each draw. Below: signal to noise, in dB, of a product x W^T of 512 x 512, x of the distribution named, W
+Gaussian, both cast; rotated: by as many columns as a block has.
+"""
+MEANS = {
+    "to the nearest, signs before the rotation": ("before", "even"),
+    "to the nearest, signs behind it": ("behind", "even"),
+    "stochastic, signs before it": ("before", "stochastic"),
+    "stochastic, signs behind it": ("behind", "stochastic"),
+}
+
+
+def averaged(x: Tensor, signs: str, rounding: str) -> list[float]:
+    """Effective bits of the mean of 1, 4, ..., 256 casts."""
+    form, total, found = (
+        Format("e2m1", (1, 32), "e8m0", "shrink", rounding),
+        torch.zeros_like(x, dtype=torch.float64),
+        [],
+    )
+    for i in range(1, 257):
+        s = random_signs(key_of("signs", i), 32, x.device)
+        before, behind = (s, torch.ones(x.shape[1])) if signs == "before" else (None, s.repeat(x.shape[1] // 32))
+        y = quantize(rotate(x, 32, before) * behind, form, key_of("draw", i)).dequantize() * behind
+        total += rotate_back(y, 32, before, x.shape[1])
+        if i in (1, 4, 16, 64, 256):
+            error = (total / i - x).norm() / x.norm()
+            found.append(-math.log2(error.item()))
+    return found
+
+
+def product_snr(x: Tensor, form: Format, size: int) -> float:
+    """dB, of a product of both operands cast, rotated by `size` (0: not)."""
+    w = torch.randn(512, x.shape[1], generator=torch.Generator().manual_seed(4))
+    signs = random_signs(key_of("signs"), size, x.device) if size else None
+    a, b = (quantize(rotate(y, size, signs) if size else y, form).dequantize().double() for y in (x, w))
+    exact = x.double() @ w.double().T
+    return -20 * math.log10(((a @ b.T - exact).norm() / exact.norm()).item())
+
+
+# ---------------------------------------------------------------- with
+
+
 def gap(by: dict[tuple[str, int], dict[str, Any]], name: str, base: str) -> tuple[int, float, float]:
     """(pairs, mean difference to `base`, half its 95 % interval)."""
     seeds = [s for (n, s) in by if n == name and (base, s) in by]
@@ -177,7 +255,7 @@ def summary() -> str:
         file = f"precision-{tokens}.png"
         draw(by, RESULTS.parent / file, tokens)
         text.append(f"\n![Validation loss above fp32 of the same seed]({file})\n")
-    return "\n".join(text)
+    return "\n".join([*text, casts()])
 
 
 def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, tokens: int) -> None:

@@ -391,7 +391,9 @@ class Packed:
         table = _values_of_bytes(self.format.element, self.codes.device)
         values = table.index_select(0, self.codes.view(torch.uint8).flatten().int()).view(torch.float32)
         per_byte = 8 // ELEMENTS[self.format.element].bits
-        codes_NK = values.view(*self.codes.shape[:-1], self.codes.shape[-1] * per_byte)[..., : self.columns].contiguous()
+        codes_NK = values.view(*self.codes.shape[:-1], self.codes.shape[-1] * per_byte)[
+            ..., : self.columns
+        ].contiguous()
         return Quantized(self.format, codes_NK, self.scales.float(), self.factor)
 
 
