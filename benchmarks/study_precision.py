@@ -9,8 +9,8 @@ of one thread; runs of a seed start from the same weights and see the same batch
 
 One file a run in benchmarks/results/precision/, so that a study goes on where it stopped, and more seeds and tokens add to it;
 a run that is interrupted goes on from its last checkpoint, in runs/study_precision/. The summary, with its curves, is
-benchmarks/results/precision.md; it is of all runs whose files are there, and `seeds=0` writes it alone. It ends with what needs no
-training: errors of casts and of products.
+benchmarks/results/precision.md; it is of all runs whose files are there, and `seeds=0` writes it alone. At its end is
+what needs no training: errors of casts and of products.
 """
 
 import datetime
@@ -180,8 +180,8 @@ def casts() -> str:
 
 
 CASTS = """\
-Above: effective bits, -log2(error / norm), of the mean of so many casts of a Gaussian matrix to MXFP4 (rule shrink), rotated by 32
-with new signs at each draw. Below: signal to noise, in dB, of a product x W^T of 512 x 512, x of the distribution named, W
+Above: effective bits, -log2(error / norm), of the mean of so many casts of a Gaussian matrix to MXFP4 (rule shrink), rotated by
+32 with new signs at each draw. Below: signal to noise, in dB, of a product x W^T of 512 x 512, x of the distribution named, W
 Gaussian, both cast; rotated: by as many columns as a block has.
 """
 MEANS = {
