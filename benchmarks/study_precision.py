@@ -31,7 +31,12 @@ from torch import Tensor
 
 from moesaic.kernels.hadamard import rotate, rotate_back
 from moesaic.kernels.quantize import Format, key_of, quantize, random_signs
-from moesaic.launch import options
+from moesaic.launch import cli, options
+from moesaic.launch.data import open_data, val_batch
+from moesaic.launch.generate import load_run, newest_checkpoint
+from moesaic.moe.low import lower
+from moesaic.moe.model import build
+from moesaic.parallel import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "precision"
@@ -80,6 +85,7 @@ CAUSES = {
     "nvfp4, last 15 % of steps high": [f"{P}=nvfp4", f"{P}.high_last=0", f"{P}.high_tail=0.15"],
 }  # fmt: skip
 RUNS = MAIN | CAUSES
+UNTRAINED_ALIKE = ("mxfp4_deosc without de-oscillation", "nvfp4, last 15 % of steps high")  # as the recipe, in one step
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -140,12 +146,48 @@ def run(name: str, seed: int, choice: Options) -> None:
         "train_curve": [[r["tokens"], round(r["loss"], 5)] for r in trained],
         "grad_norm": statistics.median(r["grad_norm"] for r in trained), "skipped": trained[-1]["skipped"],
     }  # fmt: skip
+    if name == "fp32":
+        result["same_weights"] = at_same_weights(folder)
     RESULTS.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n")
     partial.replace(path)
     shutil.rmtree(folder)
     print(f"{path.stem}: val_loss {result['val_loss']:.4f}", flush=True)
+
+
+def at_same_weights(folder: Path) -> dict[str, list[float]]:
+    """With the weights that a run in fp32 ended with, of each recipe: its loss on held-out text minus that of fp32, nats a byte,
+    and the relative error of the gradient, over all weights, of one batch: |g - g_fp32| / |g_fp32|."""
+    torch.set_num_threads(1)
+    path = newest_checkpoint(str(folder))
+    config, _, _, device = load_run(path)
+    stream = open_data(config.data, config.train.seq_len).val
+    first, *others = (torch.from_numpy(val_batch(stream, 8 * i, 8)).to(device) for i in range(5))
+    found: dict[str, list[float]] = {}
+    exact: list[Tensor] = []
+    for name, knobs in RUNS.items():
+        precision = cli.compose(["recipe=tiny_moe", *knobs]).precision
+        if name in UNTRAINED_ALIKE or not (precision.quantized or name == "fp32"):
+            continue
+        model = build(config.model, 0, device)
+        checkpoint.load_model(path, model)
+        lower(model, precision, config.train.seed)
+        model.precision.begin(0, 100)
+        loss = model(first[:, :-1], first[:, 1:]).loss
+        assert loss is not None
+        loss.backward()
+        gradient = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+        exact = exact or gradient
+        error, norm = (
+            math.hypot(*(t.norm().item() for t in part))
+            for part in ([a - b for a, b in zip(gradient, exact, strict=True)], exact)
+        )
+        with torch.no_grad():
+            losses = [model(batch[:, :-1], batch[:, 1:]).loss.item() / batch[:, 1:].numel() for batch in others]
+        found[name] = [statistics.mean(losses), error / norm]
+    base = found["fp32"][0]
+    return {name: [loss - base, error] for name, (loss, error) in found.items()}
 
 
 # ---------------------------------------------------------------- without training
@@ -252,10 +294,36 @@ def summary() -> str:
             base = statistics.mean([r["val_loss"] for (n, _), r in by.items() if n == "fp32"] or [math.nan])
             cells = [name, pairs, f"{statistics.mean(own):.4f}", f"{mean:+.4f}", f"± {half:.4f}", f"{mean / base:+.2%}"]
             text.append("| " + " | ".join(map(str, cells)) + " |")
+        text += same_weights([r["same_weights"] for r in by.values() if "same_weights" in r])
         file = f"precision-{tokens}.png"
         draw(by, RESULTS.parent / file, tokens)
         text.append(f"\n![Validation loss above fp32 of the same seed]({file})\n")
     return "\n".join([*text, casts()])
+
+
+def same_weights(each: list[dict[str, list[float]]]) -> list[str]:
+    """A table of what `at_same_weights` found for each seed: means, and ranges over seeds."""
+    if not each:
+        return []
+    rows = [
+        SAME_WEIGHTS.format(seeds=len(each)),
+        "| run | loss above fp32 | range | error of the gradient | range |\n|---|---|---|---|---|",
+    ]
+    for name in (n for n in RUNS if n in each[0] and n != "fp32"):
+        cells = [name]
+        for i, form in ((0, "+.4f"), (1, ".3f")):
+            values = [one[name][i] for one in each]
+            cells += [f"{statistics.mean(values):{form}}", f"{min(values):{form}} to {max(values):{form}}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+SAME_WEIGHTS = """
+**At the same weights**, those that fp32 ended with ({seeds} seeds): the loss on 8,192 held-out bytes when the forward pass is
+that of the recipe, less that of fp32, and the relative error of the whole gradient of one batch of 2,048. No training by the
+recipe goes into it, so there is no chance of two runs drifting apart; how the errors of many steps add up, or cancel, it can't
+tell.
+"""
 
 
 def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, tokens: int) -> None:
