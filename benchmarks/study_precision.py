@@ -2,14 +2,15 @@
 
     python benchmarks/study_precision.py [tokens=3000000] [seeds=3] [runs=main] [jobs=2] [data=]      (`make study-precision`)
 
-runs: `main`, the shipped recipes; `causes`, recipes with one thing changed, which tell what a gap comes from; `all`; or names
-with commas. data: text files, a glob pattern (default: the Python standard library). Every run is `launch/train.py
-recipe=tiny_moe` (1.7M active parameters) in one process of one thread; runs of a seed start from the same weights and see the
-same batches.
+runs: `main`, the shipped recipes (bf16 only where the CPU has its products: without, one is a hundred times slower); `causes`,
+recipes with one thing changed, which tell what a gap comes from; `all`; or names with commas. data: text files, a glob pattern
+(default: the Python standard library). Every run is `launch/train.py recipe=tiny_moe` (1.6M active parameters) in one process
+of one thread; runs of a seed start from the same weights and see the same batches.
 
 One file a run in benchmarks/results/precision/, so that a study goes on where it stopped, and more seeds and tokens add to it;
 a run that is interrupted goes on from its last checkpoint, in runs/study_precision/. The summary, with its curves, is
-benchmarks/results/precision.md; it is of all runs whose files are there, and `seeds=0` writes it alone.
+benchmarks/results/precision.md; it is of all runs whose files are there, and `seeds=0` writes it alone. At its end is
+what needs no training: errors of casts and of products.
 """
 
 import datetime
@@ -25,12 +26,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesaic.launch import options
+import torch
+from torch import Tensor
+
+from moesaic.kernels.hadamard import rotate, rotate_back
+from moesaic.kernels.quantize import Format, key_of, quantize, random_signs
+from moesaic.launch import cli, options
+from moesaic.launch.data import open_data, val_batch
+from moesaic.launch.generate import load_run, newest_checkpoint
+from moesaic.moe.low import lower
+from moesaic.moe.model import build
+from moesaic.parallel import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "precision"
 WORK = ROOT / "runs" / "study_precision"
 STEP_TOKENS, POINTS = 8 * 256, 12
+LEAST_EVERY = 12  # steps between evaluations, each of which takes as long as two or three
+# Of glibc: freed memory stays with the process. Casts make and drop many tensors, and fresh pages are a fifth of their time.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 P = "precision"
 HIGH_BACKWARD = [f"{P}.{product}.{side}.element=null" for product, side in (
@@ -53,7 +67,7 @@ def plain(element: str) -> list[str]:
     ]  # fmt: skip
 
 
-MAIN = {name: [f"{P}={name}"] for name in "fp32 fp8_block mxfp8 mxint8 nvfp4 quartet quartet2 mxfp4_deosc".split()}
+MAIN = {name: [f"{P}={name}"] for name in "fp32 bf16 fp8_block mxfp8 mxint8 nvfp4 quartet quartet2 mxfp4_deosc".split()}
 CAUSES = {
     "quartet2, forward only": [f"{P}=quartet2", *HIGH_BACKWARD, *HIGH_SOURCES],
     "quartet2, backward only": [f"{P}=quartet2", *HIGH_FORWARD],
@@ -71,6 +85,7 @@ CAUSES = {
     "nvfp4, last 15 % of steps high": [f"{P}=nvfp4", f"{P}.high_last=0", f"{P}.high_tail=0.15"],
 }  # fmt: skip
 RUNS = MAIN | CAUSES
+UNTRAINED_ALIKE = ("mxfp4_deosc without de-oscillation", "nvfp4, last 15 % of steps high")  # as the recipe, in one step
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -105,10 +120,10 @@ def run(name: str, seed: int, choice: Options) -> None:
     if path.exists():
         return
     steps, folder = choice.tokens // STEP_TOKENS, WORK / path.stem
-    every = max(1, steps // POINTS)
+    every = max(LEAST_EVERY, steps // POINTS)
     knobs = [
         "recipe=tiny_moe", f"run_dir={folder}", *RUNS[name], f"train.seed={seed}", f"train.steps={steps}", "wandb.mode=disabled",
-        "train.sample=0", "train.eval_batches=16",
+        "train.sample=0", "train.eval_batches=8",
         f"train.eval_every={every}", f"train.checkpoint_every={every}", f"train.log_every={max(1, every // 5)}",
         f"optim.warmup={max(1, steps // 20)}",
     ]  # fmt: skip
@@ -117,7 +132,7 @@ def run(name: str, seed: int, choice: Options) -> None:
     if "deosc" in name and "without" not in name:  # the recipe's own start is later than these runs end
         knobs += [f"{P}.deosc_start={steps // 8}", f"{P}.deosc_period={max(2, steps // 75)}"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "train.py"), *knobs], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, str(ROOT / "launch" / "train.py"), *knobs], env=os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"},
         check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if done.returncode:
@@ -131,12 +146,122 @@ def run(name: str, seed: int, choice: Options) -> None:
         "train_curve": [[r["tokens"], round(r["loss"], 5)] for r in trained],
         "grad_norm": statistics.median(r["grad_norm"] for r in trained), "skipped": trained[-1]["skipped"],
     }  # fmt: skip
+    if name == "fp32":
+        result["same_weights"] = at_same_weights(folder)
     RESULTS.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n")
     partial.replace(path)
     shutil.rmtree(folder)
     print(f"{path.stem}: val_loss {result['val_loss']:.4f}", flush=True)
+
+
+def at_same_weights(folder: Path) -> dict[str, list[float]]:
+    """With the weights that a run in fp32 ended with, of each recipe: its loss on held-out text minus that of fp32, nats a byte,
+    and the relative error of the gradient, over all weights, of one batch: |g - g_fp32| / |g_fp32|."""
+    torch.set_num_threads(1)
+    path = newest_checkpoint(str(folder))
+    config, _, _, device = load_run(path)
+    stream = open_data(config.data, config.train.seq_len).val
+    first, *others = (torch.from_numpy(val_batch(stream, 8 * i, 8)).to(device) for i in range(5))
+    found: dict[str, list[float]] = {}
+    exact: list[Tensor] = []
+    for name, knobs in RUNS.items():
+        precision = cli.compose(["recipe=tiny_moe", *knobs]).precision
+        if name in UNTRAINED_ALIKE or not (precision.quantized or name == "fp32"):
+            continue
+        model = build(config.model, 0, device)
+        checkpoint.load_model(path, model)
+        lower(model, precision, config.train.seed)
+        model.precision.begin(0, 100)
+        loss = model(first[:, :-1], first[:, 1:]).loss
+        assert loss is not None
+        loss.backward()
+        gradient = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+        exact = exact or gradient
+        error, norm = (
+            math.hypot(*(t.norm().item() for t in part))
+            for part in ([a - b for a, b in zip(gradient, exact, strict=True)], exact)
+        )
+        with torch.no_grad():
+            losses = [model(batch[:, :-1], batch[:, 1:]).loss.item() / batch[:, 1:].numel() for batch in others]
+        found[name] = [statistics.mean(losses), error / norm]
+    base = found["fp32"][0]
+    return {name: [loss - base, error] for name, (loss, error) in found.items()}
+
+
+# ---------------------------------------------------------------- without training
+
+
+def casts() -> str:
+    """What casts alone do to a product, in three tables; nothing is trained."""
+    rows = [
+        "## Casts alone, without training\n",
+        CASTS,
+        "| draws | " + " | ".join(MEANS) + " |",
+        "|---" * (1 + len(MEANS)) + "|",
+    ]
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    found = [averaged(x, signs, rounding) for signs, rounding in MEANS.values()]
+    rows += [f"| {4**i} | " + " | ".join(f"{f[i]:.2f}" for f in found) + " |" for i in range(len(found[0]))]
+    rows += [
+        "\n| rows, block | Gaussian | the same, rotated | Student's t of 3 | the same, rotated |\n|---|---|---|---|---|"
+    ]
+    student = torch.randn(512, 512, generator=torch.Generator().manual_seed(1))
+    student /= (torch.randn(3, 512, 512, generator=torch.Generator().manual_seed(2)).square().mean(dim=0)).sqrt()
+    data = (torch.randn(512, 512, generator=torch.Generator().manual_seed(3)), student)
+    for label, element, block, scale, rule in (
+        ("MXFP4, 32", "e2m1", 32, "e8m0", "rceil"), ("MXINT4, 32", "int4", 32, "e8m0", "rceil"),
+        ("NVFP4, 16", "e2m1", 16, "e4m3", "amax"), ("NVINT4, 16", "int4", 16, "e4m3", "amax"),
+        ("MXFP8, 32", "e4m3", 32, "e8m0", "rceil"), ("MXINT8, 32", "int8", 32, "e8m0", "rceil"),
+    ):  # fmt: skip
+        form = Format(element, (1, block), scale, rule)
+        cells = [f"{product_snr(y, form, size):.2f}" for y in data for size in (0, block)]
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+CASTS = """\
+Above: effective bits, -log2(error / norm), of the mean of so many casts of a Gaussian matrix to MXFP4 (rule shrink), rotated by
+32 with new signs at each draw. Below: signal to noise, in dB, of a product x W^T of 512 x 512, x of the distribution named, W
+Gaussian, both cast; rotated: by as many columns as a block has.
+"""
+MEANS = {
+    "to the nearest, signs before the rotation": ("before", "even"),
+    "to the nearest, signs behind it": ("behind", "even"),
+    "stochastic, signs before it": ("before", "stochastic"),
+    "stochastic, signs behind it": ("behind", "stochastic"),
+}
+
+
+def averaged(x: Tensor, signs: str, rounding: str) -> list[float]:
+    """Effective bits of the mean of 1, 4, ..., 256 casts."""
+    form, total, found = (
+        Format("e2m1", (1, 32), "e8m0", "shrink", rounding),
+        torch.zeros_like(x, dtype=torch.float64),
+        [],
+    )
+    for i in range(1, 257):
+        s = random_signs(key_of("signs", i), 32, x.device)
+        before, behind = (s, torch.ones(x.shape[1])) if signs == "before" else (None, s.repeat(x.shape[1] // 32))
+        y = quantize(rotate(x, 32, before) * behind, form, key_of("draw", i)).dequantize() * behind
+        total += rotate_back(y, 32, before, x.shape[1])
+        if i in (1, 4, 16, 64, 256):
+            error = (total / i - x).norm() / x.norm()
+            found.append(-math.log2(error.item()))
+    return found
+
+
+def product_snr(x: Tensor, form: Format, size: int) -> float:
+    """dB, of a product of both operands cast, rotated by `size` (0: not)."""
+    w = torch.randn(512, x.shape[1], generator=torch.Generator().manual_seed(4))
+    signs = random_signs(key_of("signs"), size, x.device) if size else None
+    a, b = (quantize(rotate(y, size, signs) if size else y, form).dequantize().double() for y in (x, w))
+    exact = x.double() @ w.double().T
+    return -20 * math.log10(((a @ b.T - exact).norm() / exact.norm()).item())
+
+
+# ---------------------------------------------------------------- with
 
 
 def gap(by: dict[tuple[str, int], dict[str, Any]], name: str, base: str) -> tuple[int, float, float]:
@@ -169,10 +294,36 @@ def summary() -> str:
             base = statistics.mean([r["val_loss"] for (n, _), r in by.items() if n == "fp32"] or [math.nan])
             cells = [name, pairs, f"{statistics.mean(own):.4f}", f"{mean:+.4f}", f"± {half:.4f}", f"{mean / base:+.2%}"]
             text.append("| " + " | ".join(map(str, cells)) + " |")
+        text += same_weights([r["same_weights"] for r in by.values() if "same_weights" in r])
         file = f"precision-{tokens}.png"
         draw(by, RESULTS.parent / file, tokens)
         text.append(f"\n![Validation loss above fp32 of the same seed]({file})\n")
-    return "\n".join(text)
+    return "\n".join([*text, casts()])
+
+
+def same_weights(each: list[dict[str, list[float]]]) -> list[str]:
+    """A table of what `at_same_weights` found for each seed: means, and ranges over seeds."""
+    if not each:
+        return []
+    rows = [
+        SAME_WEIGHTS.format(seeds=len(each)),
+        "| run | loss above fp32 | range | error of the gradient | range |\n|---|---|---|---|---|",
+    ]
+    for name in (n for n in RUNS if n in each[0] and n != "fp32"):
+        cells = [name]
+        for i, form in ((0, "+.4f"), (1, ".3f")):
+            values = [one[name][i] for one in each]
+            cells += [f"{statistics.mean(values):{form}}", f"{min(values):{form}} to {max(values):{form}}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+SAME_WEIGHTS = """
+**At the same weights**, those that fp32 ended with ({seeds} seeds): the loss on 8,192 held-out bytes when the forward pass is
+that of the recipe, less that of fp32, and the relative error of the whole gradient of one batch of 2,048. No training by the
+recipe goes into it, so there is no chance of two runs drifting apart; how the errors of many steps add up, or cancel, it can't
+tell.
+"""
 
 
 def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, tokens: int) -> None:
@@ -204,7 +355,8 @@ def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, tokens: int) -> 
 
 
 def chosen(runs: str) -> list[str]:
-    groups = {"main": list(MAIN), "causes": ["fp32", *CAUSES], "all": list(RUNS)}
+    here = [n for n in MAIN if n != "bf16" or torch.cpu._is_avx512_bf16_supported()]
+    groups = {"main": here, "causes": ["fp32", *CAUSES], "all": list(RUNS)}
     if runs in groups:
         return groups[runs]
     names = [

@@ -37,6 +37,7 @@ Letters: N rows, K columns, along which a product adds up; n x k blocks.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,7 @@ SCALES = {
 SCALES["e8m0"] = SCALES["pow2"]
 ROUNDINGS = ("even", "stochastic", "eden")
 BLOCKS = ((1, 128), (128, 128), (1, 32), (1, 16), (16, 16), (32, 32))
+BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}  # codes that fill one
 CLIPS = ("floor", "even", "quest")  # rules under which a value may exceed the largest
 E4M3_HEADROOM = 17 / 16  # an e4m3 scale rounds down by 1/17 at most
 EDEN_SCALE = 0.93  # of Quartet II: clipping a little costs less than coarser codes
@@ -84,21 +86,26 @@ GAUSSIAN_CLIP = 2.92247856  # of E2M1, in standard deviations
 def cast(x: Tensor, element: str, random: Tensor | None = None) -> Tensor:
     """fp32 `x` on the grid of the element: the nearest value, ties to even; with `random` in [0, 1), stochastically. Saturates,
     infinities too; NaN stays."""
-    kind = ELEMENTS[element]
-    x = x.clamp(-kind.largest, kind.largest)
+    return _cast_(x.clone(), ELEMENTS[element], random)
+
+
+def _cast_(x: Tensor, kind: Element, random: Tensor | None) -> Tensor:
+    """`cast`, in x's own memory; `random` is used up."""
+    x.clamp_(-kind.largest, kind.largest)
     if kind.mantissa is None:
-        return (x.round_() if random is None else _up_or_down(x, random)).add_(0.0)  # no -0
+        return (x.round_() if random is None else _up_or_down_(x, random)).add_(0.0)  # no -0
     # The bits of the exponent alone are the power of two below x; subnormals have the step of the least normal numbers.
     step = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
-    step = step.clamp_(min=2.0**kind.least).mul_(2.0**-kind.mantissa)
+    step.clamp_(min=2.0**kind.least).mul_(2.0**-kind.mantissa)
     x /= step
-    return (x.round_() if random is None else _up_or_down(x, random)).mul_(step)
+    return (x.round_() if random is None else _up_or_down_(x, random)).mul_(step)
 
 
-def _up_or_down(x: Tensor, random: Tensor) -> Tensor:
-    # Not floor(x + random): the sum would be rounded.
+def _up_or_down_(x: Tensor, random: Tensor) -> Tensor:
+    # Not floor(x + random): the sum would be rounded. 1 or 0 in fp32: torch adds and selects by bool several times slower.
     low = x.floor()
-    return low.add_(random < x - low)
+    up = random.lt_(x.sub_(low))
+    return torch.add(low, up, out=x)
 
 
 # ---------------------------------------------------------------- chance
@@ -130,18 +137,26 @@ def random_bits(key: int, rows_N: Tensor, columns_K: Tensor | int) -> Tensor:
     """
     if isinstance(columns_K, int):
         columns_K = torch.arange(columns_K, device=rows_N.device)
-    row_N, column_K = line_hash(key, rows_N, 0), line_hash(key, columns_K, 1)
-    x = row_N[:, None] + column_K
-    x ^= x >> 16 & 0xFFFF
+    return _mix32(line_hash(key, rows_N, 0)[:, None] + line_hash(key, columns_K, 1))
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """`lowbias32`, in x's own memory."""
+    scratch = x >> 16
+    x ^= scratch.bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
-    x ^= x >> 15 & 0x1FFFF
+    x ^= torch.bitwise_right_shift(x, 15, out=scratch).bitwise_and_(0x1FFFF)
     x *= 0x846CA68B - 2**32
-    return x.bitwise_xor_(x >> 16 & 0xFFFF)
+    return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=scratch).bitwise_and_(0xFFFF))
 
 
 def uniform(key: int, rows_N: Tensor, columns_K: Tensor | int) -> Tensor:
     """fp32 (N, K) in [0, 1), multiples of 2^-24."""
-    return (random_bits(key, rows_N, columns_K) >> 8 & 0xFFFFFF).float().mul_(2.0**-24)
+    return _fraction(random_bits(key, rows_N, columns_K))
+
+
+def _fraction(bits: Tensor) -> Tensor:
+    return (bits >> 8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
 
 
 def random_signs(key: int, count: int, device: torch.device) -> Tensor:
@@ -183,18 +198,22 @@ class Quantized:
     def values(self) -> Tensor:
         """(N, K) or (E, N, K) fp32: codes times scales, without the factor, which a product's result is multiplied with
         instead. Exact, but for scales that are neither a power of two nor e4m3."""
-        return self.codes_NK * spread(self.scales, self.format.block, self.codes_NK.shape)
+        return per_block(torch.mul, self.codes_NK, self.scales, self.format.block)
 
     def dequantize(self) -> Tensor:
         return self.values() * self.factor.view(-1, *[1] * (self.codes_NK.ndim - 1))
 
 
-def spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
-    """The scale of each value."""
-    for dim, size in zip((-2, -1), block, strict=True):
-        if size > 1:
-            scales = scales.repeat_interleave(size, dim)
-    return scales[..., : shape[-2], : shape[-1]]
+def per_block(
+    operation: Callable[..., Tensor], x: Tensor, scales: Tensor, block: tuple[int, int], out: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """operation(x, the scale of its block) of each value of x, (N, K) or (E, N, K)."""
+    (n, k), (rows, columns) = block, x.shape[-2:]
+    scales = scales.repeat_interleave(k, -1)[..., :columns]
+    if n > 1 and rows % n == 0:
+        blocks = None if out is None else out.unflatten(-2, (-1, n))
+        return operation(x.unflatten(-2, (-1, n)), scales.unsqueeze(-2), out=blocks).flatten(-3, -2)
+    return operation(x, scales.repeat_interleave(n, -2)[..., :rows, :] if n > 1 else scales, out=out)
 
 
 def blocks_of(x_NK: Tensor, block: tuple[int, int]) -> Tensor:
@@ -206,11 +225,14 @@ def blocks_of(x_NK: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def block_amax(x_NK: Tensor, block: tuple[int, int]) -> Tensor:
-    """The largest magnitude of each block."""
-    blocks = blocks_of(x_NK, block)
-    if block[0] == 1:
-        return blocks[:, 0].abs().amax(dim=2)
-    return blocks.abs().amax(dim=(1, 3))
+    """The largest magnitude of each block; NaN where one is in it."""
+    # Bits of magnitudes are ordered as these are, NaN above all; torch's loop over 16 values of fp32 is slow.
+    bits = x_NK.abs().view(torch.int32) if block[1] == 16 else x_NK.abs()
+    return _amax(blocks_of(bits, block)).view(torch.float32)
+
+
+def _amax(blocks: Tensor) -> Tensor:
+    return (blocks[:, 0] if blocks.shape[1] == 1 else blocks.amax(dim=1)).amax(dim=2)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -247,20 +269,16 @@ def quantize(
     if form.rule == "quest":
         return _quest(x_NK, form)
     block = block_amax(x_NK, form.block)
-    one = torch.ones((), device=x_NK.device)
-    finite = block.isfinite()
     if form.scale == "e4m3":
         return _two_levels(x_NK, form, block, key, rows_N, columns_K, run, amax)
-    if form.scale == "fp32":
-        scales, factor = _not_zero(block / kind.largest), one
-    else:
-        scales, factor = power_scales(block, form.rule, kind), one * (4 / 3 if form.rule == "shrink" else 1)
-    scales = torch.where(finite, scales, torch.nan)
-    scaled = x_NK / spread(scales, form.block, x_NK.shape)
+    scales = _not_zero(block / kind.largest) if form.scale == "fp32" else power_scales(block, form.rule, kind)
+    scales = torch.where(block.isfinite(), scales, torch.nan)
+    scaled = per_block(torch.div, x_NK, scales, form.block)
     if form.rule == "shrink":
         scaled *= 0.75
     random = uniform(key, rows_N, columns_K) if form.rounding == "stochastic" else None
-    return Quantized(form, cast(scaled, form.element, random), scales, factor)
+    factor = torch.full((), 4 / 3 if form.rule == "shrink" else 1.0, device=x_NK.device)
+    return Quantized(form, _cast_(scaled, kind, random), scales, factor)
 
 
 def quantize_each(x_ENK: Tensor, form: Format, key: int = 0, rows_EN: Tensor | None = None, run: int = 0) -> Quantized:
@@ -285,16 +303,20 @@ def _not_zero(x: Tensor) -> Tensor:
 
 def _quest(x_NK: Tensor, form: Format) -> Quantized:
     # The padding of the last block is no value: its mean square is over those that are there.
-    (n, k), kind = form.block, ELEMENTS[form.element]
-    count = blocks_of(torch.ones_like(x_NK), (n, k)).sum(dim=(1, 3))
+    (n, k), (rows, columns), kind = form.block, x_NK.shape, ELEMENTS[form.element]
     x = blocks_of(x_NK, (n, k))
+    there = [
+        F.pad(x_NK.new_ones(size), (0, -size % block)).view(-1, block).sum(dim=1)
+        for size, block in ((rows, n), (columns, k))
+    ]
+    count = there[0][:, None] * there[1]
     mean, square = x.sum(dim=(1, 3)) / count, x.square().sum(dim=(1, 3)) / count
     std = (square - mean.square()).clamp(min=0).sqrt()
     _, exponent = torch.frexp(GAUSSIAN_CLIP / kind.largest * std + 1e-8)
     scales = torch.where(std.isfinite(), power_of_two(exponent - 1), torch.nan)
-    scaled = x_NK / spread(scales, form.block, x_NK.shape)
+    scaled = per_block(torch.div, x_NK, scales, form.block)
     trusted = scaled.abs() < kind.largest
-    return Quantized(form, cast(scaled, form.element), scales, torch.ones((), device=x_NK.device), trusted)
+    return Quantized(form, _cast_(scaled, kind, None), scales, torch.ones((), device=x_NK.device), trusted)
 
 
 def _two_levels(
@@ -316,32 +338,36 @@ def _two_levels(
     factor = torch.where(amax.isfinite(), _not_zero(amax * room / (kind.largest * largest_scale)), torch.nan)
     x_NK = x_NK / factor
     scales = cast(block / factor * (room / kind.largest), "e4m3")
-    scaled = x_NK / spread(_not_zero(scales), form.block, x_NK.shape)
     if form.rule == "four_six":
-        fours = cast(block / factor / 4, "e4m3")
-        codes = [
-            cast(scaled, form.element),
-            cast(x_NK / spread(_not_zero(fours), form.block, x_NK.shape), form.element),
-        ]
-        both = [Quantized(form, c, s, factor) for c, s in zip(codes, (scales, fours), strict=True)]
-        error, error4 = (blocks_of((q.values() - x_NK).square(), form.block).sum(dim=(1, 3)) for q in both)
-        less = error4 < error
-        codes_NK = torch.where(spread(less, form.block, x_NK.shape), codes[1], codes[0])
-        return Quantized(form, codes_NK, torch.where(less, fours, scales), factor)
+        codes_NK, scales = _four_six(x_NK, form, scales, cast(block / factor / 4, "e4m3"))
+        return Quantized(form, codes_NK, scales, factor)
+    scaled = per_block(torch.div, x_NK, _not_zero(scales), form.block, out=None if eden else x_NK)
     if not eden:
         random = uniform(key, rows_N, columns_K) if form.rounding == "stochastic" else None
-        return Quantized(form, cast(scaled, form.element, random), scales, factor)
+        return Quantized(form, _cast_(scaled, kind, random), scales, factor)
     assert form.block[0] == 1 and run and run % form.block[1] == 0, (form, run)
-    codes_NK = cast(scaled, form.element)
-    per = run // form.block[1]
+    codes_NK = _cast_(scaled, kind, None)
     # The correction is of what is multiplied: values with their scales, which differ within a run.
-    weight = spread(scales, form.block, x_NK.shape)
-    over, under = (
-        blocks_of((a * b).view_as(x_NK), (1, run)).sum(dim=(1, 3)) for a, b in ((x_NK, x_NK), (x_NK, codes_NK * weight))
-    )
-    correction = torch.where(under > 0, over / under, 1.0).repeat_interleave(per, 1)[:, : scales.shape[1]]
+    under = blocks_of(per_block(torch.mul, codes_NK, scales, form.block).mul_(x_NK), (1, run)).sum(dim=(1, 3))
+    over = blocks_of(x_NK.square_(), (1, run)).sum(dim=(1, 3))
+    correction = torch.where(under > 0, over / under, 1.0).repeat_interleave(run // form.block[1], 1)
     random = uniform(key_of(key, "scales"), rows_N, columns_K[:: form.block[1]])
-    return Quantized(form, codes_NK, cast(scales * correction, "e4m3", random), factor)
+    scales = scales.mul_(correction[:, : scales.shape[1]])
+    return Quantized(form, codes_NK, _cast_(scales, ELEMENTS["e4m3"], random), factor)
+
+
+def _four_six(x_NK: Tensor, form: Format, sixes: Tensor, fours: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, scales): of two scales of each block the one with the less squared error."""
+    both, errors = [], []
+    for scales in (sixes, fours):
+        codes = _cast_(per_block(torch.div, x_NK, _not_zero(scales), form.block), ELEMENTS[form.element], None)
+        error = per_block(torch.mul, codes, scales, form.block).sub_(x_NK).square_()
+        both.append(codes.view(torch.int32))
+        errors.append(blocks_of(error, form.block).sum(dim=(1, 3)))
+    less = errors[1] < errors[0]
+    # Of codes the bits are chosen, with a mask of ones where `less`: torch's `where` is several times slower.
+    change = per_block(torch.bitwise_and, both[1].bitwise_xor_(both[0]), -less.int(), form.block, out=both[1])
+    return change.bitwise_xor_(both[0]).view(torch.float32), torch.where(less, fours, sixes)
 
 
 # ---------------------------------------------------------------- storage
@@ -362,30 +388,27 @@ class Packed:
         return self.codes.nbytes + self.scales.nbytes + self.factor.nbytes
 
     def unpack(self) -> Quantized:
-        kind, form = self.codes.dtype, self.format
-        if kind is torch.uint8:
-            codes = torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(-2)[..., : self.columns]
-            codes_NK = _nibbles(form.element, codes.device)[codes.long()]
-        else:
-            codes_NK = self.codes.float()
-        return Quantized(form, codes_NK, self.scales.float(), self.factor)
+        table = _values_of_bytes(self.format.element, self.codes.device)
+        values = table.index_select(0, self.codes.view(torch.uint8).flatten().int()).view(torch.float32)
+        per_byte = 8 // ELEMENTS[self.format.element].bits
+        codes_NK = values.view(*self.codes.shape[:-1], self.codes.shape[-1] * per_byte)[
+            ..., : self.columns
+        ].contiguous()
+        return Quantized(self.format, codes_NK, self.scales.float(), self.factor)
 
 
 def pack(quantized: Quantized) -> Packed:
     """Loses nothing (but `trusted`). A code that is NaN becomes 0 where the element has none; its scale is NaN."""
     form, x_NK = quantized.format, quantized.codes_NK
-    types = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
     scale = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}.get(form.scale, torch.float32)
-    if form.element in types:
-        codes = (x_NK.nan_to_num(0) if form.element == "int8" else x_NK).to(types[form.element])
+    if form.element in BYTES:
+        codes = (x_NK.nan_to_num(0) if form.element == "int8" else x_NK).to(BYTES[form.element])
     else:
-        x_NK = F.pad(x_NK.nan_to_num(0), (0, x_NK.shape[-1] % 2))
-        if form.element == "int4":
-            nibbles = x_NK.to(torch.int8).view(torch.uint8) & 15
-        else:
-            table = torch.tensor([0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7], dtype=torch.uint8, device=x_NK.device)
-            nibbles = table[(x_NK.abs() * 2).long()] | (x_NK.signbit().to(torch.uint8) << 3)
-        codes = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+        x_NK = F.pad(x_NK, (0, 1)) if x_NK.shape[-1] % 2 else x_NK
+        byte = x_NK.to(torch.float8_e4m3fn).view(torch.uint8)
+        nibbles = _nibbles_of_bytes(form.element, byte.device).index_select(0, byte.flatten().int()).view(x_NK.shape)
+        pairs = nibbles.view(torch.int16)
+        codes = (pairs | pairs >> 4).to(torch.uint8)
     columns = quantized.codes_NK.shape[-1]
     return Packed(form, codes, _stored(quantized.scales, scale), quantized.factor, columns)
 
@@ -398,9 +421,27 @@ def _stored(scales: Tensor, kind: torch.dtype) -> Tensor:
     return byte.to(torch.uint8).view(kind)
 
 
-def _nibbles(element: str, device: torch.device) -> Tensor:
+def _values_of_nibbles(element: str) -> Tensor:
     """The values of the 16 codes of 4 bits."""
     if element == "int4":
-        return torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32, device=device)
-    half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=device)
+        return torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32)
+    half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     return torch.cat((half, -half))
+
+
+def _values_of_bytes(element: str, device: torch.device) -> Tensor:
+    """(256,): the value of each code; of 4 bits, the two values that a byte holds, as one of 8 bytes: a single look-up."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    if element in BYTES:
+        return byte.view(BYTES[element]).float().to(device)
+    values = _values_of_nibbles(element)
+    return values[torch.stack((byte & 15, byte >> 4), dim=1).int()].view(torch.int64)[:, 0].to(device)
+
+
+def _nibbles_of_bytes(element: str, device: torch.device) -> Tensor:
+    """uint8 (256,): the code of 4 bits of a value that is given as e4m3; what is none, NaN among them, is 0."""
+    table = torch.zeros(256, dtype=torch.uint8)
+    table[_values_of_nibbles(element).to(torch.float8_e4m3fn).view(torch.uint8).int()] = torch.arange(
+        16, dtype=torch.uint8
+    )
+    return table.to(device)
