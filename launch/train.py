@@ -422,4 +422,4 @@ def print_error(line: str) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()  # a data file that was cut short under a mapping ends the process with SIGBUS
-    leave_after(lambda: cli.run(main))
+    leave_after(lambda: cli.run(main, in_jobs=True))
