@@ -3,8 +3,8 @@
     RUN_DIR=/shared/runs/long RECIPE=7b_moe NODES=2 RANKS_PER_NODE=8 launch/clusters/ray/train.sh data.files=data/corpus
 
 Arguments are knobs of launch/train.py, settings those of launch/clusters/settings.sh. A rank is a process of its own under its
-worker, for it has signals, a working directory and a main thread to itself. A rank that dies ends the attempt, Ray starts all anew,
-MAX_RESTARTS times at most, and the run goes on from its newest checkpoint. Mistakes and guards (exit codes 2 and 3) end it at once.
+worker, for it has signals, a working directory and a main thread to itself. A rank that dies ends the attempt; Ray starts all
+anew, MAX_RESTARTS times at most, and the run goes on from its newest checkpoint. Mistakes and guards (exit codes 2 and 3) end it.
 """
 
 import os
@@ -20,9 +20,9 @@ TRAIN = Path(__file__).resolve().parent / "train.py"
 FINAL = (0, 2, 3)  # exit codes after which to start anew would come to the same
 
 
-def settings() -> dict[str, int | str]:
+def settings() -> dict[str, Any]:
     """What launch/clusters/settings.sh set. Raises UserError."""
-    found: dict[str, int | str] = {name: os.environ.get(name, "") for name in ("RUN_DIR", "RECIPE", "RANKS_PER_NODE")}
+    found: dict[str, Any] = {name: os.environ.get(name, "") for name in ("RUN_DIR", "RECIPE", "RANKS_PER_NODE")}
     if not found["RUN_DIR"]:
         raise cli.UserError("RUN_DIR=: must name the run's folder, the same at every restart")
     for name, least in (("NODES", 1), ("MAX_RESTARTS", 0)):

@@ -31,6 +31,7 @@ from moesaic.launch.collectives_report import Profile
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
 from moesaic.launch.generate import sample_texts
 from moesaic.launch.metrics import (
+    TOLD_AGAIN,
     Meter,
     MetricsLog,
     memory_gib,
@@ -147,6 +148,9 @@ def train(config: Config, device: torch.device) -> None:
 
     log = together(open_log if rank == 0 else nothing)
     wandb = start_wandb(config, run_dir, dataclasses.asdict(config)) if rank == 0 else None
+
+    for figures in log.newest(TOLD_AGAIN) if log and wandb else []:
+        wandb.log(figures)
 
     def record(figures: dict[str, Any]) -> None:
         if log and wandb:
