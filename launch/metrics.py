@@ -41,8 +41,8 @@ PUBLISHED_PEAKS = {
     r"\bMI325X\b": 1307e12,
     r"\bMI355X\b": 2500e12,
 }
-# Records that a resumed run hands to W&B again: a kill takes those of the last second, and SIGTERM to all of a job's processes, as
-# Slurm sends it, those since. Points that W&B has already come to lie on themselves.
+# Records that a resumed run hands to W&B again: a kill takes those of the last second, and SIGTERM to all of a job's processes,
+# as Slurm sends it, those since. Points that W&B has already come to lie on themselves.
 TOLD_AGAIN = 64
 SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

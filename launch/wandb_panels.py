@@ -3,7 +3,7 @@
     python launch/wandb_panels.py entity=TEAM [project=moesaic] [name=Moesaic]
     python launch/wandb_panels.py entity=TEAM out=view.json
 
-The first makes the view, with `pip install wandb-workspaces` and a login; the second writes what it would send, and needs no network.
+The first makes the view, with `pip install wandb-workspaces` and a login; the second writes what it would send, offline.
 A run's offline files are sent with `wandb sync run_dir/wandb/offline-run-*`.
 """
 
