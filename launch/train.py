@@ -149,8 +149,9 @@ def train(config: Config, device: torch.device) -> None:
     log = together(open_log if rank == 0 else nothing)
     wandb = start_wandb(config, run_dir, dataclasses.asdict(config)) if rank == 0 else None
 
-    for figures in log.newest(TOLD_AGAIN) if log and wandb else []:
-        wandb.log(figures)
+    if log and wandb:
+        for figures in log.newest(TOLD_AGAIN):
+            wandb.log(figures)
 
     def record(figures: dict[str, Any]) -> None:
         if log and wandb:

@@ -3,7 +3,7 @@
     python launch/wandb_panels.py entity=TEAM [project=moesaic] [name=Moesaic]
     python launch/wandb_panels.py entity=TEAM out=view.json
 
-The first makes the view, with `pip install wandb-workspaces` and a login; the second writes what it would send, offline.
+The first makes the view, with `pip install 'moesaic[panels]'` and a login; the second writes what it would send, offline.
 A run's offline files are sent with `wandb sync run_dir/wandb/offline-run-*`.
 """
 
@@ -74,7 +74,7 @@ def workspace(choice: Options) -> Any:
         from wandb_workspaces.reports.v2 import LinePlot
     except ImportError as error:
         raise ValueError(
-            f"launch/wandb_panels.py: needs wandb-workspaces: pip install wandb-workspaces ({error})"
+            f"launch/wandb_panels.py: needs wandb-workspaces: pip install 'moesaic[panels]' ({error})"
         ) from error
 
     def plot(panel: Panel) -> Any:

@@ -66,6 +66,7 @@ def test_without_ray_it_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 def test_two_workers_train_and_are_started_anew(place: Place, reference: tuple[Path, str], tmp_path: Path) -> None:
     """A rank is killed: both start again from the newest checkpoint, and the run ends as one that nothing interrupted."""

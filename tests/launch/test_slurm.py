@@ -193,6 +193,7 @@ def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(place: Place, tmp
         raise
 
 
+@pytest.mark.timeout(800)
 def test_points_of_a_sweep_are_queued_again_and_go_on(
     place: Place, reference: tuple[Path, str], tmp_path: Path, cluster: Cluster
 ) -> None:

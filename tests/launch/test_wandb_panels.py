@@ -57,5 +57,5 @@ def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"^entity=: must name"):
         wandb_panels.main(wandb_panels.Options())
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(ValueError, match=r"needs wandb-workspaces: pip install wandb-workspaces"):
+    with pytest.raises(ValueError, match=r"needs wandb-workspaces: pip install"):
         wandb_panels.main(wandb_panels.Options(entity="team"))
