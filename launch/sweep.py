@@ -121,8 +121,9 @@ def start_ranks(composed: DictConfig) -> None:
 def was_preempted() -> bool:
     """Whether Slurm has preempted this job since it started. A job that ends before its GraceTime is over is not queued again by
     Slurm itself."""
-    done = subprocess.run(
-        ["scontrol", "show", "job", "-o", os.environ.get("SLURM_JOB_ID", "")], capture_output=True, text=True
-    )
+    number = os.environ.get("SLURM_JOB_ID")
+    if not number:
+        return False
+    done = subprocess.run(["scontrol", "show", "job", "-o", number], capture_output=True, text=True)
     times = dict(re.findall(r" (StartTime|PreemptTime)=(\d\S*)", done.stdout))
     return times.get("PreemptTime", "") >= times.get("StartTime", "~")

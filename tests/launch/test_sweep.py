@@ -59,6 +59,27 @@ def test_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         sweep.prepare("submitit_local", ["-m", LOCAL])
 
 
+@pytest.mark.parametrize(
+    ("times", "preempted"),
+    [
+        ("StartTime=2026-11-28T10:00:00 PreemptTime=2026-11-28T10:05:00", True),
+        ("StartTime=2026-11-28T10:00:00 PreemptTime=None", False),
+        ("StartTime=2026-11-28T10:00:00 PreemptTime=2026-11-28T09:00:00", False),  # it went on since
+    ],
+)
+def test_what_a_preemption_looks_like(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: str, preempted: bool
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "JobId=$4 {times} PreemptEligibleTime=2027-01-01T00:00:00"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert not sweep.was_preempted(), "no job of Slurm"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert sweep.was_preempted() == preempted
+
+
 def test_points_of_this_machine(place: Place, tmp_path: Path) -> None:
     """One point trains, in a folder of its own; of one whose data are missing a line tells, and it isn't started again."""
     run_dir = tmp_path / "sweep"
