@@ -66,7 +66,7 @@ def test_without_ray_it_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 def test_two_workers_train_and_are_started_anew(place: Place, reference: tuple[Path, str], tmp_path: Path) -> None:
     """A rank is killed: both start again from the newest checkpoint, and the run ends as one that nothing interrupted."""
@@ -79,13 +79,13 @@ def test_two_workers_train_and_are_started_anew(place: Place, reference: tuple[P
     with (tmp_path / "ray.log").open("wb") as log:
         ray = subprocess.Popen([SCRIPT, *knobs], cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log)
     try:
-        until(lambda: len(losses(run_dir)) > 12, 200)
+        until(lambda: len(losses(run_dir)) > 12, 400)  # a busy machine takes minutes to start Ray
         ranks = [
             p for p in processes(tag) if f"run_dir={run_dir}" in Path(f"/proc/{p}/cmdline").read_text().split("\0")
         ]
         ranks = [p for p in ranks if "RANK=1" in Path(f"/proc/{p}/environ").read_text().split("\0")]
         os.kill(ranks[0], signal.SIGKILL)
-        assert ray.wait(250) == 0
+        assert ray.wait(400) == 0
     except BaseException:
         print((tmp_path / "ray.log").read_text()[-6000:])
         raise
