@@ -9,8 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 60.0) -> dict[str, float]:
-    """Median seconds of one call of each side, over `rounds` rounds in which each is called once.
+def alternate(
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int,
+    seconds: float = 60.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Median seconds, by `clock`, of one call of each side, over `rounds` rounds in which each is called once.
 
     Sides take turns, every other round in the opposite order: what disturbs the machine for a while hits all of them. Call
     each once before, to warm up. No round starts after `seconds`, except the first three.
@@ -21,9 +26,9 @@ def alternate(sides: Mapping[str, Callable[[], object]], rounds: int, seconds: f
         if i >= 3 and time.perf_counter() - begin > seconds:
             break
         for name in list(sides)[:: 1 if i % 2 == 0 else -1]:
-            start = time.perf_counter()
+            start = clock()
             sides[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

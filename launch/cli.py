@@ -9,6 +9,7 @@ import difflib
 import functools
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,8 +63,9 @@ class UserError(ValueError):
     code = 2
 
 
-def run(main: Callable[[Config], None]) -> None:
-    """Call `main` with the configuration of this process's command line (once per job with `--multirun`).
+def run(main: Callable[[Config], None], in_jobs: bool = False) -> None:
+    """Call `main` with the configuration of this process's command line (once per job with `--multirun`). `in_jobs`: a command
+    line that asks for moesaic.launch.sweep starts launch/train.py in jobs of their own instead.
 
     Exits with code 2 after a mistake in the command line or a recipe, or a `UserError` raised by `main`. Any other
     exception of `main` goes through.
@@ -74,7 +76,7 @@ def run(main: Callable[[Config], None]) -> None:
     def job(composed: DictConfig) -> None:
         nonlocal inside_main
         try:
-            config = _checked(composed)
+            config = checked(composed)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 config.run_dir = str(Path(config.run_dir) / str(HydraConfig.get().job.num))
         except MISTAKES as error:
@@ -91,8 +93,18 @@ def run(main: Callable[[Config], None]) -> None:
     parser.error = _exit  # type: ignore[method-assign]
     parser.parse_args()
     sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
+    from moesaic.launch import sweep  # it imports this module
+
     try:
-        hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="train")(job)()
+        task: Callable[[DictConfig], None] = job
+        kind = sweep.launcher(sys.argv[1:])
+        if kind:
+            if not in_jobs:
+                raise UserError(f"hydra/launcher={kind}: only launch/train.py can be started so")
+            sys.argv[1:] = sweep.prepare(kind, sys.argv[1:])
+            task = sweep.start_ranks
+        with sweep.one_line(kind):
+            hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="train")(task)()
     except MISTAKES as error:
         if inside_main:
             raise
@@ -103,7 +115,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """The configuration of a command line, e.g. `compose(["recipe=7b_moe", "train.steps=10"])`. Raises `UserError`."""
     try:
         with hydra.initialize_config_dir(str(RECIPES), version_base="1.3"):
-            return _checked(hydra.compose("train", [as_typed(override) for override in overrides]))
+            return checked(hydra.compose("train", [as_typed(override) for override in overrides]))
     except MISTAKES as error:
         raise UserError(_explain(error)) from error
 
@@ -111,7 +123,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def from_dict(values: dict[str, Any]) -> Config:
     """The configuration that `dataclasses.asdict` made `values` of; what is missing has its default. Raises `UserError`."""
     try:
-        return _checked(OmegaConf.merge(OmegaConf.structured(Config), values))
+        return checked(OmegaConf.merge(OmegaConf.structured(Config), values))
     except MISTAKES as error:
         raise UserError(_explain(error)) from error
 
@@ -173,7 +185,7 @@ def groups() -> list[str]:
     return sorted(path.name for path in RECIPES.iterdir() if path.name != "hardware" and any(path.glob("*.yaml")))
 
 
-def _checked(composed: Any) -> Config:
+def checked(composed: Any) -> Config:
     """The dataclasses of a composed configuration, with interpolations resolved; making them runs their checks."""
 
     # A `+key=value` override adds even what the schema doesn't know.
@@ -237,11 +249,13 @@ def _unknown(told: str, name: str, names: Sequence[str]) -> str:
 
 
 def _exit(message: str, code: int = 2) -> NoReturn:
-    """End this rank; rank 0 says why."""
+    """End this rank; rank 0 says why. A torchrun that may restart its ranks is ended, for they would end so again."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
+    if os.environ.get("LOCAL_RANK") == "0" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        os.kill(os.getppid(), signal.SIGTERM)
+    if rank != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun ends all ranks when the first exits. Whoever is still here after the grace is in a trouble of its own.
         time.sleep(GRACE)
         print(f"error on rank {rank}: {message}", file=sys.stderr, flush=True)

@@ -421,7 +421,7 @@ def _open_text(
             prepare(chosen, folder, tokenizer, text_key=config.text_key, val_fraction=val_fraction, knob=knob, log=log)
         except OSError as error:
             if not (folder / MANIFEST).exists():
-                why = f"{error.strerror}: {error.filename}"
+                why = f"{error.strerror}: {error.filename or folder}"
                 raise ValueError(f"data.cache={config.cache}: cannot be written ({why})") from error
     return _open_folder(folder, tokenizer, "data.cache")
 

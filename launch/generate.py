@@ -128,6 +128,18 @@ def checkpoint_root(run_dir: str) -> str:
     return where or (inside if storage.names(inside) else run_dir)
 
 
+def read_prompts(path: str) -> list[str]:
+    """A prompt a line. Raises ValueError."""
+    try:
+        prompts = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
+        raise ValueError(f"prompts={path}: cannot be read ({told})") from error
+    if not prompts:
+        raise ValueError(f"prompts={path}: holds no prompt")
+    return prompts
+
+
 def main(choice: Options) -> None:
     for name in ("tokens", "temperature", "top_k"):
         if getattr(choice, name) < 0:
@@ -136,7 +148,7 @@ def main(choice: Options) -> None:
         raise ValueError(f"temperature={choice.temperature}: must be a finite number")
     if choice.batch < 1:
         raise ValueError(f"batch={choice.batch}: must be at least 1")
-    prompts = Path(choice.prompts).expanduser().read_text().splitlines() if choice.prompts else [choice.prompt]
+    prompts = read_prompts(choice.prompts) if choice.prompts else [choice.prompt]
     path = newest_checkpoint(choice.run_dir)
     config, tokenizer, model, device = load_run(path)
     knobs = {name: getattr(choice, name) for name in ("temperature", "top_k", "seed")}

@@ -236,7 +236,8 @@ def heat(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequen
 
 
 def timeline(lanes: Mapping[str, Sequence[Slice]], unit: str) -> str:
-    """Lanes of slices over one axis. Ctrl and the wheel zoom, the pointer drags, a double click shows all again."""
+    """Lanes of slices over one axis; one that ends where it starts is a mark as wide at any zoom. Ctrl and the wheel zoom, the
+    pointer drags, a double click shows all again."""
     every = [s for lane in lanes.values() for s in lane]
     if not every:
         return text("nothing to draw")
@@ -249,6 +250,9 @@ def timeline(lanes: Mapping[str, Sequence[Slice]], unit: str) -> str:
         rects = "".join(
             f'<rect x="{s.start:.6g}" width="{max(s.end - s.start, thin):.6g}" height="1" fill="{colour(kinds.index(s.kind))}">'
             f"<title>{escape(s.title)}</title></rect>"
+            if s.end > s.start
+            else f'<path d="M{s.start:.6g} 0V1" stroke="{colour(kinds.index(s.kind))}" stroke-width="3" '
+            f'vector-effect="non-scaling-stroke"><title>{escape(s.title)}</title></path>'
             for s in lane
         )
         drawn.append(f'<div class="lane"><b title="{escape(name)}">{escape(name)}</b>'

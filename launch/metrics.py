@@ -41,6 +41,9 @@ PUBLISHED_PEAKS = {
     r"\bMI325X\b": 1307e12,
     r"\bMI355X\b": 2500e12,
 }
+# Records that a resumed run hands to W&B again: a kill takes those of the last second, and SIGTERM to all of a job's processes,
+# as Slurm sends it, those since. Points that W&B has already come to lie on themselves.
+TOLD_AGAIN = 64
 SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -69,6 +72,11 @@ class MetricsLog:
         """Append `record`. NaN and infinities, which JSON cannot hold, become null. Where it can't be written, on a full disk, it
         is lost, and the first of such losses is a warning: they must not end the training."""
         self._append(self._path, record)
+
+    def newest(self, count: int) -> list[Record]:
+        """The last `count` records that the file holds."""
+        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        return [json.loads(line) for line in lines[-count:]]
 
     def note(self, event: str, step: int, **more: Any) -> None:
         """Append to run_dir/events.jsonl that `event` happened now, after `step` steps. Nothing is ever dropped from that file:

@@ -500,8 +500,11 @@ def counts(manifest: dict[str, Any]) -> str:
 
 
 def main(options: Options) -> None:
-    """Prepare and print a summary. Raises `ValueError`, or `OSError` when `out` cannot be written."""
+    """Prepare and print a summary. Raises `ValueError`."""
     if options.verify:
+        require(
+            not options.files and not options.out, f"verify={options.verify}: must stand alone, without files or out"
+        )
         print(f"{options.verify}: whole, {counts(verify(Path(options.verify).expanduser(), 'verify'))}")
         return
     for name in ("files", "out"):
@@ -517,11 +520,16 @@ def main(options: Options) -> None:
     files, folders = expand(patterns, "files", to_stderr)
     require(not folders, f"files={listed}: {folders[0] if folders else ''} is prepared already")
     began = time.monotonic()
-    manifest = prepare(
-        [Source(path) for path in files], out, chosen_tokenizer(options.tokenizer), knob="files", text_key=options.text_key,
-        val_fraction=options.val_fraction, processes=options.processes or os.cpu_count() or 1, max_bad=options.max_bad,
-        resume=True,
-    )  # fmt: skip
+    tokenizer = chosen_tokenizer(options.tokenizer)
+    try:
+        manifest = prepare(
+            [Source(path) for path in files], out, tokenizer, knob="files", text_key=options.text_key,
+            val_fraction=options.val_fraction, processes=options.processes or os.cpu_count() or 1, max_bad=options.max_bad,
+            resume=True,
+        )  # fmt: skip
+    except OSError as error:
+        told = error.strerror or error
+        raise ValueError(f"out={options.out}: cannot be written ({told}); the same command goes on") from error
     bad = manifest["bad"]["records"]
     print(f"prepared {counts(manifest)}, {manifest['text_bytes']:,} bytes of text, "
           f"{f'{bad:,} bad records passed over, ' if bad else ''}{time.monotonic() - began:.1f} s, in {out}")  # fmt: skip

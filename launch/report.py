@@ -211,15 +211,17 @@ def life(run: Run) -> str:
 
 
 def plot(head: str, unit: str, keys: Sequence[str], runs: Sequence[Run], x: str) -> str:
-    """A section with the figures `keys` of all runs, none where no run has one."""
-    several = len(runs) > 1
-    found = {
-        " ".join([*([run.name] if several else []), *([key] if len(keys) > 1 else [])]) or run.name: xy
-        for run in runs
-        for key in keys
-        if (xy := run.series(key, x))[0]
-    }
-    return html.section(head, html.lines(found, x, unit, log_y=head == "Gradient norm")) if found else ""
+    """A section with the figures `keys`, none where no run has one: of one run in one plot, of several in a plot for each figure,
+    in which a run has the colour that it has everywhere."""
+    keys = [key for key in keys if any(run.series(key, x)[0] for run in runs)]
+    if not keys:
+        return ""
+    if len(runs) == 1:
+        drawn = [({key: runs[0].series(key, x) for key in keys}, unit)]
+    else:
+        told = [f"{key}, {unit}".rstrip(", ") if len(keys) > 1 else unit for key in keys]
+        drawn = [({run.name: run.series(key, x) for run in runs}, y) for key, y in zip(keys, told, strict=True)]
+    return html.section(head, *(html.lines(series, x, y, log_y=head == "Gradient norm") for series, y in drawn))
 
 
 def others(runs: Sequence[Run], x: str) -> Iterable[str]:

@@ -31,6 +31,7 @@ from moesaic.launch.collectives_report import Profile
 from moesaic.launch.data import TokenStream, fingerprint, open_data, train_batch, val_batch
 from moesaic.launch.generate import sample_texts
 from moesaic.launch.metrics import (
+    TOLD_AGAIN,
     Meter,
     MetricsLog,
     memory_gib,
@@ -147,6 +148,10 @@ def train(config: Config, device: torch.device) -> None:
 
     log = together(open_log if rank == 0 else nothing)
     wandb = start_wandb(config, run_dir, dataclasses.asdict(config)) if rank == 0 else None
+
+    if log and wandb:
+        for figures in log.newest(TOLD_AGAIN):
+            wandb.log(figures)
 
     def record(figures: dict[str, Any]) -> None:
         if log and wandb:
@@ -424,4 +429,4 @@ def print_error(line: str) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()  # a data file that was cut short under a mapping ends the process with SIGBUS
-    leave_after(lambda: cli.run(main))
+    leave_after(lambda: cli.run(main, in_jobs=True))

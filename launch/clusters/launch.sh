@@ -23,6 +23,9 @@ meeting=(--standalone)
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
 python=${PYTHON:-$python}
+[[ $RANKS_PER_NODE != gpu || -e /dev/nvidia0 || -e /dev/kfd ]] ||
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null ||
+  fail "RANKS_PER_NODE=gpu: there is no GPU here; give a number of ranks"
 
 # exec: a scheduler's signals reach torchrun itself.
 exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$RANKS_PER_NODE" \

@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
 
 from tests.launch.launches import ROOT, Place, losses
@@ -67,6 +68,11 @@ def test_several_nodes_meet_at_the_first(tmp_path: Path) -> None:
         ({"RUN_DIR": "r", "NODES": "two"}, "error: NODES=two: must be a number of nodes, or two as in 2:4"),
         ({"RUN_DIR": "r", "NODES": "2"}, "error: HEAD=: must name the first node where NODES=2"),
         ({"RUN_DIR": "r", "RANKS_PER_NODE": "0"}, "error: RANKS_PER_NODE=0: must be gpu or a number above 0"),
+        pytest.param(
+            {"RUN_DIR": "r"},
+            "error: RANKS_PER_NODE=gpu: there is no GPU here; give a number of ranks",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         ({"RUN_DIR": "r", "MAX_RESTARTS": "-1"}, "error: MAX_RESTARTS=-1: must be a whole number"),
     ],
 )

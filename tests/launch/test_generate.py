@@ -199,3 +199,15 @@ def test_the_program(run_dir: Path, tmp_path: Path, sample: Sample) -> None:
         else:
             assert done.stderr == "error: top_k=-1: must not be negative\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_prompts_that_can_not_be(tmp_path: Path):
+    (tmp_path / "empty").touch()
+    (tmp_path / "bytes").write_bytes(b"a\xff")
+    for name, told in (
+        ("none", r"cannot be read \(No such file"),
+        ("empty", "holds no prompt"),
+        ("bytes", r"cannot be read \(not UTF-8"),
+    ):
+        with pytest.raises(ValueError, match=rf"^prompts={tmp_path / name}: {told}"):
+            generate.main(generate.Options(prompts=str(tmp_path / name)))

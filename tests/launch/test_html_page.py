@@ -107,3 +107,21 @@ def test_plots_mark_round_numbers_and_keep_their_extremes() -> None:
     at = [tuple(map(float, p.split(","))) for p in line.attrib["points"].split()]
     assert len(at) <= 2000 and min(y for _, y in at) == html.TOP, "one value in a hundred thousand is still seen"
     assert "nothing to draw" in html.lines({"s": ([1.0], [math.nan])}, "x", "y")
+
+
+@needs_browser
+def test_a_moment_of_a_timeline_is_seen_at_any_zoom(browser: Browser, tmp_path: Path) -> None:
+    """Three pixels wide, a tenth of the way along a lane of hours, before zooming and after."""
+    path = tmp_path / "page.html"
+    path.write_text(
+        html.page("p", html.timeline({"lane": [Slice(0.0, 9e3, "a", "a"), Slice(900.0, 900.0, "b", "b")]}, "s"))
+    )
+    browser.open(path)
+    lane = "document.querySelector('.timeline svg')"
+    mark = (
+        f"(() => {{ const r = {lane}.querySelector('path').getBoundingClientRect(), s = {lane}.getBoundingClientRect();"
+    )
+    mark += " return (r.x + r.width / 2 - s.x) / s.width; })()"
+    assert browser.evaluate(mark) == pytest.approx(0.1, abs=0.01)
+    style = f"(() => {{ const s = getComputedStyle({lane}.querySelector('path')); return [s.strokeWidth, s.vectorEffect]; }})()"
+    assert browser.evaluate(style) == ["3px", "non-scaling-stroke"]

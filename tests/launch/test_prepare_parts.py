@@ -1,5 +1,6 @@
 """Preparation in parts: every kind of input, several processes, kills, bad records, a tokenizer learnt from the data."""
 
+import errno
 import gzip
 import json
 import os
@@ -322,3 +323,32 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixtur
     shard.write_bytes(raw)
     with pytest.raises(ValueError, match=rf"^verify={shard}: is damaged"):
         main(Options(verify=f"{tmp_path}/out"))
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: None
+):
+    path = write_jsonl(tmp_path / "texts.jsonl", some_texts(60))
+    options = Options(files=str(path), out=str(tmp_path / "out"), processes=1)
+    append, written = prepare_module.ShardWriter.append, []
+
+    def full(writer: Any, ids: Any) -> None:
+        written.append(ids)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write() does: it names no file
+        append(writer, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module.ShardWriter, "append", full)
+        with pytest.raises(
+            ValueError, match=rf"^out={tmp_path}/out: cannot be written \(No space left on device\); the same"
+        ):
+            main(options)
+    main(options)
+    prepare([Source(path)], tmp_path / "plain", BYTES, knob="files")
+    assert tokens_of(tmp_path / "out") == tokens_of(tmp_path / "plain")
+
+
+def test_verify_stands_alone():
+    with pytest.raises(ValueError, match=r"^verify=a: must stand alone"):
+        main(Options(verify="a", files="b"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -128,6 +129,21 @@ def test_runs_side_by_side(run_dir: Path, tmp_path: Path):
     (link,) = words.links
     assert (tmp_path / link.replace("%20", " ").replace("%23", "#").replace("%3C", "<").replace("%3E", ">")).is_file()
     assert other.name in [row[0] for row in words.rows if row]
+
+
+def test_a_run_has_its_colour_everywhere(run_dir: Path, tmp_path: Path):
+    """Of two runs, the first without an evaluation: each figure has a plot of its own, and the second its colour in all."""
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "config.yaml").write_bytes((run_dir / "config.yaml").read_bytes())
+    kept = [json.dumps(record) for record in records(run_dir) if "val_loss" not in record]
+    (short / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    report.main(report.Options(run_dir=f"{short},{run_dir}", out=str(tmp_path / "both.html")))
+    text = (tmp_path / "both.html").read_text()
+    colours = {name: set(re.findall(rf'stroke="(#\w+)" stroke-width="1.5"><title>{name}</title>', text))
+               for name in ("short", "first &lt;run&gt;")}  # fmt: skip
+    assert list(map(len, colours.values())) == [1, 1] and not set.intersection(*colours.values())
+    assert "<div>val_loss, nats a token</div>" in text and "<div>moe/dropped, a token</div>" in text
 
 
 def test_what_is_no_run(run_dir: Path, tmp_path: Path):

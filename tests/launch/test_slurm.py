@@ -191,3 +191,35 @@ def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(place: Place, tmp
     except BaseException:
         print(cluster.job(number), log.read_text()[-5000:])
         raise
+
+
+@pytest.mark.timeout(800)
+def test_points_of_a_sweep_are_queued_again_and_go_on(
+    place: Place, reference: tuple[Path, str], tmp_path: Path, cluster: Cluster
+) -> None:
+    """Two points of two nodes, by hydra-submitit-launcher; the first is preempted. Both end as if nothing had happened."""
+    uninterrupted, _ = reference
+    run_dir = tmp_path / "sweep"
+    knobs = place.knobs(run_dir, "train.checkpoint_every=30", "train.eval_every=30", "train.keep_checkpoints=2,3")
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.timeout_min=60"]
+    with (tmp_path / "sweep.log").open("wb") as log:
+        command = [sys.executable, "launch/train.py", "--multirun", *launcher, "recipe=tiny_moe", *knobs]
+        sweep = subprocess.Popen(command, cwd=ROOT, env=cluster.environment, stdout=log, stderr=log)
+    try:
+        until(lambda: len(losses(run_dir / "0")) > 4, 150)
+        preempt(cluster, "")
+        assert sweep.wait(500) == 0
+        queued_again = [path.read_text() for path in run_dir.glob(".submitit/*/*_0_log.err")]
+        assert sum("this job is preempted" in text for text in queued_again) == 1
+        for number in ("0", "1"):
+            assert losses(run_dir / number) == losses(uninterrupted)
+            assert evaluations(run_dir / number) == evaluations(uninterrupted)
+        starts = [(run_dir / number / "events.jsonl").read_text().count('"start"') for number in ("0", "1")]
+        assert starts == [2, 1]
+    except BaseException:
+        for path in [tmp_path / "sweep.log", *run_dir.glob(".submitit/*/*.err"), *run_dir.glob(".submitit/*/*.out")]:
+            print(f"== {path}", path.read_text()[-4000:])
+        raise
+    finally:
+        sweep.kill()
+        sweep.wait()
