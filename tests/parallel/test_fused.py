@@ -18,8 +18,7 @@ from moesaic.launch.cli import UserError, compose
 from moesaic.moe.config import RouterConfig
 from moesaic.moe.dispatch import LocalPath
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.fused import FusedPath, Space, fused_paths, most_slots
-from moesaic.parallel.mesh import make_meshes
+from moesaic.parallel.fused import FusedPath, Space, most_slots
 from tests.parallel.pool import Pool, RanksFailed
 from tests.parallel.test_expert import (
     CONFIG,
@@ -245,12 +244,6 @@ def on_a_pretend_gpu() -> None:
     """The branch for CUDA of one rank of a group, with the calls of torch's symmetric memory noted."""
     import torch.distributed._symmetric_memory as symmetric
 
-    with pytest.raises(
-        ValueError, match=r"parallel.expert_path=fused: parallel.expert=2 must be within a node, of 1 ranks"
-    ):
-        fused_paths(
-            CONFIG, ParallelConfig(expert_path="fused", node_size="1"), make_meshes("cpu", 2), torch.float32, CPU, 4
-        )
     calls = MagicMock()
     calls.empty.side_effect = lambda size, dtype, device: torch.full((size,), 7, dtype=dtype)
     rank = dist.get_rank()
