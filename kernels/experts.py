@@ -157,10 +157,10 @@ def _halves(x_MN, BM: tl.constexpr, BN: tl.constexpr):
 @jit
 def _dact_columns(
     da_MN, w_M1, h, dh, a, count, f, F, G, KIND: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """What follows from da in columns f of a tile with `count` rows, to the first of which h, dh and a point: dh and a', stored,
-    and sums <da, a>."""
+    """What follows from da in columns f of a tile with `count` rows, to the first of which h, dh and a point: dh and a', or a if
+    not WEIGHTED, stored, and sums <da, a>."""
     fs = f + tl.arange(0, BN)
     row = tl.arange(0, BM)
     inside = row[:, None] < count if WHOLE else (row[:, None] < count) & (fs < F)[None, :]
@@ -175,14 +175,15 @@ def _dact_columns(
         dgate_MN *= up.to(tl.float32)
         a_MN *= up.to(tl.float32)
     tl.store(dh + places, (dgate_MN * slope_MN).to(dh.dtype.element_ty), mask=inside)
-    tl.store(a + row[:, None] * F + fs[None, :], (a_MN * w_M1).to(a.dtype.element_ty), mask=inside)
+    stored_MN = a_MN * w_M1 if WEIGHTED else a_MN
+    tl.store(a + row[:, None] * F + fs[None, :], stored_MN.to(a.dtype.element_ty), mask=inside)
     return tl.sum(da_MN * a_MN, axis=1)  # past column F, both are 0
 
 
 @jit
 def dact_quarters(
     da_MN, w_M1, h, dh, a, count, f, F, G, KIND: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, WEIGHTED: tl.constexpr = True,
 ):  # fmt: skip
     """`_dact_columns` of a whole tile, a few columns at a time: for all at once, what is around the product doesn't fit into
     registers."""
@@ -193,7 +194,7 @@ def dact_quarters(
         for quarter in tl.static_range(2):
             part_M += _dact_columns(
                 two if quarter else one, w_M1, h, dh, a, count, f + (2 * half + quarter) * (BN // 4), F, G, KIND, PAIR, BM,
-                BN // 4, WHOLE,
+                BN // 4, WHOLE, WEIGHTED,
             )  # fmt: skip
     return part_M
 

@@ -26,6 +26,19 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.kernels.experts import store_activated
+from moesaic.kernels.fused_low import (
+    BLOCK,
+    Low,
+    cast_by_weight,
+    code_type,
+    keep_x,
+    kept_bytes,
+    meta_low,
+    new_kept,
+    scales_low,
+    send_x,
+    up_product,
+)
 from moesaic.kernels.fused_protocol import (
     ALIAS,
     ARRIVED,
@@ -69,6 +82,7 @@ from moesaic.kernels.fused_protocol import (
 from moesaic.kernels.grouped_gemm import describe, launch_options, rows_by_weight
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.permute import Rows
+from moesaic.kernels.scaled_gemm import e4m3
 from moesaic.kernels.symmetric import Heap, starts
 from moesaic.kernels.tiles import Tile, fused_tile, processors, target_name
 
@@ -181,16 +195,6 @@ def end_dispatch(
     count_bytes(sent_WP, owner, 1, tl.sum(carried.to(tl.int32), axis=0) * row_bytes, owner != me, P)
     count_bytes(sent_WP, owner, 2, tl.sum(real.to(tl.int32), axis=0) * slot_bytes, owner != me, P)
     count_bytes(sent_WP, owner, 4, tile * 0 + 4, owner != me, P)
-
-
-@jit
-def send_rows(x, token, to, rows, carried, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """x[token] to places `rows` of `to`."""
-    for d in range(0, D, BK):
-        ds = d + tl.arange(0, BK)
-        mask = carried[:, None] if D % BK == 0 else carried[:, None] & (ds < D)[None, :]
-        values = tl.load(x + token.to(tl.int64)[:, None] * D + ds[None, :], mask=mask, other=0.0)
-        tl.store(to + rows.to(tl.int64)[:, None] * D + ds[None, :], values, mask=mask)
 
 
 @jit
@@ -345,16 +349,17 @@ def combine(
 
 @jit
 def _fused_forward_kernel(
-    x_TD, w_up, w_down, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF, kept_RD, y_TD, table, tables, sent_WP,
-    T, me, call, TILES, spins, programs, first,
+    x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF,
+    kept_RD, y_TD, table, tables, sent_WP, T, me, call, TILES, spins, programs, first,
     K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
     UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
-    PRECISION: tl.constexpr, TRACE: tl.constexpr, AMD: tl.constexpr,
+    PRECISION: tl.constexpr, TRACE: tl.constexpr, AMD: tl.constexpr, CODE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_TD.dtype.element_ty
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
+    X_BYTES: tl.constexpr = D * SIZE if CODE is None else D + (D + 127) // 128
     BU: tl.constexpr = BN // 2 if PAIR else BN
     FT: tl.constexpr = (F + BU - 1) // BU
     NT: tl.constexpr = (D + BN - 1) // BN
@@ -387,8 +392,8 @@ def _fused_forward_kernel(
             owner, tile, rows, real, slot, token, holder, carried = begin_dispatch(
                 task, source_S, expert_S, bag, starts, K, tables, run, W, E, BE, BM, ONCE, TRACE
             )
-            send_rows(x_TD, token, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
-            end_dispatch(owner, tile, rows, real, slot, holder, carried, D * SIZE, 12, sent_WP, run, W, TRACE, N_PHASES)
+            send_x(x_TD, token, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK, CODE)
+            end_dispatch(owner, tile, rows, real, slot, holder, carried, X_BYTES, 12, sent_WP, run, W, TRACE, N_PHASES)
         elif task < combining:
             is_up, tile, column = wave_task(task - up_down, tiles, FT, NT, WAVE)
             if is_up:
@@ -398,18 +403,17 @@ def _fused_forward_kernel(
                 if fine:
                     record(1, tile, column, -1, UP, once(), run, W, TRACE)
                     rows_RD = address(table, ROWS, me, W, TYPE)
-                    x_M1 = rows_RD + holder.to(tl.int64)[:, None] * D
                     f = column * BU
-                    gate_MN, up_MN = rows_by_weight(
-                        x_M1, w_up, j, f, F + f, G, D, G * D, D, BM, BU, BK, PAIR, False, UP_DESCRIBED, EVEN_D,
-                        PRECISION,
+                    gate_MN, up_MN = up_product(
+                        rows_RD, holder, w_up, up_scales, j, f, F + f, G, D, F, BM, BU, BK, PAIR, UP_DESCRIBED, EVEN_D, PRECISION,
+                        CODE,
                     )  # fmt: skip
                     rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
                     fs = f + tl.arange(0, BU)
                     exists = (rows < end)[:, None] if F % BU == 0 else (rows < end)[:, None] & (fs < F)[None, :]
                     if kept_RD is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
                         if column == 0:
-                            send_rows(rows_RD, holder, kept_RD, rows, rows < end, D, BM, BK)
+                            keep_x(rows_RD, holder, kept_RD, rows, rows < end, D, KEPT, BM, BK, CODE)
                     store_activated(gate_MN, up_MN, h_RG, a_RF, rows, exists, fs, F, G, KIND, PAIR)
                     raise_ready(tile, column, FT, run, W, TRACE)
             else:
@@ -417,10 +421,18 @@ def _fused_forward_kernel(
                 alive = fine.to(tl.int32)
                 if fine:
                     j, rank, rows_of_rank, end, rows = rows_of(tile, tables, W, E, BE, BW, BM)
-                    y_MN, _ = rows_by_weight(
-                        a_RF + rows[:, None] * F, w_down, j, column * BN, column * BN, D, F, D * F, F, BM, BN, BK,
-                        False, False, DOWN_DESCRIBED, EVEN_F, PRECISION,
-                    )  # fmt: skip
+                    a_M1 = a_RF + rows[:, None] * F
+                    if down_scales is None:
+                        y_MN, _ = rows_by_weight(
+                            a_M1, w_down, j, column * BN, column * BN, D, F, D * F, F, BM, BN, BK, False, False, DOWN_DESCRIBED,
+                            EVEN_F, PRECISION,
+                        )  # fmt: skip
+                    else:
+                        keep_M1 = (tile * BM + tl.arange(0, BM) < end)[:, None] & (column == 0)
+                        y_MN = cast_by_weight(
+                            a_M1, a_scales_RB + rows[:, None] * ((F + 127) // 128), keep_M1, w_down, down_scales, j, column * BN,
+                            D, F, BM, BN, DOWN_DESCRIBED, CODE,
+                        )  # fmt: skip
                     row_return(
                         y_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, TILES, run, NT, D, W, BM, BN, TRACE,
                         N_PHASES, TYPE,
@@ -496,7 +508,8 @@ def most_columns(width: int, tile: Tile, pair: bool = False) -> int:
 
 def forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting,
-    sent_WP: Tensor, keep: bool = False, call: int = 0, first: int = 0, grid: int | None = None,
+    sent_WP: Tensor, keep: bool = False, call: int = 0, first: int = 0, grid: int | None = None, coded: bool = False,
+    low: Low | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(y_TD, h_RG, tables, the rows that came, if `keep`). Every rank of the group calls it, with its tokens and its experts;
     rows are sorted by all E experts.
@@ -505,28 +518,36 @@ def forward(
     `call` numbers what the ranks call, which must be the same on all of them: twice the layer's number, and 1 for backward.
     `first` and `grid`, for tests: run `grid` of the setting's programs, from that number on. Whether it went well, the heap's
     `failed` says.
+
+    coded: rows of x travel as fp8 codes with scales, and those that came are uint8 (R, `kept_bytes`). low: and products are of
+    fp8; weights are codes then, of the type `scaled_gemm.e4m3`.
     """
     heap, pair, (n_experts, g, d), f = setting.heap, activation != "relu2", w_up_eGD.shape, w_down_eDF.shape[2]
     (capacity, width), dtype = heap.regions["rows"]
-    assert x_TD.dtype == dtype == w_up_eGD.dtype == w_down_eDF.dtype and width == d, (x_TD.dtype, dtype, width, d)
+    weight_type = dtype if low is None else e4m3(x_TD.device)
+    assert x_TD.dtype == dtype and weight_type == w_up_eGD.dtype == w_down_eDF.dtype, (x_TD.dtype, w_up_eGD.dtype)
+    assert width == d and (coded or low is None), (width, d, coded)
     assert x_TD.is_contiguous() and w_up_eGD.is_contiguous() and w_down_eDF.is_contiguous()
     assert n_experts * heap.ranks == setting.experts == rows.counts_E.numel(), (n_experts, setting.experts)
     options = fused_options(setting, x_TD, w_up_eGD, w_down_eDF)
     bn, bk, m = options["BN"], options["BK"], options["BM"]
-    w_up, up_described = describe(w_up_eGD, bn // 2 if pair else bn, bk)
-    w_down, down_described = describe(w_down_eDF, bn, bk)
+    depth = bk if low is None else BLOCK
+    w_up, up_described = describe(w_up_eGD, bn // 2 if pair else bn, depth)
+    w_down, down_described = describe(w_down_eDF, bn, depth)
     assert columns(d, bn) <= heap.regions["back"][0][2] and columns(f, bn, pair) <= heap.regions["ready"][0][1], (
         heap.regions
     )
     h_RG, a_RF = x_TD.new_empty(capacity, g), x_TD.new_empty(capacity, f)
-    y_TD, kept_RD = torch.empty_like(x_TD), x_TD.new_empty(capacity, d) if keep else None
+    y_TD, kept_RD = torch.empty_like(x_TD), new_kept(x_TD, capacity, coded) if keep else None
     tables = torch.empty(tables_size(heap.ranks, setting.experts), dtype=torch.int32, device=x_TD.device)
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_forward_kernel[(grid or setting.programs,)](
-        x_TD, w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E, h_RG, a_RF, kept_RD,
-        y_TD, heap.table, tables, sent_WP, x_TD.shape[0], heap.rank, call, capacity // m, setting.spins, setting.programs, first,
+        x_TD, w_up, w_down, *scales_low(low), rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
+        h_RG, a_RF, kept_RD, y_TD, heap.table, tables, sent_WP,
+        x_TD.shape[0], heap.rank, call, capacity // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, bn, pair)), BT=m, KIND=activation, PAIR=pair,
-        UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0, **options,
+        UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0,
+        CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **options,
     )  # fmt: skip
     return y_TD, h_RG, tables, kept_RD
 
@@ -534,8 +555,11 @@ def forward(
 # ---------------------------------------------------------------- ahead of time
 
 
-def compile_setting(target: str, d: int, f: int, dtype: torch.dtype, once: bool) -> tuple[Setting, dict[str, Any]]:
-    """A setting of 8 ranks and 64 experts, and what a rank of them has, on the meta device."""
+def compile_setting(
+    target: str, d: int, f: int, dtype: torch.dtype, once: bool, mode: str
+) -> tuple[Setting, dict[str, Any]]:
+    """A setting of 8 ranks and 64 experts, and what a rank of them has, on the meta device. mode: high, or what is of fp8: rows,
+    or products too."""
     from moesaic.kernels.targets import meta
 
     ranks, n_experts, tokens, k, tile = 8, 64, 4096, 8, fused_tile(target)
@@ -547,27 +571,33 @@ def compile_setting(target: str, d: int, f: int, dtype: torch.dtype, once: bool)
     heap = Heap(0, ranks, shapes, meta(starts(shapes)[1], dtype=torch.uint8), [], table)
     index, rows_R = meta(tokens * k, dtype=torch.int64), tiles * tile.m
     rows = Rows(index, index, index, meta(tokens, k, dtype=torch.int64), None, meta(n_experts, dtype=torch.int64))
-    e = n_experts // ranks
+    e, coded, x = n_experts // ranks, mode != "high", meta(tokens, d, dtype=dtype)
+    low = meta_low(e, d, f, rows_R) if mode == "products" else None
+    weight = dtype if low is None else e4m3(x.device)
     return Setting(heap, n_experts, tile, once, programs=100), {
-        "x": meta(tokens, d, dtype=dtype), "weights": meta(tokens * k, dtype=torch.float32), "rows": rows,
-        "up": meta(e, 2 * f, d, dtype=dtype), "down": meta(e, d, f, dtype=dtype), "sent": meta(ranks, len(PHASES),
-        dtype=torch.int64), "h": meta(rows_R, 2 * f, dtype=dtype), "kept": meta(rows_R, d, dtype=dtype),
-        "tables": meta(tables_size(ranks, n_experts), dtype=torch.int32),
+        "x": x, "weights": meta(tokens * k, dtype=torch.float32), "rows": rows,
+        "up": meta(e, 2 * f, d, dtype=weight), "down": meta(e, d, f, dtype=weight), "sent": meta(ranks, len(PHASES),
+        dtype=torch.int64), "h": meta(rows_R, 2 * f, dtype=dtype), "kept": new_kept(x, rows_R, coded),
+        "tables": meta(tables_size(ranks, n_experts), dtype=torch.int32), "coded": coded, "low": low,
     }  # fmt: skip
 
 
-COMPILED: dict[str, tuple[int, int, torch.dtype, bool]] = {
-    "D 2048, F 1024, bf16": (2048, 1024, torch.bfloat16, True),
-    "D 2048, F 1024, bf16, every row": (2048, 1024, torch.bfloat16, False),
-    "D 2048, F 1024, fp32": (2048, 1024, torch.float32, True),
+COMPILED: dict[str, tuple[int, int, torch.dtype, bool, str]] = {
+    "D 2048, F 1024, bf16": (2048, 1024, torch.bfloat16, True, "high"),
+    "D 2048, F 1024, bf16, every row": (2048, 1024, torch.bfloat16, False, "high"),
+    "D 2048, F 1024, fp32": (2048, 1024, torch.float32, True, "high"),
+    "D 2048, F 1024, bf16, fp8 rows": (2048, 1024, torch.bfloat16, True, "rows"),
+    "D 2048, F 1024, bf16, fp8 products": (2048, 1024, torch.bfloat16, True, "products"),
+    "D 2048, F 1024, bf16, fp8 products, every row": (2048, 1024, torch.bfloat16, False, "products"),
 }
 
 
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
-    def case(d: int, f: int, dtype: torch.dtype, once: bool) -> None:
-        s, g = compile_setting(target, d, f, dtype, once)
-        forward(g["x"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", s, g["sent"], keep=not once)
+    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str) -> None:
+        s, g = compile_setting(target, d, f, dtype, once, mode)
+        rest = dict(keep=not once, coded=g["coded"], low=g["low"])
+        forward(g["x"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", s, g["sent"], **rest)
 
     return {name: functools.partial(case, *sizes) for name, sizes in COMPILED.items()}

@@ -33,9 +33,20 @@ from moesaic.kernels.fused_ep import (
     raise_ready,
     row_return,
     rows_of,
-    send_rows,
     take,
     wave_task,
+)
+from moesaic.kernels.fused_low import (
+    BLOCK,
+    Low,
+    cast_by_weight,
+    code_type,
+    kept_bytes,
+    low_weight_tile,
+    scales_low,
+    send_rows,
+    send_x,
+    transposed,
 )
 from moesaic.kernels.fused_protocol import (
     AGAIN,
@@ -115,18 +126,20 @@ def return_grads(parts_RP, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr
 
 @jit
 def _fused_backward_kernel(
-    dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S, counts_E, dh_RG, a_RF, parts_RP,
-    dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
+    dy_TD, x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S,
+    counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
     T, me, call, TILES, spins, programs, first,
     K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr,
     PAIR: tl.constexpr, ONCE: tl.constexpr, UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr,
     EVEN_G: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, TRACE: tl.constexpr,
-    AMD: tl.constexpr,
+    AMD: tl.constexpr, CODE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_TD.dtype.element_ty
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
+    LOW: tl.constexpr = up_scales is not None
+    X_BYTES: tl.constexpr = 0 if kept_RD is not None else D * SIZE if CODE is None else D + (D + 127) // 128
     e: tl.constexpr = E // W
     FT: tl.constexpr = (F + BN - 1) // BN
     NT: tl.constexpr = (D + BN - 1) // BN
@@ -155,14 +168,13 @@ def _fused_backward_kernel(
             owner, tile, rows, real, slot, token, holder, carried = begin_dispatch(
                 task, source_S, expert_S, bag, starts, K, tables, run, W, E, BE, BM, ONCE, TRACE
             )
-            copies: tl.constexpr = 2 if kept_RD is None else 1
             send_rows(dy_TD, token, address(table, ROWS, owner, W, TYPE), rows, carried, D, BM, BK)
             if kept_RD is None:
-                send_rows(x_TD, token, address(table, AGAIN, owner, W, TYPE), rows, carried, D, BM, BK)
+                send_x(x_TD, token, address(table, AGAIN, owner, W, TYPE), rows, carried, D, BM, BK, CODE)
             weight = tl.load(weights_S + slot, mask=real, other=0.0)
             tl.store(address(table, WEIGHT, owner, W, tl.float32) + rows, weight, mask=real)
             end_dispatch(
-                owner, tile, rows, real, slot, holder, carried, D * SIZE * copies, 16, sent_WP, run, W, TRACE, N_PHASES
+                owner, tile, rows, real, slot, holder, carried, D * SIZE + X_BYTES, 16, sent_WP, run, W, TRACE, N_PHASES
             )
         elif task < weighing:
             is_up, tile, column = wave_task(task - up_down, tiles, FT, NT, WAVE)
@@ -174,15 +186,19 @@ def _fused_backward_kernel(
                     record(1, tile, column, -1, UP, once(), run, W, TRACE)
                     dy_M1 = address(table, ROWS, me, W, TYPE) + holder.to(tl.int64)[:, None] * D
                     f, row = column * BN, (tile * BM).to(tl.int64)
-                    da_MN, _ = rows_by_weight(
-                        dy_M1, w_down, j, f, f, F, D, D * F, F, BM, BN, BK, False, True, DOWN_DESCRIBED, EVEN_D,
-                        PRECISION,
-                    )  # fmt: skip
+                    if LOW:
+                        da_MN = cast_by_weight(
+                            dy_M1, None, None, w_down, down_scales, j, f, F, D, BM, BN, DOWN_DESCRIBED, CODE
+                        )
+                    else:
+                        da_MN, _ = rows_by_weight(
+                            dy_M1, w_down, j, f, f, F, D, D * F, F, BM, BN, BK, False, True, DOWN_DESCRIBED, EVEN_D, PRECISION
+                        )  # fmt: skip
                     rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1)
                     w_M1 = tl.load(address(table, WEIGHT, me, W, tl.float32) + rows, cache_modifier=".cg")[:, None]
                     part_M = dact_quarters(
                         da_MN, w_M1, h_RG + row * G, dh_RG + row * G, a_RF + row * F, end - tile * BM, f, F, G, KIND, PAIR, BM,
-                        BN, WHOLE,
+                        BN, WHOLE, not LOW,
                     )  # fmt: skip
                     rows = tile * BM + tl.arange(0, BM)
                     tl.store(parts_RP + rows.to(tl.int64) * FT + column, part_M, mask=rows < end)
@@ -192,10 +208,16 @@ def _fused_backward_kernel(
                 alive = fine.to(tl.int32)
                 if fine:
                     j, rank, rows_of_rank, end, rows = rows_of(tile, tables, W, E, BE, BW, BM)
-                    dx_MN, _ = rows_by_weight(
-                        dh_RG + rows[:, None] * G, w_up, j, column * BN, column * BN, D, G, G * D, D, BM, BN, BK,
-                        False, True, UP_DESCRIBED, EVEN_G, PRECISION,
-                    )  # fmt: skip
+                    dh_M1 = dh_RG + rows[:, None] * G
+                    if LOW:
+                        dx_MN = cast_by_weight(
+                            dh_M1, None, None, w_up, up_scales, j, column * BN, D, G, BM, BN, UP_DESCRIBED, CODE
+                        )
+                    else:
+                        dx_MN, _ = rows_by_weight(
+                            dh_M1, w_up, j, column * BN, column * BN, D, G, G * D, D, BM, BN, BK, False, True, UP_DESCRIBED,
+                            EVEN_G, PRECISION,
+                        )  # fmt: skip
                     if column == 0:
                         return_grads(parts_RP, tile, end, FT, run, W, BM, BF)
                         count_bytes(sent_WP, rank, 3, rows_of_rank * 4, (rows_of_rank > 0) & (rank != me), N_PHASES)
@@ -215,18 +237,32 @@ def _fused_backward_kernel(
             if alive != 0:
                 record(1, j, local, -1, WEIGHTS, once(), run, W, TRACE)
                 held = address(table, ALIAS, me, W, tl.int32)
+                dy_RD, weight_R = address(table, ROWS, me, W, TYPE), address(table, WEIGHT, me, W, tl.float32)
+                x_RD = address(table, AGAIN, me, W, TYPE) if kept_RD is None else kept_RD
+                dw, dv = dw_down + j.to(tl.int64) * D * F, dw_up + j.to(tl.int64) * G * D
                 if local < down_tiles:
-                    weight_tile(
-                        address(table, ROWS, me, W, TYPE), a_RF, dw_down + j.to(tl.int64) * D * F, held, start, count,
-                        local // FT, local % FT, D, F, True, False, BP, BN, BR, ONCE, PRECISION,
-                    )  # fmt: skip
+                    p, q = local // FT, local % FT
+                    if LOW:
+                        low_weight_tile(
+                            dy_RD, weight_R, a_RF, a_scales_RB, dw, held, start, count, p, q, D, F, False, True, False, 0, BP,
+                            BN, BR, ONCE, True, PRECISION, CODE,
+                        )  # fmt: skip
+                    else:
+                        weight_tile(
+                            dy_RD, a_RF, dw, held, start, count, p, q, D, F, True, False, BP, BN, BR, ONCE, PRECISION
+                        )
                 else:
-                    local -= down_tiles
-                    x_RD = address(table, AGAIN, me, W, TYPE) if kept_RD is None else kept_RD
-                    weight_tile(
-                        dh_RG, x_RD, dw_up + j.to(tl.int64) * G * D, held, start, count,
-                        local // NT, local % NT, G, D, False, kept_RD is None, BP, BN, BR, ONCE, PRECISION,
-                    )  # fmt: skip
+                    p, q = (local - down_tiles) // NT, (local - down_tiles) % NT
+                    if CODE is None:
+                        weight_tile(
+                            dh_RG, x_RD, dv, held, start, count, p, q, G, D, False, kept_RD is None, BP, BN, BR, ONCE, PRECISION
+                        )  # fmt: skip
+                    else:
+                        stride: tl.constexpr = D * SIZE if kept_RD is None else KEPT
+                        low_weight_tile(
+                            dh_RG, None, x_RD.to(tl.pointer_type(tl.uint8)), None, dv, held, start, count, p, q, G, D, True,
+                            False, kept_RD is None, stride, BP, BN, BR, ONCE, LOW, PRECISION, CODE,
+                        )  # fmt: skip
         else:
             alive = combine(
                 task, task - combining, dx_TD, None, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW,
@@ -240,28 +276,32 @@ def _fused_backward_kernel(
 def backward(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor | None, tables: Tensor, weights_S: Tensor, w_up_eGD: Tensor,
     w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting, sent_WP: Tensor, call: int = 0, first: int = 0,
-    grid: int | None = None,
+    grid: int | None = None, coded: bool = False, low: Low | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx_TD, dweights_S, dw_up_eGD, dw_down_eDF), of what `forward` took and returned. Every rank of the group calls it."""
     heap, g, (_, d, f) = setting.heap, w_up_eGD.shape[1], w_down_eDF.shape
     options = fused_options(setting, dy_TD, w_up_eGD, w_down_eDF)
     bn, bk, m = options["BN"], options["BK"], options["BM"]
-    w_up, up_described = describe(w_up_eGD, bk, bn)
-    w_down, down_described = describe(w_down_eDF, bk, bn)
+    dw_up, dw_down = x_TD.new_empty(w_up_eGD.shape), x_TD.new_empty(w_down_eDF.shape)
+    bp, br, block = max(m, bn), max(bk, 16), (bk, bn)
+    if low is not None:
+        w_up_eGD, w_down_eDF, low = transposed(w_up_eGD, w_down_eDF, low)
+        bp, br, block = bn, BLOCK, (bn, BLOCK)
+    w_up, up_described = describe(w_up_eGD, *block)
+    w_down, down_described = describe(w_down_eDF, *block)
     ft = triton.cdiv(f, bn)
     assert triton.cdiv(d, bn) <= heap.regions["back"][0][2] and ft <= heap.regions["ready"][0][1], heap.regions
     dh_RG, a_RF = torch.empty_like(h_RG), h_RG.new_empty(h_RG.shape[0], f)
     parts_RP = weights_S.new_empty(h_RG.shape[0], ft)
     dx_TD, dweights_S = torch.empty_like(x_TD), torch.zeros_like(weights_S)  # unused slots have no gradient
-    dw_up, dw_down = torch.empty_like(w_up_eGD), torch.empty_like(w_down_eDF)
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_backward_kernel[(grid or setting.programs,)](
-        dy_TD, x_TD, w_up, w_down, h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
-        dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
+        dy_TD, x_TD, w_up, w_down, *scales_low(low), h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts,
+        weights_S, rows.counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
         x_TD.shape[0], heap.rank, call, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
-        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=max(m, bn), BR=max(bk, 16), KIND=activation,
+        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=bp, BR=br, KIND=activation,
         PAIR=activation != "relu2", UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0,
-        EVEN_G=g % bk == 0, WHOLE=f % bn == 0, **options,
+        EVEN_G=g % bk == 0, WHOLE=f % bn == 0, CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **options,
     )  # fmt: skip
     return dx_TD, dweights_S, dw_up, dw_down
 
@@ -269,10 +309,11 @@ def backward(
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
-    def case(d: int, f: int, dtype: torch.dtype, once: bool) -> None:
-        s, g = compile_setting(target, d, f, dtype, once)
+    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str) -> None:
+        s, g = compile_setting(target, d, f, dtype, once, mode)
         kept = None if once else g["kept"]
         weights = g["weights"], g["up"], g["down"]
-        backward(g["x"], g["x"], g["h"], kept, g["tables"], *weights, g["rows"], "swiglu", s, g["sent"])
+        rest = dict(coded=g["coded"], low=g["low"])
+        backward(g["x"], g["x"], g["h"], kept, g["tables"], *weights, g["rows"], "swiglu", s, g["sent"], **rest)
 
     return {name: functools.partial(case, *sizes) for name, sizes in COMPILED.items()}

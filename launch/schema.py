@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 
 from moesaic.moe.config import ModelConfig, require
-from moesaic.moe.precision import PrecisionConfig
+from moesaic.moe.precision import PrecisionConfig, of_fp8_block
 from moesaic.parallel.config import ParallelConfig
 
 
@@ -160,6 +160,16 @@ class Config:
         self.init_from = os.path.expanduser(self.init_from) if self.init_from else None
 
 
+def _check_fused(p: PrecisionConfig) -> None:
+    require(p.combine == "high", f"precision.combine={p.combine}: must be high with parallel.expert_path=fused")
+    if not p.quantized or "experts" not in p.layers:
+        return
+    require(of_fp8_block(p), f"precision={p.recipe}: experts of parallel.expert_path=fused take the products of fp8_block as it is "
+            "shipped, no others; use that, or all_to_all")  # fmt: skip
+    require(p.dispatch == "fp8", f"precision.dispatch={p.dispatch}: must be fp8 with precision={p.recipe} and "
+            "parallel.expert_path=fused, whose products read nothing else")  # fmt: skip
+
+
 def check(c: Config) -> None:
     """Rules on the knobs of the loop, alone and together. Raises `ValueError` naming the knob, its value and the rule."""
     for name in ("name", "run_dir", "resume", "init_from"):
@@ -210,12 +220,8 @@ def check(c: Config) -> None:
     expert = c.parallel.expert
     require(expert == "auto" or c.model_from_init or c.model.n_experts % int(expert) == 0,
             f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
-    high = c.precision.dispatch == c.precision.combine == "high"
-    require(high or c.parallel.expert_path != "fused",
-            f"precision.dispatch={c.precision.dispatch}, precision.combine={c.precision.combine}: must be high with "
-            "parallel.expert_path=fused")  # fmt: skip
-    require(not c.precision.quantized or c.parallel.expert_path != "fused",
-            f"parallel.expert_path=fused: has no products of precision={c.precision.recipe} yet; use all_to_all")  # fmt: skip
+    if c.parallel.expert_path == "fused":
+        _check_fused(c.precision)
     require(c.parallel.expert_path != "fused" or not c.model.expert_bias,
             "model.expert_bias=true: must be false with parallel.expert_path=fused")  # fmt: skip
     require(c.profile in ("none", "collectives"), f"profile={c.profile}: must be one of none, collectives")

@@ -207,6 +207,24 @@ def _check_operand(knob: str, o: OperandConfig, product: str, side: str, p: Any,
                 f"{p.signs} and {p.rotation}")  # fmt: skip
 
 
+def of_fp8_block(config: PrecisionConfig) -> bool:
+    """Whether products are those of recipes/precision/fp8_block.yaml: E4M3 in 1x128, weights in 128x128 whose cast serves forward
+    and backward, scales powers of two that never clip, no rotation."""
+
+    def form(o: OperandConfig) -> tuple[object, ...]:
+        return o.element, o.block, o.scale in ("pow2", "e8m0"), o.rule, o.rounding, o.source
+
+    f, d, w = config.fprop, config.dgrad, config.wgrad
+    tile = ("e4m3", "1x128", True, "rceil", "even")
+    return (
+        f.rotation == d.rotation == w.rotation == 0
+        and all(form(o) == (*tile, "high") for o in (f.x, d.dy, w.dy))
+        and form(w.x) == (*tile, "fprop")
+        and form(f.w) == ("e4m3", "128x128", True, "rceil", "even", "high")
+        and (d.w.element, d.w.source) == (None, "fprop")
+    )
+
+
 # ---------------------------------------------------------------- of a run
 
 

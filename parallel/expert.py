@@ -344,7 +344,7 @@ class AllToAllPath:
     ) -> Tensor:
         """Out, through the experts, and back. operation: what the experts call in the place of their own."""
         plan = once("plan", lambda: self.plan(x_TD, routing, experts))
-        ids_N = experts.numbers(x_TD.shape[0], x_TD.device)
+        ids_N = None if operation else experts.numbers(x_TD.shape[0], x_TD.device)
         for leg in plan.legs if ids_N is not None else ():
             ids_N = leg.go(ids_N, "dispatch")()  # type: ignore[arg-type]
         x_ND, weights_S = _Dispatch.apply(x_TD, routing.weights_S, plan, self.codec)

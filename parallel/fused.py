@@ -11,6 +11,10 @@ collectives of the run never wait inside a launch: every rank issues both in the
 Where the group spans several nodes there are two hops, `TwoHopFusedPath`: between nodes by all-to-all, as the first leg of
 moesaic.parallel.two_hop; inside each, by the kernels, which see the node's ranks and experts alone and have a heap of their own.
 
+**Low precision**: with `precision.dispatch=fp8` rows of X travel as the codes and scales of moesaic.parallel.codec; with
+`precision=fp8_block` products are of fp8, of a cast of each weight that is made once a forward pass and kept for backward. Other
+recipes are refused with the knobs.
+
 **Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert:
 `FusedPath.sent`.
 
@@ -28,11 +32,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.kernels.permute import Rows
+from moesaic.kernels.quantize import pack
 from moesaic.kernels.symmetric import Exchange, FusedError, Regions, make_heap, shared_memory
 from moesaic.kernels.tiles import fused_tile, rounding_tile
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import sorted_rows
 from moesaic.moe.experts import Experts
+from moesaic.moe.low import LowExperts, Weight
 from moesaic.moe.router import Routing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert import AllToAllPath, Sent
@@ -218,6 +224,7 @@ class FusedPath(AllToAllPath):
 
         self.space, self.layer, self.number, self.counting = space, layer, next(_numbers), True
         self.call = 2 * next(space.calls)
+        self.low: LowExperts | None = None
         super().__init__(exchange or space.group, node_size=1 if exchange else None, limit=limit, layer=layer)
         self.group = space.whole
         self.counters_WP = torch.zeros(space.ranks, len(PHASES), dtype=torch.int64, device=space.device)
@@ -238,6 +245,7 @@ class FusedPath(AllToAllPath):
                 f"{self.space.tokens:,}; reserve more, on all ranks"
             )
         self.counting = experts.training
+        self.low = experts.low if experts.low is not None and experts.low.active else None
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         self.begin(routing.tokens, experts)
@@ -250,9 +258,12 @@ class FusedPath(AllToAllPath):
         b_down: Tensor | None, activation: str,
     ) -> Tensor:  # fmt: skip
         assert b_up is None and b_down is None, "refused with the knobs"
+        low = (None,) * 4
+        if self.low is not None:
+            low = *coded(self.low.up, w_up), *coded(self.low.down, w_down)
         return _op(
             x_TD.contiguous(), weights_S.float().contiguous(), w_up.contiguous(), w_down.contiguous(), rows.source_R,
-            rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number,
+            rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number, self.codec is not None, *low,
         )[0]  # fmt: skip
 
 
@@ -278,6 +289,17 @@ class TwoHopFusedPath(FusedPath):
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         self.begin(routing.tokens, experts)
         return self.travel(x_TD, routing, experts, self.fused)
+
+
+@torch.no_grad()
+def coded(weight: Weight, w: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, fp32 scales of their blocks) of an expert matrix, as the device's matrix units take them."""
+    from moesaic.kernels.scaled_gemm import e4m3, without_minus_zero
+
+    quantized = weight.cast("fprop", "w", w).quantized
+    assert quantized is not None
+    packed, kind = without_minus_zero(pack(quantized)), e4m3(w.device)
+    return packed.codes.view(kind), packed.scales.float() * (2 if kind is torch.float8_e4m3fnuz else 1)
 
 
 def fused_paths(
@@ -315,36 +337,51 @@ def _rows(source: Tensor, expert: Tensor, bag: Tensor, starts: Tensor | None, co
     return Rows(source, source, expert, bag, starts, counts)
 
 
+def _low(up_scales: Tensor | None, down_scales: Tensor | None, a_scales: Tensor) -> Any:
+    from moesaic.kernels.fused_low import Low
+
+    return None if up_scales is None or down_scales is None else Low(up_scales, down_scales, a_scales)
+
+
+def _new_a_scales(x_TD: Tensor, rows: int, w_down_eDF: Tensor, down_scales: Tensor | None) -> Tensor:
+    return x_TD.new_empty(0 if down_scales is None else rows, -(-w_down_eDF.shape[2] // 128), dtype=torch.uint8)
+
+
 def _forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
-    starts: Tensor | None, counts_E: Tensor, activation: str, path: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool, up_codes: Tensor | None,
+    up_scales: Tensor | None, down_codes: Tensor | None, down_scales: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from moesaic.kernels.fused_ep import forward
 
     caller = _paths[path]
+    setting = caller.space.setting
     caller.space.one_stream()
     sent = caller.counters_WP if caller.counting else caller.uncounted_WP
-    y_TD, h_RG, tables, kept_RD = forward(
-        x_TD, weights_S, w_up_eGD, w_down_eDF, _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting,
-        sent, caller.space.parallel.fused_keep, caller.call,
+    a_scales = _new_a_scales(x_TD, setting.heap.regions["rows"][0][0], w_down_eDF, down_scales)
+    up, down = (w if codes is None else codes for w, codes in ((w_up_eGD, up_codes), (w_down_eDF, down_codes)))
+    y_TD, h_RG, tables, kept = forward(
+        x_TD, weights_S, up, down, _rows(source, expert, bag, starts, counts_E), activation, setting, sent,
+        caller.space.parallel.fused_keep, caller.call, coded=coded, low=_low(up_scales, down_scales, a_scales),
     )  # fmt: skip
     caller.space.check(f"forward of {caller.layer}")
-    return y_TD, h_RG, tables, x_TD.new_empty(0) if kept_RD is None else kept_RD
+    return y_TD, h_RG, tables, x_TD.new_empty(0) if kept is None else kept, a_scales
 
 
 def _backward(
-    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor, tables: Tensor, weights_S: Tensor, w_up_eGD: Tensor,
-    w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor, starts: Tensor | None, counts_E: Tensor, activation: str,
-    path: int,
+    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
+    up_scales: Tensor | None, down_scales: Tensor | None, a_scales: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
+    starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """up, down: the experts' matrices, or their codes."""
     from moesaic.kernels.fused_ep_backward import backward
 
     caller = _paths[path]
     caller.space.one_stream()
     grads = backward(
-        dy_TD, x_TD, h_RG, kept_RD if kept_RD.numel() else None, tables, weights_S, w_up_eGD, w_down_eDF,
+        dy_TD, x_TD, h_RG, kept if kept.numel() else None, tables, weights_S, up, down,
         _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
-        caller.call + 1,
+        caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales),
     )  # fmt: skip
     caller.space.check(f"backward of {caller.layer}")
     return grads
@@ -355,34 +392,58 @@ _op_backward = torch.library.custom_op("moesaic::fused_experts_backward", _backw
 
 
 @_op.register_fake
-def _(x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
+    starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool, *low: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from moesaic.kernels.fused_low import new_kept
     from moesaic.kernels.fused_protocol import tables_size
 
-    space = _paths[rest[-1]].space
-    rows, width = space.setting.heap.regions["rows"][0]
+    space = _paths[path].space
+    rows = space.setting.heap.regions["rows"][0][0]
     tables = weights_S.new_empty(tables_size(space.ranks, space.experts), dtype=torch.int32)
-    kept = x_TD.new_empty(rows, width) if space.parallel.fused_keep else x_TD.new_empty(0)
-    return torch.empty_like(x_TD), x_TD.new_empty(rows, w_up_eGD.shape[1]), tables, kept
+    kept = new_kept(x_TD, rows, coded) if space.parallel.fused_keep else x_TD.new_empty(0)
+    a_scales = _new_a_scales(x_TD, rows, w_down_eDF, low[3])
+    return torch.empty_like(x_TD), x_TD.new_empty(rows, w_up_eGD.shape[1]), tables, kept, a_scales
 
 
 @_op_backward.register_fake
 def _(
-    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor, tables: Tensor, weights_S: Tensor, w_up: Tensor, w_down: Tensor,
+    dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x_TD), torch.empty_like(weights_S), torch.empty_like(w_up), torch.empty_like(w_down)
+    return torch.empty_like(x_TD), torch.empty_like(weights_S), x_TD.new_empty(up.shape), x_TD.new_empty(down.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path = inputs
-    _, h_RG, tables, kept_RD = output
-    ctx.save_for_backward(x_TD, h_RG, kept_RD, tables, weights_S, w_up, w_down, source, expert, bag, starts, counts_E)
-    ctx.mark_non_differentiable(h_RG, tables, kept_RD)
+    x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path, ctx.coded, *low = (
+        inputs
+    )
+    _, h_RG, tables, kept, a_scales = output
+    up, up_scales, down, down_scales = low if low[0] is not None else (w_up, None, w_down, None)
+    ctx.save_for_backward(
+        x_TD,
+        h_RG,
+        kept,
+        tables,
+        weights_S,
+        up,
+        down,
+        up_scales,
+        down_scales,
+        a_scales,
+        source,
+        expert,
+        bag,
+        starts,
+        counts_E,
+    )
+    ctx.mark_non_differentiable(h_RG, tables, kept, a_scales)
 
 
 def _differentiate(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grads = _op_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.path)
-    return (*grads, *[None] * 7)
+    grads = _op_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.path, ctx.coded)
+    return (*grads, *[None] * 12)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
