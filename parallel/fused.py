@@ -257,13 +257,13 @@ class FusedPath(AllToAllPath):
         self, x_TD: Tensor, weights_S: Tensor, rows: Rows, w_up: Tensor, w_down: Tensor, b_up: Tensor | None,
         b_down: Tensor | None, activation: str,
     ) -> Tensor:  # fmt: skip
-        assert b_up is None and b_down is None, "refused with the knobs"
         low = (None,) * 4
         if self.low is not None:
             low = *coded(self.low.up, w_up), *coded(self.low.down, w_down)
         return _op(
             x_TD.contiguous(), weights_S.float().contiguous(), w_up.contiguous(), w_down.contiguous(), rows.source_R,
-            rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number, self.codec is not None, *low,
+            rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number, self.codec is not None, *low, b_up,
+            b_down,
         )[0]  # fmt: skip
 
 
@@ -350,7 +350,8 @@ def _new_a_scales(x_TD: Tensor, rows: int, w_down_eDF: Tensor, down_scales: Tens
 def _forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
     starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool, up_codes: Tensor | None,
-    up_scales: Tensor | None, down_codes: Tensor | None, down_scales: Tensor | None,
+    up_scales: Tensor | None, down_codes: Tensor | None, down_scales: Tensor | None, b_up_eG: Tensor | None,
+    b_down_eD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from moesaic.kernels.fused_ep import forward
 
@@ -363,6 +364,7 @@ def _forward(
     y_TD, h_RG, tables, kept = forward(
         x_TD, weights_S, up, down, _rows(source, expert, bag, starts, counts_E), activation, setting, sent,
         caller.space.parallel.fused_keep, caller.call, coded=coded, low=_low(up_scales, down_scales, a_scales),
+        b_up=b_up_eG, b_down=b_down_eD,
     )  # fmt: skip
     caller.space.check(f"forward of {caller.layer}")
     return y_TD, h_RG, tables, x_TD.new_empty(0) if kept is None else kept, a_scales
@@ -371,8 +373,8 @@ def _forward(
 def _backward(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
     up_scales: Tensor | None, down_scales: Tensor | None, a_scales: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
-    starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    starts: Tensor | None, counts_E: Tensor, b_down_eD: Tensor | None, activation: str, path: int, coded: bool,
+) -> list[Tensor]:  # fmt: skip
     """up, down: the experts' matrices, or their codes."""
     from moesaic.kernels.fused_ep_backward import backward
 
@@ -381,7 +383,7 @@ def _backward(
     grads = backward(
         dy_TD, x_TD, h_RG, kept if kept.numel() else None, tables, weights_S, up, down,
         _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
-        caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales),
+        caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales), b_down=b_down_eD,
     )  # fmt: skip
     caller.space.check(f"backward of {caller.layer}")
     return grads
@@ -411,14 +413,18 @@ def _(
 def _(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x_TD), torch.empty_like(weights_S), x_TD.new_empty(up.shape), x_TD.new_empty(down.shape)
+) -> list[Tensor]:  # fmt: skip
+    b_down = rest[-4]
+    biases = [] if b_down is None else [b_down.new_empty(up.shape[:2]), torch.empty_like(b_down)]
+    grads = [torch.empty_like(x_TD), torch.empty_like(weights_S), x_TD.new_empty(up.shape), x_TD.new_empty(down.shape)]
+    return [*grads, *biases]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path, ctx.coded, *low = (
+    x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path, ctx.coded, *rest = (
         inputs
     )
+    *low, _, b_down = rest
     _, h_RG, tables, kept, a_scales = output
     up, up_scales, down, down_scales = low if low[0] is not None else (w_up, None, w_down, None)
     ctx.save_for_backward(
@@ -437,13 +443,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         bag,
         starts,
         counts_E,
+        b_down,
     )
     ctx.mark_non_differentiable(h_RG, tables, kept, a_scales)
 
 
 def _differentiate(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = _op_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.path, ctx.coded)
-    return (*grads, *[None] * 12)
+    return (*grads[:4], *[None] * 12, *(grads[4:] or (None, None)))
 
 
 _op.register_autograd(_differentiate, setup_context=_save)

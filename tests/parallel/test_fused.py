@@ -77,7 +77,8 @@ def compare(names: list[str]) -> list[dict[str, Any]]:
     results = []
     for i, name in enumerate(names):
         path, knob = paths[i % 2], knobs[i % 2]
-        whole, part = experts_of(False), experts_of(False, world, rank)
+        bias = i % 2 == 1
+        whole, part = experts_of(bias), experts_of(bias, world, rank)
         want = run(LocalPath(), whole, name, rank)
         for n, parameter in whole.named_parameters():
             dist.all_reduce(parameter.grad)
@@ -226,8 +227,6 @@ def all_to(tokens: int, experts: list[int], weights: Tensor) -> Any:
     ("overrides", "line"),
     [
         (["parallel.comm_sms=-1"], "parallel.comm_sms=-1: must not be negative"),
-        (["parallel.expert_path=fused", "model.expert_bias=true"],
-         "model.expert_bias=true: must be false with parallel.expert_path=fused"),
         (["parallel.expert_path=pushed"], "parallel.expert_path=pushed: must be one of auto, local, all_to_all, two_hop, fused"),
     ],
 )  # fmt: skip
@@ -315,14 +314,14 @@ def check_operation() -> None:
     from moesaic.parallel import fused
 
     for keep in (False, True):
-        path, part = make_path(CONFIG, tokens=7, fused_keep=keep), experts_of(False)
+        path, part = make_path(CONFIG, tokens=7, fused_keep=keep), experts_of(keep)
         x, weights = torch.randn(7, D), torch.rand(7, EXPERTS)
         routing = routing_of("uniform", 0, x, weights)
         rows = sorted_rows(routing, part, x)
-        w = [p.detach().requires_grad_() for p in (part.w_up_EGD, part.w_down_EDF)]
+        w_up, w_down, *biases = [p.detach().requires_grad_() for p in part.parameters()]
         arguments = (
-            x.requires_grad_(), routing.weights_S[rows.slot_R], *w, rows.source_R, rows.expert_R, rows.bag, rows.starts,
-            rows.counts_E, "swiglu", path.number,
+            x.requires_grad_(), routing.weights_S[rows.slot_R], w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts,
+            rows.counts_E, "swiglu", path.number, False, *[None] * 4, *(biases or [None] * 2),
         )  # fmt: skip
         opcheck(fused._op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 

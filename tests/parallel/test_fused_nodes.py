@@ -84,7 +84,7 @@ def compare(names: list[str]) -> list[dict[str, Any]]:
     for i, name in enumerate(names):
         path, knob = paths[i % 2], knobs[i % 2]
         assert isinstance(path, TwoHopFusedPath)
-        whole, part = experts_of(False), experts_of(False, 4, rank)
+        whole, part = experts_of(i == 0), experts_of(i == 0, 4, rank)
         want = run(LocalPath(), whole, name, rank)
         for n, parameter in whole.named_parameters():
             dist.all_reduce(parameter.grad)
@@ -128,7 +128,7 @@ def trained(cases: list[dict[str, Any]]) -> list[Any]:
     results = []
     for case in cases:
         router = RouterConfig(top_k=2, rounding="nearest", rounding_tile=4)
-        config = dataclasses.replace(CONFIG, vocab_size=31, n_layers=2, d_shared=8, router=router)
+        config = dataclasses.replace(CONFIG, vocab_size=31, n_layers=2, d_shared=8, expert_bias=True, router=router)
         parallel = ParallelConfig(expert="4", timeout=60.0, **case)
         torch.manual_seed(0)
         model = parallelize(
