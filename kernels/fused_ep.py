@@ -90,7 +90,7 @@ N_PHASES = tl.constexpr(len(PHASES))
 @jit
 def _fused_forward_kernel(
     x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF,
-    kept_RD, y_TD, table, tables, sent_WP, T, me, call, TILES, spins, programs, first, b_up, b_down,
+    kept_RD, y_TD, table, tables, sent_WP, b_up, b_down, T, me, call, TILES, spins, programs, first,
     K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
@@ -289,8 +289,8 @@ def forward(
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_forward_kernel[(grid or setting.programs,)](
         x_TD, w_up, w_down, *scales_low(low), rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
-        h_RG, a_RF, kept_RD, y_TD, heap.table, tables, sent_WP,
-        x_TD.shape[0], heap.rank, call, capacity // m, setting.spins, setting.programs, first, b_up, b_down,
+        h_RG, a_RF, kept_RD, y_TD, heap.table, tables, sent_WP, b_up, b_down,
+        x_TD.shape[0], heap.rank, call, capacity // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, bn, pair)), BT=m, KIND=activation, PAIR=pair,
         UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0,
         CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **options,

@@ -125,7 +125,7 @@ def return_grads(parts_RP, more_M, tile, end, FT, run, W: tl.constexpr, BM: tl.c
 def _fused_backward_kernel(
     dy_TD, x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S,
     counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
-    T, me, call, TILES, spins, programs, first, b_down, db_up, db_down,
+    b_down, db_up, db_down, T, me, call, TILES, spins, programs, first,
     K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr,
@@ -308,8 +308,8 @@ def backward(
     _fused_backward_kernel[(grid or setting.programs,)](
         dy_TD, x_TD, w_up, w_down, *scales_low(low), h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts,
         weights_S, rows.counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
-        x_TD.shape[0], heap.rank, call, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
         b_down, *(biases or (None, None)),
+        x_TD.shape[0], heap.rank, call, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=bp, BR=br, KIND=activation,
         PAIR=activation != "relu2", UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0,
         EVEN_G=g % bk == 0, WHOLE=f % bn == 0, CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **options,
