@@ -308,7 +308,7 @@ def compile_setting(
     or products too."""
     from moesaic.kernels.targets import meta
 
-    ranks, n_experts, tokens, k, tile = 8, 64, 4096, 8, fused_tile(target)
+    ranks, n_experts, tokens, k, tile = 8, 64, 4096, 8, fused_tile(target, mode == "products")
     tiles = room(ranks, n_experts, 2 * tokens * k, tile.m)
     shapes = regions(
         ranks, n_experts, d, dtype, tokens * k, tiles, tile.m, most_columns(d, tile), most_columns(f, tile, True), True

@@ -24,9 +24,10 @@ from moesaic.kernels.fused_low import (
     BLOCK,
     Low,
     cast_by_weight,
+    cast_weight_tile,
     code_type,
+    decoded_weight_tile,
     kept_bytes,
-    low_weight_tile,
     scales_low,
     send_rows,
     send_x,
@@ -128,9 +129,9 @@ def _fused_backward_kernel(
     b_down, db_up, db_down, T, me, call, TILES, spins, programs, first,
     K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr,
-    PAIR: tl.constexpr, ONCE: tl.constexpr, UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr,
-    EVEN_G: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, TRACE: tl.constexpr,
+    BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr,
+    KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr, UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, TRACE: tl.constexpr,
     AMD: tl.constexpr, CODE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_TD.dtype.element_ty
@@ -154,8 +155,10 @@ def _fused_backward_kernel(
     if alive != 0:
         alive = planned(control, run, W, BW, TRACE).to(tl.int32)
     sending, tiles = tl.load(tables), tl.load(tables + 1)
-    down_tiles: tl.constexpr = (D + BP - 1) // BP * FT  # of dW_down
-    of_expert: tl.constexpr = down_tiles + (G + BP - 1) // BP * NT
+    FQ: tl.constexpr = (F + BQ - 1) // BQ  # tiles of dW_down and dW_up, BP x BQ
+    DQ: tl.constexpr = (D + BQ - 1) // BQ
+    down_tiles: tl.constexpr = (D + BP - 1) // BP * FQ
+    of_expert: tl.constexpr = down_tiles + (G + BP - 1) // BP * DQ
     up_down = 1 + sending
     weighing = up_down + tiles * (FT + NT)
     combining = weighing + e * of_expert
@@ -242,31 +245,36 @@ def _fused_backward_kernel(
                 x_RD = address(table, AGAIN, me, W, TYPE) if kept_RD is None else kept_RD
                 dw, dv = dw_down + j.to(tl.int64) * D * F, dw_up + j.to(tl.int64) * G * D
                 if local < down_tiles:
-                    p, q = local // FT, local % FT
+                    p, q = local // FQ, local % FQ
                     if LOW:
-                        low_weight_tile(
-                            dy_RD, weight_R, a_RF, a_scales_RB, dw, held, start, count, p, q, D, F, False, True, False, 0, BP,
-                            BN, BR, ONCE, True, PRECISION, CODE,
+                        cast_weight_tile(
+                            dy_RD, weight_R, a_RF, a_scales_RB, dw, held, start, count, p, q, D, F, ONCE, False, 0, BP, BQ, CODE
                         )  # fmt: skip
                     else:
                         weight_tile(
-                            dy_RD, a_RF, dw, held, start, count, p, q, D, F, True, False, BP, BN, BR, ONCE, PRECISION
+                            dy_RD, a_RF, dw, held, start, count, p, q, D, F, True, False, BP, BQ, BR, ONCE, PRECISION
                         )
                     if db_down is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
                         if q == 0:
                             bias_sums(dy_RD, weight_R, db_down, held, j, start, count, p, D, BP, BK, ONCE)
                 else:
-                    p, q = (local - down_tiles) // NT, (local - down_tiles) % NT
+                    p, q = (local - down_tiles) // DQ, (local - down_tiles) % DQ
                     if CODE is None:
                         weight_tile(
-                            dh_RG, x_RD, dv, held, start, count, p, q, G, D, False, kept_RD is None, BP, BN, BR, ONCE, PRECISION
+                            dh_RG, x_RD, dv, held, start, count, p, q, G, D, False, kept_RD is None, BP, BQ, BR, ONCE, PRECISION
                         )  # fmt: skip
                     else:
                         stride: tl.constexpr = D * SIZE if kept_RD is None else KEPT
-                        low_weight_tile(
-                            dh_RG, None, x_RD.to(tl.pointer_type(tl.uint8)), None, dv, held, start, count, p, q, G, D, True,
-                            False, kept_RD is None, stride, BP, BN, BR, ONCE, LOW, PRECISION, CODE,
-                        )  # fmt: skip
+                        again: tl.constexpr = ONCE and kept_RD is None
+                        x_RB = x_RD.to(tl.pointer_type(tl.uint8))
+                        if LOW:
+                            cast_weight_tile(
+                                dh_RG, None, x_RB, None, dv, held, start, count, p, q, G, D, False, again, stride, BP, BQ, CODE
+                            )  # fmt: skip
+                        else:
+                            decoded_weight_tile(
+                                dh_RG, x_RB, dv, held, start, count, p, q, G, D, again, stride, BP, BQ, BR, PRECISION, CODE
+                            )  # fmt: skip
                     if db_up is not None:  # noqa: SIM102 - as above
                         if q == 0:
                             bias_sums(dh_RG, None, db_up, held, j, start, count, p, G, BP, BK, False)
@@ -292,10 +300,10 @@ def backward(
     options = fused_options(setting, dy_TD, w_up_eGD, w_down_eDF)
     bn, bk, m = options["BN"], options["BK"], options["BM"]
     dw_up, dw_down = x_TD.new_empty(w_up_eGD.shape), x_TD.new_empty(w_down_eDF.shape)
-    bp, br, block = max(m, bn), max(bk, 16), (bk, bn)
+    bp, bq, block = max(m, bn), bn if x_TD.is_cpu else min(bn, 64), (bk, bn)
     if low is not None:
         w_up_eGD, w_down_eDF, low = transposed(w_up_eGD, w_down_eDF, low)
-        bp, br, block = bn, BLOCK, (bn, BLOCK)
+        bp, block = bq, (bn, BLOCK)
     w_up, up_described = describe(w_up_eGD, *block)
     w_down, down_described = describe(w_down_eDF, *block)
     ft = triton.cdiv(f, bn)
@@ -310,7 +318,7 @@ def backward(
         weights_S, rows.counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
         b_down, *(biases or (None, None)),
         x_TD.shape[0], heap.rank, call, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
-        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=bp, BR=br, KIND=activation,
+        K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=bp, BQ=bq, BR=max(bk, 16), KIND=activation,
         PAIR=activation != "relu2", UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0,
         EVEN_G=g % bk == 0, WHOLE=f % bn == 0, CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **options,
     )  # fmt: skip

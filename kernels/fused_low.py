@@ -22,7 +22,6 @@ from torch import Tensor
 
 from moesaic.kernels.grouped_gemm import load_rows, load_weight, multiply, rows_by_weight
 from moesaic.kernels.interpret import jit
-from moesaic.kernels.quantize_triton import scales_of
 from moesaic.kernels.scaled_gemm import e4m3
 
 BLOCK = 128
@@ -43,28 +42,41 @@ def kept_bytes(width: int) -> int:
 
 
 @jit
+def inside(rows_M, columns_N, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The mask of a tile: of rows alone, where whole tiles of TILE columns make up SIZE."""
+    return rows_M[:, None] if SIZE % TILE == 0 else rows_M[:, None] & (columns_N < SIZE)[None, :]
+
+
+# Scales in integers alone: on AMD, comparisons would take scalar registers, of which there are too few.
+
+
+@jit
 def factors(amax, CODE: tl.constexpr):
     """(what values are multiplied with before they are cast, the byte of the scale) of blocks of which amax has the bits of the
-    largest magnitude. CODE: the type whose bits are codes."""
-    by, byte = scales_of(amax, "rceil", 8, 3, 448.0, True)
-    return by * 0.5 if CODE.is_fp8e4b8() else by, byte
+    largest magnitude. CODE: the type whose bits are codes.
+
+    The scale is 2^ceil(log2(amax / 448)), and 448 is 1.75 times a power of two: amax's exponent less 8, one more where what is
+    behind it is above 1.75. There is one amax, about 2^-118, just above, of which the quotient is rounded to a power of two.
+    """
+    byte = tl.maximum((amax - (amax == 0x4600001).to(tl.int32) + 0x1FFFFF >> 23) - 8, 0)
+    byte |= -((amax >> 23) + 1 >> 8) & 255  # infinity and NaN: 255
+    return inverse_of(byte, CODE), byte.to(tl.uint8)
 
 
 @jit
 def scale_of(byte, CODE: tl.constexpr):
-    """fp32: what a code counts, from the byte of its scale."""
+    """fp32: what a code counts, from the byte of its scale; NaN of 255. No byte is from 248 to 254."""
     exponent = byte.to(tl.int32)
-    bits = tl.where(exponent == 0, 1 << 22, tl.where(exponent == 255, 0x7FC00000, exponent << 23))
+    bits = tl.maximum(exponent << 23, 1 << 22) + (exponent + 8 >> 8 << 22)
     scale = bits.to(tl.float32, bitcast=True)
     return scale * 2.0 if CODE.is_fp8e4b8() else scale
 
 
 @jit
 def inverse_of(byte, CODE: tl.constexpr):
-    """1 / scale_of, exactly: what values are multiplied with before they are cast again."""
+    """1 / scale_of, exactly: what values are multiplied with before they are cast."""
     exponent = byte.to(tl.int32)
-    bits = tl.where(exponent == 254, 1 << 22, tl.where(exponent == 255, 0x7FC00000, (254 - exponent) << 23))
-    inverse = bits.to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent << 23) + (exponent + 8 >> 8 << 22)).to(tl.float32, bitcast=True)
     return inverse * 0.5 if CODE.is_fp8e4b8() else inverse
 
 
@@ -101,7 +113,7 @@ def send_rows(x, token, to, rows, carried, D: tl.constexpr, BM: tl.constexpr, BK
     """x[token] to places `rows` of `to`."""
     for d in range(0, D, BK):
         ds = d + tl.arange(0, BK)
-        mask = carried[:, None] if D % BK == 0 else carried[:, None] & (ds < D)[None, :]
+        mask = inside(carried, ds, D, BK)
         values = tl.load(x + token.to(tl.int64)[:, None] * D + ds[None, :], mask=mask, other=0.0)
         tl.store(to + rows.to(tl.int64)[:, None] * D + ds[None, :], values, mask=mask)
 
@@ -125,13 +137,13 @@ def send_cast(
         amax = tl.zeros([BM], tl.int32)
         for part in range(0, DEPTH, BK):
             ds = block + part + tl.arange(0, BK)
-            values = tl.load(x_M1 + ds[None, :], mask=carried[:, None] & (ds < D)[None, :], other=0.0)
+            values = tl.load(x_M1 + ds[None, :], mask=inside(carried, ds, D, BK), other=0.0)
             amax = tl.maximum(amax, largest(values, 1))
         by_M, byte_M = factors(amax, CODE)
         tl.store(scales_M1 + block // DEPTH, byte_M[:, None], mask=carried[:, None])
         for part in range(0, DEPTH, BK):
             ds = block + part + tl.arange(0, BK)
-            mask = carried[:, None] & (ds < D)[None, :]
+            mask = inside(carried, ds, D, BK)
             values = tl.load(x_M1 + ds[None, :], mask=mask, other=0.0).to(tl.float32)
             tl.store(codes_M1 + ds[None, :], (values * by_M[:, None]).to(CODE), mask=mask)
 
@@ -274,48 +286,90 @@ def up_product(
 
 
 @jit
-def low_weight_tile(
-    left, weight_R, right, right_scales, out, holder_R, start, count, p, q, P: tl.constexpr, Q: tl.constexpr,
-    CODED: tl.constexpr, LEFT_HELD: tl.constexpr, RIGHT_HELD: tl.constexpr, STRIDE: tl.constexpr, BP: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, CAST: tl.constexpr, PRECISION: tl.constexpr, CODE: tl.constexpr,
-):  # fmt: skip
-    """BP x BN of an expert's sum over rows of left^T right, of P and Q columns; of which one is read through `holder_R`.
+def place_of(k, holder_R, start, count, HELD: tl.constexpr):
+    """(the k-th rows of an expert, where their values stand, which exist)."""
+    real = k < count
+    row = start + tl.where(real, k, 0)
+    holder = tl.load(holder_R + row, cache_modifier=".cg") if HELD else row
+    return row, holder.to(tl.int64), real
 
-    left    values of the high type, times weight_R where that is not None
-    right   CODED: rows of codes and scales, STRIDE bytes each; else values, and the bytes of the scales of their blocks of 128
-            columns, right_scales: what a cast by these makes of them is taken
-    CAST    both are cast, BK = 128 rows of a column at a time; else multiplied as they are
-    """
+
+@jit
+def decoded_weight_tile(
+    left, right, out, holder_R, start, count, p, q, P: tl.constexpr, Q: tl.constexpr, RIGHT_HELD: tl.constexpr,
+    STRIDE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, CODE: tl.constexpr,
+):  # fmt: skip
+    """BP x BN of an expert's sum over rows of left^T right, of P and Q columns: left of the high type, right codes with scales,
+    STRIDE bytes a row."""
     ps, qs = p * BP + tl.arange(0, BP), q * BN + tl.arange(0, BN)
     acc = tl.zeros([BP, BN], tl.float32)
     for r in range(0, count, BK):
-        k = r + tl.arange(0, BK)
-        real = k < count
-        row = start + tl.where(real, k, 0)
-        holder = tl.load(holder_R + row, cache_modifier=".cg") if ONCE else row
-        l_row = (holder if LEFT_HELD else row).to(tl.int64)
-        r_row = (holder if RIGHT_HELD else row).to(tl.int64)
-        l_mask, r_mask = real[:, None] & (ps < P)[None, :], real[:, None] & (qs < Q)[None, :]
-        l_KP = tl.load(left + l_row[:, None] * P + ps[None, :], mask=l_mask, other=0.0)
-        if CODED:
-            codes_K1, scales_K1 = coded_rows(right, r_row, STRIDE, Q, CODE)
-            scale_K1 = scale_of(tl.load(scales_K1 + q * BN // DEPTH, mask=real[:, None], other=0), CODE)
-            r_KN = tl.load(codes_K1 + qs[None, :], mask=r_mask, other=0.0).to(tl.float32) * scale_K1
-        else:
-            B: tl.constexpr = (Q + DEPTH - 1) // DEPTH
-            byte_K = tl.load(right_scales + r_row * B + q * BN // DEPTH, mask=real, other=0)
-            r_KN = tl.load(right + r_row[:, None] * Q + qs[None, :], mask=r_mask, other=0.0).to(tl.float32)
-            r_KN = (r_KN * inverse_of(byte_K, CODE)[:, None]).to(CODE).to(tl.float32) * scale_of(byte_K, CODE)[:, None]
-        if CAST:
-            if weight_R is not None:
-                l_KP = (
-                    l_KP.to(tl.float32) * tl.load(weight_R + row, mask=real, other=0.0, cache_modifier=".cg")[:, None]
-                )
-            l8_KP, l_scale_P = cast_columns(l_KP, CODE)
-            r8_KN, r_scale_N = cast_columns(r_KN, CODE)
-            acc += tl.dot(l8_KP.T, r8_KN) * (l_scale_P[:, None] * r_scale_N[None, :])
-        else:
-            acc = tl.dot(l_KP.T, r_KN.to(left.dtype.element_ty), acc, input_precision=PRECISION)
+        row, holder, real = place_of(r + tl.arange(0, BK), holder_R, start, count, RIGHT_HELD)
+        l_KP = tl.load(left + row.to(tl.int64)[:, None] * P + ps[None, :], mask=inside(real, ps, P, BP), other=0.0)
+        r_KN = load_decoded(right, holder, real, q * BN, Q, STRIDE, BN, CODE)
+        acc = tl.dot(l_KP.T, r_KN.to(left.dtype.element_ty), acc, input_precision=PRECISION)
+    to = out + ps.to(tl.int64)[:, None] * Q + qs[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=(ps < P)[:, None] & (qs < Q)[None, :])
+
+
+@jit
+def load_decoded(base, rows, real, column, Q: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, CODE: tl.constexpr):
+    """fp32: BN columns, all of one block, of coded rows, 0 where they don't exist."""
+    codes_K1, scales_K1 = coded_rows(base, rows, STRIDE, Q, CODE)
+    qs = column + tl.arange(0, BN)
+    scale_K1 = scale_of(tl.load(scales_K1 + column // DEPTH, mask=real[:, None], other=0), CODE)
+    return tl.load(codes_K1 + qs[None, :], mask=inside(real, qs, Q, BN), other=0.0).to(tl.float32) * scale_K1
+
+
+@jit
+def load_left(
+    left, weight_R, holder_R, k, start, count, ps, P: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr
+):  # fmt: skip
+    """Columns ps of the k-th rows of an expert, times weight_R where that is given."""
+    row, holder, real = place_of(k, holder_R, start, count, HELD)
+    l_KP = tl.load(left + holder[:, None] * P + ps[None, :], mask=inside(real, ps, P, BP), other=0.0)
+    if weight_R is not None:
+        l_KP = l_KP.to(tl.float32) * tl.load(weight_R + row, mask=real, other=0.0, cache_modifier=".cg")[:, None]
+    return l_KP
+
+
+@jit
+def load_right(
+    right, scales, holder_R, k, start, count, column, Q: tl.constexpr, HELD: tl.constexpr, STRIDE: tl.constexpr,
+    BN: tl.constexpr, CODE: tl.constexpr,
+):  # fmt: skip
+    """fp32, BN columns of the k-th rows of an expert: coded rows, or values and the bytes of the scales of their blocks of 128
+    columns, `scales`, of which is given what a cast by them makes."""
+    _, holder, real = place_of(k, holder_R, start, count, HELD)
+    if scales is None:
+        r_KN = load_decoded(right, holder, real, column, Q, STRIDE, BN, CODE)
+    else:
+        B: tl.constexpr = (Q + 127) // 128
+        qs = column + tl.arange(0, BN)
+        byte_K1 = tl.load(scales + holder * B + column // DEPTH, mask=real, other=0)[:, None]
+        r_KN = tl.load(right + holder[:, None] * Q + qs[None, :], mask=inside(real, qs, Q, BN), other=0.0)
+        r_KN = (r_KN.to(tl.float32) * inverse_of(byte_K1, CODE)).to(CODE).to(tl.float32) * scale_of(byte_K1, CODE)
+    return r_KN
+
+
+@jit
+def cast_weight_tile(
+    left, weight_R, right, scales, out, holder_R, start, count, p, q, P: tl.constexpr, Q: tl.constexpr, LEFT_HELD: tl.constexpr,
+    RIGHT_HELD: tl.constexpr, STRIDE: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, CODE: tl.constexpr,
+):  # fmt: skip
+    """BP x BN of an expert's sum over rows of left^T right, both cast 128 rows of a column at a time; see `load_left`,
+    `load_right`."""
+    ps, qs = p * BP + tl.arange(0, BP), q * BN + tl.arange(0, BN)
+    acc = tl.zeros([BP, BN], tl.float32)
+    # One operand after the other, and none ahead of its time: the values of both don't fit into registers.
+    for r in tl.range(0, count, DEPTH, num_stages=1):
+        k = r + tl.arange(0, DEPTH)
+        l_KP = load_left(left, weight_R, holder_R, k, start, count, ps, P, BP, LEFT_HELD)
+        l_KP, l_scale_P = cast_columns(l_KP, CODE)
+        tl.debug_barrier()
+        r_KN = load_right(right, scales, holder_R, k, start, count, q * BN, Q, RIGHT_HELD, STRIDE, BN, CODE)
+        r_KN, r_scale_N = cast_columns(r_KN, CODE)
+        acc += tl.dot(l_KP.T, r_KN) * (l_scale_P[:, None] * r_scale_N[None, :])
     to = out + ps.to(tl.int64)[:, None] * Q + qs[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=(ps < P)[:, None] & (qs < Q)[None, :])
 

@@ -97,8 +97,8 @@ def records(heap: Heap) -> list[list[int]]:
 @jit
 def address(table, REGION: tl.constexpr, rank, W: tl.constexpr, TYPE: tl.constexpr):
     """A pointer to a region of `rank`, or pointers, of a block of ranks."""
-    where = tl.multiple_of(tl.load(table + REGION * W + rank), 16)
-    return where.to(tl.pointer_type(TYPE))
+    where = tl.load(table + REGION * W + rank).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(where, 16)  # of the pointer: the compiler doesn't see it through a conversion
 
 
 @jit

@@ -48,6 +48,7 @@ _GPU = {
     "varlen_m_narrow": Tile(128, 64, 64),
     "varlen_k": Tile(128, 128, 64),
     "fused": Tile(128, 64, 32, stages=4),
+    "fused_low": Tile(64, 128, 32, stages=4),
     "dense": Tile(128, 128, 64),
     "dense_small": Tile(64, 64, 32, warps=4, stages=2),
 }
@@ -60,12 +61,16 @@ _CPU = {
     "varlen_m_narrow": Tile(16, 32, 32),
     "varlen_k": Tile(64, 64, 16),
     "fused": Tile(16, 128, 128),
+    "fused_low": Tile(16, 128, 128),
     "dense": Tile(32, 64, 32),
     "dense_small": Tile(32, 64, 32),
 }
 
 TILES: dict[str, dict[str, Tile]] = {"cpu": _CPU} | {name: _GPU for name in ("sm_90a", "sm_100a", "gfx942", "gfx950")}
-TILES |= {name: TILES[name] | {"fused": Tile(128, 64, 32, stages=1)} for name in ("gfx942", "gfx950")}
+TILES |= {
+    name: TILES[name] | {"fused": Tile(128, 64, 32, stages=1), "fused_low": Tile(64, 128, 32, stages=1)}
+    for name in ("gfx942", "gfx950")
+}
 # With two stages, rows at odd addresses spill.
 TILES["sm_100a"] = _GPU | {"dense_small": Tile(64, 64, 32, warps=4, stages=1)}
 
@@ -85,10 +90,11 @@ def dense_tile(target: str | torch.device, large: bool) -> Tile:
     return TILES[target_name(target)]["dense" if large else "dense_small"]
 
 
-def fused_tile(target: str | torch.device) -> Tile:
-    """The tile of all products of the fused kernels (moesaic.kernels.fused_ep), with the M of the others'. The interpreter takes
-    as long for a small tile as for a large one."""
-    return TILES[target_name(target)]["fused"]
+def fused_tile(target: str | torch.device, low: bool = False) -> Tile:
+    """The tile of all products of the fused kernels (moesaic.kernels.fused_ep), of which M divides that of the others'. The
+    interpreter takes as long for a small tile as for a large one. low: where layers have products of fp8, whose rows are cast in
+    registers while they are multiplied: half as many, by twice as many columns."""
+    return TILES[target_name(target)]["fused_low" if low else "fused"]
 
 
 def product_precision(target: str | torch.device, dtype: torch.dtype) -> str:

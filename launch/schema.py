@@ -164,8 +164,8 @@ def _check_fused(p: PrecisionConfig) -> None:
     require(p.combine == "high", f"precision.combine={p.combine}: must be high with parallel.expert_path=fused")
     if not p.quantized or "experts" not in p.layers:
         return
-    require(of_fp8_block(p), f"precision={p.recipe}: experts of parallel.expert_path=fused take the products of fp8_block as it is "
-            "shipped, no others; use that, or all_to_all")  # fmt: skip
+    require(of_fp8_block(p), f"precision={p.recipe}: experts of parallel.expert_path=fused take the products of fp8_block as it "
+            "is shipped, no others; use that, or all_to_all")  # fmt: skip
     require(p.dispatch == "fp8", f"precision.dispatch={p.dispatch}: must be fp8 with precision={p.recipe} and "
             "parallel.expert_path=fused, whose products read nothing else")  # fmt: skip
 

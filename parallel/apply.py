@@ -54,7 +54,8 @@ def parallelize(
     path, fsdp = expert_path(parallel, meshes), parallel.engine == "fsdp"
     new_path: Callable[[str], ExpertPath] | None = None
     if path == "fused":
-        new_path = fused_paths(config, parallel, meshes, compute, device, tokens)
+        experts_low = low.quantized and "experts" in low.layers
+        new_path = fused_paths(config, parallel, meshes, compute, device, tokens, experts_low)
     elif path != "local":
         new_path = communicating_path(path, parallel, meshes)
     for i, block in enumerate(model.blocks):

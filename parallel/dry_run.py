@@ -300,7 +300,7 @@ def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
 def _reserve(target: str, space: Any, tokens: int) -> None:
     """In the place of Space.reserve: as many bytes, shared with nobody."""
     ranks = space.ranks * space.nodes
-    shapes = heap_regions(space.config, space.parallel, ranks, tokens, space.compute, target, space.nodes)
+    shapes = heap_regions(space.config, space.parallel, ranks, tokens, space.compute, target, nodes=space.nodes)
     space.memory, space.tokens = torch.empty(starts(shapes)[1], dtype=torch.uint8), tokens
     space.setting = SimpleNamespace(heap=SimpleNamespace(regions=shapes))
 

@@ -68,14 +68,15 @@ def heap_regions(
     tokens: int,
     compute: torch.dtype,
     target: str | torch.device,
+    low: bool = False,
     nodes: int = 1,
 ) -> Regions:
     """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks` in `nodes`, of which those
-    of a node share heaps."""
+    of a node share heaps. low: where layers have products of fp8."""
     from moesaic.kernels import fused_ep  # only here: without a GPU it starts Triton's interpreter
     from moesaic.kernels.fused_protocol import regions
 
-    tile, factor = fused_tile(target), parallel.max_recv_tokens_factor
+    tile, factor = fused_tile(target, low), parallel.max_recv_tokens_factor
     d, f, gated = config.d_model, config.d_expert, config.activation != "relu2"
     slots = most_slots(config, tokens, rounding_tile(target, config.router.rounding_tile))
     rows = ranks * min(slots, tokens * config.n_experts // ranks)
@@ -99,12 +100,12 @@ class Space:
 
     def __init__(
         self, group: dist.ProcessGroup, config: ModelConfig, parallel: ParallelConfig, compute: torch.dtype,
-        device: torch.device, whole: dist.ProcessGroup | None = None,
+        device: torch.device, low: bool = False, whole: dist.ProcessGroup | None = None,
     ) -> None:  # fmt: skip
         from moesaic.kernels.fused_ep import grid_programs  # only here: without a GPU it starts Triton's interpreter
 
         self.group, self.config, self.parallel, self.compute, self.device = group, config, parallel, compute, device
-        self.whole = whole or group
+        self.whole, self.low = whole or group, low
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.nodes = dist.get_world_size(self.whole) // self.ranks
         self.experts = config.n_experts // self.nodes
@@ -126,12 +127,12 @@ class Space:
             return
         config, device = self.config, self.device
         ranks = self.ranks * self.nodes
-        shapes = heap_regions(config, self.parallel, ranks, tokens, self.compute, device, self.nodes)
+        shapes = heap_regions(config, self.parallel, ranks, tokens, self.compute, device, self.low, self.nodes)
         allocate = shared_memory if self.device.type == "cpu" else self.device_memory
         heap = make_heap(self.rank, shapes, self.exchange, allocate)
         spins = min(int(self.parallel.timeout * POLLS[self.device.type]), 2**30)
         self.setting = fused_ep.Setting(
-            heap, self.experts, fused_tile(device), self.parallel.fused_once, spins, self.programs
+            heap, self.experts, fused_tile(device, self.low), self.parallel.fused_once, spins, self.programs
         )
         self.tokens = tokens
 
@@ -304,20 +305,22 @@ def coded(weight: Weight, w: Tensor) -> tuple[Tensor, Tensor]:
 
 def fused_paths(
     config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, compute: torch.dtype, device: torch.device,
-    tokens: int | None,
+    tokens: int | None, low: bool = False,
 ) -> Callable[[str], FusedPath]:  # fmt: skip
     """What makes the path of each layer, given the layer's name. Collective.
 
+    low: some layers have products of fp8.
     tokens: of a call of any rank, at most; None: of the first call.
     """
     group, degree = meshes.experts.get_group("expert"), meshes.expert_parallel
     node = node_ranks(parallel.node_size, degree)
 
     if node == degree:
-        space = Space(group, config, parallel, compute, device)
+        space = Space(group, config, parallel, compute, device, low)
     else:
         mesh = nodes_mesh(meshes, node)
-        space, across = Space(mesh.get_group("place"), config, parallel, compute, device, group), mesh.get_group("node")
+        space = Space(mesh.get_group("place"), config, parallel, compute, device, low, group)
+        across = mesh.get_group("node")
     if tokens is not None:
         space.reserve(tokens)
     if node == degree:

@@ -344,9 +344,10 @@ def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Colle
     legs = [(ranks, 1, e + 1, load.rows, load.slots)]
     if layout.hops == "fused":  # inside a node
         rows, slots = nodes * (load.rows if layout.once else load.slots), nodes * load.slots
-        there = [("counts", 4 * e * places), ("dispatch", rows * row), ("slots", 12 * slots), ("combine", slots * row)]
+        x = sum(row_bytes(layout.dispatch, model.d_model, layout.width))
+        there = [("counts", 4 * e * places), ("dispatch", rows * x), ("slots", 12 * slots), ("combine", slots * row)]
         back = [
-            ("dispatch", rows * row * (1 if layout.keep else 2)),
+            ("dispatch", rows * (row + (0 if layout.keep else x))),
             ("slots", 16 * slots),
             ("combine", slots * (row + 4)),
         ]

@@ -19,7 +19,17 @@ from moesaic.kernels.symmetric import Regions, starts
 from moesaic.moe.config import ModelConfig
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.fused import heap_regions
-from moesaic.parallel.layout import BYTES, ZERO_LIVE, Group, Layout, dense_held, groups_by_kind, load_of, root_group
+from moesaic.parallel.layout import (
+    BYTES,
+    ZERO_LIVE,
+    Group,
+    Layout,
+    dense_held,
+    groups_by_kind,
+    load_of,
+    root_group,
+    row_bytes,
+)
 
 # Of what is allocated, memory that no tensor uses: torch's allocator rounds up and splits. An allowance, not measured here.
 FRAGMENTATION = 0.05
@@ -125,7 +135,7 @@ def heap_of(model: ModelConfig, layout: Layout) -> Regions:
     """Of the fused path: as much as moesaic.parallel.fused reserves for a micro-batch."""
     knobs = ParallelConfig(expert_path="fused", fused_keep=layout.keep, max_recv_tokens_factor=layout.limit)
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[layout.compute]
-    return heap_regions(model, knobs, layout.expert, layout.tokens, compute, layout.target, layout.nodes)
+    return heap_regions(model, knobs, layout.expert, layout.tokens, compute, layout.target, nodes=layout.nodes)
 
 
 def _passed_on(model: ModelConfig, layout: Layout) -> int:
@@ -224,8 +234,11 @@ def _kept_by_experts(model: ModelConfig, layout: Layout) -> int:
     g = model.d_expert * (1 if model.activation == "relu2" else 2)
     if layout.hops == "fused":  # h, and the rows, for as many as there is room for
         room = heap_of(model, layout)["rows"][0][0]
+        row = b * model.d_model
+        if layout.dispatch == "fp8":  # codes and scales, in whole 16 bytes
+            row = -(-sum(row_bytes("fp8", model.d_model, b)) // 16) * 16
         passed_on = _passed_on(model, layout) * b * model.d_model
-        return b * room * (g + (model.d_model if layout.keep else 0)) + passed_on + _indices(model, layout)
+        return room * (b * g + (row if layout.keep else 0)) + passed_on + _indices(model, layout)
     came = 0 if layout.hops == "local" else load.received * b * model.d_model
     return came + load.computed * b * (g + 1) + _indices(model, layout)
 
