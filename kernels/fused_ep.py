@@ -7,8 +7,8 @@
       combine     y[t] = sum over the slots of token t, in slot order, of weight[s] * slots[s]
 
 Programs take tasks from one queue, in that order, and wait for each other by flags: docs/fused.md has the protocol. What both
-kernels do alike is in fused_tasks.py, biases are in fused_bias.py. Products and epilogues are those of moesaic.kernels.grouped_gemm
-and experts, which read operands by `load_rows` and `multiply`. Rows that arrive during the launch are read through pointers
+kernels do alike is in fused_tasks.py, biases are in fused_bias.py. Products and epilogues are those of grouped_gemm.py and
+experts.py, which read operands by `load_rows` and `multiply`. Rows that arrive during the launch are read through pointers
 alone, weights also by TMA. No gradient path here: moesaic.parallel.fused.
 
 Bytes that go to other ranks are counted by (rank, phase), `PHASES`: what the profiler reads.
