@@ -33,6 +33,7 @@ from moesaic.kernels.fused_low import (
     Low,
     cast_by_weight,
     code_type,
+    compiled,
     keep_x,
     kept_bytes,
     meta_low,
@@ -330,16 +331,6 @@ def compile_setting(
     }  # fmt: skip
 
 
-COMPILED: dict[str, tuple[int, int, torch.dtype, bool, str]] = {
-    "D 2048, F 1024, bf16": (2048, 1024, torch.bfloat16, True, "high"),
-    "D 2048, F 1024, bf16, every row": (2048, 1024, torch.bfloat16, False, "high"),
-    "D 2048, F 1024, fp32": (2048, 1024, torch.float32, True, "high"),
-    "D 2048, F 1024, bf16, fp8 rows": (2048, 1024, torch.bfloat16, True, "rows"),
-    "D 2048, F 1024, bf16, fp8 products": (2048, 1024, torch.bfloat16, True, "products"),
-    "D 2048, F 1024, bf16, fp8 products, every row": (2048, 1024, torch.bfloat16, False, "products"),
-}
-
-
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
@@ -348,6 +339,7 @@ def compile_cases(target: str) -> Any:
         rest = dict(keep=not once, coded=g["coded"], low=g["low"], **(g["biases"] if biased else {}))
         forward(g["x"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", s, g["sent"], **rest)
 
-    cases = {name: functools.partial(case, *sizes) for name, sizes in COMPILED.items()}
-    name, sizes = next(iter(COMPILED.items()))
+    tables = compiled(target)
+    cases = {name: functools.partial(case, *sizes) for name, sizes in tables.items()}
+    name, sizes = next(iter(tables.items()))
     return cases | {f"{name}, biases": functools.partial(case, *sizes, True)}

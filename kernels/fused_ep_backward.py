@@ -19,13 +19,14 @@ from torch import Tensor
 
 from moesaic.kernels.experts import dact_quarters
 from moesaic.kernels.fused_bias import bias_scores, bias_sums
-from moesaic.kernels.fused_ep import COMPILED, N_PHASES, Setting, compile_setting, fused_options
+from moesaic.kernels.fused_ep import N_PHASES, Setting, compile_setting, fused_options
 from moesaic.kernels.fused_low import (
     BLOCK,
     Low,
     cast_by_weight,
     cast_weight_tile,
     code_type,
+    compiled,
     decoded_weight_tile,
     kept_bytes,
     scales_low,
@@ -335,6 +336,7 @@ def compile_cases(target: str) -> Any:
         rest = dict(coded=g["coded"], low=g["low"], b_down=g["biases"]["b_down"] if biased else None)
         backward(g["x"], g["x"], g["h"], kept, g["tables"], *weights, g["rows"], "swiglu", s, g["sent"], **rest)
 
-    cases = {name: functools.partial(case, *sizes) for name, sizes in COMPILED.items()}
-    name, sizes = next(iter(COMPILED.items()))
+    tables = compiled(target)
+    cases = {name: functools.partial(case, *sizes) for name, sizes in tables.items()}
+    name, sizes = next(iter(tables.items()))
     return cases | {f"{name}, biases": functools.partial(case, *sizes, True)}

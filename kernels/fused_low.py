@@ -23,6 +23,7 @@ from torch import Tensor
 from moesaic.kernels.grouped_gemm import load_rows, load_weight, multiply, rows_by_weight
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.scaled_gemm import e4m3
+from moesaic.kernels.tiles import target_name
 
 BLOCK = 128
 DEPTH = tl.constexpr(BLOCK)
@@ -137,13 +138,13 @@ def send_cast(
         amax = tl.zeros([BM], tl.int32)
         for part in range(0, DEPTH, BK):
             ds = block + part + tl.arange(0, BK)
-            values = tl.load(x_M1 + ds[None, :], mask=inside(carried, ds, D, BK), other=0.0)
+            values = tl.load(x_M1 + ds[None, :], mask=inside(carried, ds, D, 128), other=0.0)
             amax = tl.maximum(amax, largest(values, 1))
         by_M, byte_M = factors(amax, CODE)
         tl.store(scales_M1 + block // DEPTH, byte_M[:, None], mask=carried[:, None])
         for part in range(0, DEPTH, BK):
             ds = block + part + tl.arange(0, BK)
-            mask = inside(carried, ds, D, BK)
+            mask = inside(carried, ds, D, 128)
             values = tl.load(x_M1 + ds[None, :], mask=mask, other=0.0).to(tl.float32)
             tl.store(codes_M1 + ds[None, :], (values * by_M[:, None]).to(CODE), mask=mask)
 
@@ -287,11 +288,26 @@ def up_product(
 
 @jit
 def place_of(k, holder_R, start, count, HELD: tl.constexpr):
-    """(the k-th rows of an expert, where their values stand, which exist)."""
-    real = k < count
-    row = start + tl.where(real, k, 0)
+    """(the k-th rows of an expert, where their values stand, fp32: 1 for rows that exist, 0 for others, which are the last one).
+    Without masks, as scales are without comparisons."""
+    row = start + tl.minimum(k, count - 1)
     holder = tl.load(holder_R + row, cache_modifier=".cg") if HELD else row
-    return row, holder.to(tl.int64), real
+    return row, holder.to(tl.int64), tl.minimum(tl.maximum(count - k, 0), 1).to(tl.float32)
+
+
+@jit
+def load_columns(places, columns, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Rows of TILE columns, 0 past SIZE."""
+    return tl.load(places) if SIZE % TILE == 0 else tl.load(places, mask=(columns < SIZE)[None, :], other=0.0)
+
+
+@jit
+def load_decoded(base, rows, real, column, Q: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, CODE: tl.constexpr):
+    """fp32: BN columns, all of one block, of coded rows, 0 where they don't exist."""
+    codes_K1, scales_K1 = coded_rows(base, rows, STRIDE, Q, CODE)
+    qs = column + tl.arange(0, BN)
+    scale_K1 = scale_of(tl.load(scales_K1 + column // DEPTH), CODE) * real[:, None]
+    return load_columns(codes_K1 + qs[None, :], qs, Q, BN).to(tl.float32) * scale_K1
 
 
 @jit
@@ -305,7 +321,7 @@ def decoded_weight_tile(
     acc = tl.zeros([BP, BN], tl.float32)
     for r in range(0, count, BK):
         row, holder, real = place_of(r + tl.arange(0, BK), holder_R, start, count, RIGHT_HELD)
-        l_KP = tl.load(left + row.to(tl.int64)[:, None] * P + ps[None, :], mask=inside(real, ps, P, BP), other=0.0)
+        l_KP = load_columns(left + row.to(tl.int64)[:, None] * P + ps[None, :], ps, P, BP)
         r_KN = load_decoded(right, holder, real, q * BN, Q, STRIDE, BN, CODE)
         acc = tl.dot(l_KP.T, r_KN.to(left.dtype.element_ty), acc, input_precision=PRECISION)
     to = out + ps.to(tl.int64)[:, None] * Q + qs[None, :]
@@ -313,24 +329,14 @@ def decoded_weight_tile(
 
 
 @jit
-def load_decoded(base, rows, real, column, Q: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, CODE: tl.constexpr):
-    """fp32: BN columns, all of one block, of coded rows, 0 where they don't exist."""
-    codes_K1, scales_K1 = coded_rows(base, rows, STRIDE, Q, CODE)
-    qs = column + tl.arange(0, BN)
-    scale_K1 = scale_of(tl.load(scales_K1 + column // DEPTH, mask=real[:, None], other=0), CODE)
-    return tl.load(codes_K1 + qs[None, :], mask=inside(real, qs, Q, BN), other=0.0).to(tl.float32) * scale_K1
-
-
-@jit
 def load_left(
     left, weight_R, holder_R, k, start, count, ps, P: tl.constexpr, BP: tl.constexpr, HELD: tl.constexpr
 ):  # fmt: skip
-    """Columns ps of the k-th rows of an expert, times weight_R where that is given."""
+    """fp32, columns ps of the k-th rows of an expert, times weight_R where that is given."""
     row, holder, real = place_of(k, holder_R, start, count, HELD)
-    l_KP = tl.load(left + holder[:, None] * P + ps[None, :], mask=inside(real, ps, P, BP), other=0.0)
     if weight_R is not None:
-        l_KP = l_KP.to(tl.float32) * tl.load(weight_R + row, mask=real, other=0.0, cache_modifier=".cg")[:, None]
-    return l_KP
+        real *= tl.load(weight_R + row, cache_modifier=".cg")
+    return load_columns(left + holder[:, None] * P + ps[None, :], ps, P, BP).to(tl.float32) * real[:, None]
 
 
 @jit
@@ -346,9 +352,11 @@ def load_right(
     else:
         B: tl.constexpr = (Q + 127) // 128
         qs = column + tl.arange(0, BN)
-        byte_K1 = tl.load(scales + holder * B + column // DEPTH, mask=real, other=0)[:, None]
-        r_KN = tl.load(right + holder[:, None] * Q + qs[None, :], mask=inside(real, qs, Q, BN), other=0.0)
-        r_KN = (r_KN.to(tl.float32) * inverse_of(byte_K1, CODE)).to(CODE).to(tl.float32) * scale_of(byte_K1, CODE)
+        byte_K1 = tl.load(scales + holder * B + column // DEPTH)[:, None]
+        r_KN = load_columns(right + holder[:, None] * Q + qs[None, :], qs, Q, BN).to(tl.float32) * inverse_of(
+            byte_K1, CODE
+        )
+        r_KN = r_KN.to(CODE).to(tl.float32) * (scale_of(byte_K1, CODE) * real[:, None])
     return r_KN
 
 
@@ -388,6 +396,12 @@ class Low:
     a_scales_RB: Tensor
 
 
+def has_products(target: str | torch.device) -> bool:
+    """Whether the kernels with fp8 products are ready for a target. On AMD that of backward moves scalar registers to lanes of
+    vector registers within the loops of weight gradients."""
+    return not target_name(target).startswith("gfx")
+
+
 def code_type(device: torch.device) -> tl.dtype:
     """The type whose bits are codes on a device."""
     return tl.float8e4b8 if e4m3(device) is torch.float8_e4m3fnuz else tl.float8e4nv
@@ -414,3 +428,18 @@ def meta_low(e: int, d: int, f: int, rows: int) -> Low:
     b, g = -(-d // BLOCK), -(-2 * f // BLOCK)
     scales = (torch.empty(e, n, m, device="meta") for n, m in ((g, b), (b, -(-f // BLOCK))))
     return Low(*scales, torch.empty(rows, -(-f // BLOCK), dtype=torch.uint8, device="meta"))
+
+
+COMPILED: dict[str, tuple[int, int, torch.dtype, bool, str]] = {
+    "D 2048, F 1024, bf16": (2048, 1024, torch.bfloat16, True, "high"),
+    "D 2048, F 1024, bf16, every row": (2048, 1024, torch.bfloat16, False, "high"),
+    "D 2048, F 1024, fp32": (2048, 1024, torch.float32, True, "high"),
+    "D 2048, F 1024, bf16, fp8 rows": (2048, 1024, torch.bfloat16, True, "rows"),
+    "D 2048, F 1024, bf16, fp8 products": (2048, 1024, torch.bfloat16, True, "products"),
+    "D 2048, F 1024, bf16, fp8 products, every row": (2048, 1024, torch.bfloat16, False, "products"),
+}
+
+
+def compiled(target: str) -> dict[str, tuple[int, int, torch.dtype, bool, str]]:
+    """Of COMPILED, what a target has."""
+    return {name: case for name, case in COMPILED.items() if case[4] != "products" or has_products(target)}

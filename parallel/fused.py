@@ -103,7 +103,13 @@ class Space:
         device: torch.device, low: bool = False, whole: dist.ProcessGroup | None = None,
     ) -> None:  # fmt: skip
         from moesaic.kernels.fused_ep import grid_programs  # only here: without a GPU it starts Triton's interpreter
+        from moesaic.kernels.fused_low import has_products
 
+        if low and not has_products(device):
+            raise ValueError(
+                "parallel.expert_path=fused: has no products of fp8_block on AMD GPUs; use all_to_all, or leave experts out of "
+                "precision.layers"
+            )
         self.group, self.config, self.parallel, self.compute, self.device = group, config, parallel, compute, device
         self.whole, self.low = whole or group, low
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)

@@ -15,7 +15,7 @@ from moesaic.parallel.mesh import make_meshes
 from tests.parallel.pool import Pool
 
 CPU = torch.device("cpu")
-D, F, TOKENS, EXPERTS = 160, 72, 44, 4  # a block of 128 and a bit; gate and up share a block of W_up
+D, F, TOKENS, EXPERTS = 160, 75, 44, 4  # a block of 128 and a bit; gate and up share a block of W_up; odd addresses
 KNOBS = [
     f"model.d_model={D}", "model.n_heads=2", "model.n_layers=1", f"model.d_expert={F}", "model.d_shared=0", "model.n_experts=4",
     "model.vocab_size=300", "model.init_std=0.1", "model.router.balance_coef=0", "model.router.z_coef=0",
