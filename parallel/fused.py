@@ -264,7 +264,7 @@ class FusedPath(AllToAllPath):
         self, x_TD: Tensor, weights_S: Tensor, rows: Rows, w_up: Tensor, w_down: Tensor, b_up: Tensor | None,
         b_down: Tensor | None, activation: str,
     ) -> Tensor:  # fmt: skip
-        low = (None,) * 4
+        low: tuple[Tensor | None, ...] = (None,) * 4
         if self.low is not None:
             low = *coded(self.low.up, w_up), *coded(self.low.down, w_down)
         return _op(
