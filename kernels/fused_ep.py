@@ -6,9 +6,10 @@
       down        slots of the source[s] = W_down[x] a                 stored into the source's memory
       combine     y[t] = sum over the slots of token t, in slot order, of weight[s] * slots[s]
 
-Programs take tasks from one queue, in that order, and wait for each other by flags: docs/fused.md has the protocol. Products and
-epilogues are those of moesaic.kernels.grouped_gemm and experts, which read operands by `load_rows` and `multiply`. Rows that
-arrive during the launch are read through pointers alone, weights also by TMA. No gradient path here: moesaic.parallel.fused.
+Programs take tasks from one queue, in that order, and wait for each other by flags: docs/fused.md has the protocol. What both
+kernels do alike is in fused_tasks.py, biases are in fused_bias.py. Products and epilogues are those of grouped_gemm.py and
+experts.py, which read operands by `load_rows` and `multiply`. Rows that arrive during the launch are read through pointers
+alone, weights also by TMA. No gradient path here: moesaic.parallel.fused.
 
 Bytes that go to other ranks are counted by (rank, phase), `PHASES`: what the profiler reads.
 
@@ -26,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.kernels.experts import store_activated
+from moesaic.kernels.fused_bias import with_bias
 from moesaic.kernels.fused_low import (
     BLOCK,
     Low,
@@ -41,44 +43,36 @@ from moesaic.kernels.fused_low import (
     up_product,
 )
 from moesaic.kernels.fused_protocol import (
-    ALIAS,
-    ARRIVED,
-    BACK,
-    COMBINE,
-    CONTROL,
-    DISPATCH,
-    DOWN,
-    EPOCH,
     NONE,
-    ORIGIN,
     PLAN,
     PLANNED,
-    QUEUE,
-    READY,
     ROWS,
-    SLOT_GRADS,
-    SLOTS,
     UP,
     address,
     count_bytes,
-    expert_of,
     finish,
-    firsts,
-    fragments,
-    has_failed,
     meet,
     once,
-    places,
     publish,
     raise_flags,
     record,
     regions,
     scan,
-    sources_of,
     tables_size,
-    wait_for,
-    wait_ready,
     wait_rows,
+)
+from moesaic.kernels.fused_tasks import (
+    begin,
+    begin_dispatch,
+    begin_down,
+    combine,
+    end_dispatch,
+    planned,
+    raise_ready,
+    row_return,
+    rows_of,
+    take,
+    wave_task,
 )
 from moesaic.kernels.grouped_gemm import describe, launch_options, rows_by_weight
 from moesaic.kernels.interpret import jit
@@ -92,266 +86,13 @@ PHASES = ("counts", "dispatch", "slots", "combine", "flags")
 N_PHASES = tl.constexpr(len(PHASES))
 
 
-# ---------------------------------------------------------------- parts of both kernels
-
-
-@jit
-def begin(table, me, spins, first, W: tl.constexpr, BW: tl.constexpr, AMD: tl.constexpr):
-    """(run, the pointer to this rank's words, the first task, whether no rank has failed)."""
-    control = address(table, CONTROL, me, W, tl.int32)
-    program = tl.program_id(0) + first
-    run = (table, me, tl.load(control + EPOCH) + 1, spins, program, AMD)
-    return run, control, take(control), 1 - has_failed(run, W, BW).to(tl.int32)
-
-
-@jit
-def take(control):
-    return tl.atomic_add(control + QUEUE, 1, sem="relaxed", scope="gpu")
-
-
-@jit
-def planned(control, run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
-    """Wait for this rank's plan."""
-    _, me, _, _, _, _ = run
-    one, none = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32) - 1
-    return wait_for(control + PLANNED + one, one == 0, 1, 5, none, none, one + me, run, W, BW, TRACE)
-
-
-@jit
-def fragment(task, tables, me, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr):
-    """Of a dispatch task: (owner, row tile there, places in it, which are this rank's, their slots)."""
-    e: tl.constexpr = E // W
-    x = tl.arange(0, BE)
-    upto = tl.load(fragments(tables, E) + x, mask=x < E, other=2**31 - 1)
-    i = tl.sum((upto <= task).to(tl.int32), axis=0)
-    begun = tl.max(tl.where(x < i, upto, 0), axis=0)
-    expert = (me * e + i) % E
-    place = tl.load(places(tables, E) + expert)
-    first = tl.load(firsts(tables, E) + expert)
-    end = place + tl.load(firsts(tables, E) + expert + 1) - first
-    tile = place // BM + task - begun
-    rows = tile * BM + tl.arange(0, BM)
-    real = (rows >= place) & (rows < end)
-    return expert // e, tile, rows, real, tl.where(real, first + rows - place, 0)
-
-
-@jit
-def bag_of(token, known, starts, K):
-    """(where the slots of tokens begin in `bag`, how many there are)."""
-    if starts is None:
-        low, n = token * K, tl.where(known, K, 0)
-    else:
-        low = tl.load(starts + token, mask=known, other=0)
-        n = tl.load(starts + token + 1, mask=known, other=0) - low
-    return low, n.to(tl.int32)
-
-
-@jit
-def holders(
-    owner, rows, real, slot, token, expert_R, bag, starts, K, tables, E: tl.constexpr, W: tl.constexpr, ONCE: tl.constexpr
-):  # fmt: skip
-    """(the place at the owner that holds the values of each row, which rows' values travel)."""
-    if ONCE:
-        e: tl.constexpr = E // W
-        low = tl.load(firsts(tables, E) + owner * e)
-        high = tl.load(firsts(tables, E) + owner * e + e)
-        at, n = bag_of(token, real, starts, K)
-        best = slot
-        for k in range(tl.max(n, axis=0)):
-            other = tl.load(bag + at + k, mask=real & (k < n), other=2**31 - 1).to(tl.int32)
-            best = tl.where((other >= low) & (other < high), tl.minimum(best, other), best)
-        expert = tl.load(expert_R + best, mask=real, other=0)
-        holder = tl.load(places(tables, E) + expert) + best - tl.load(firsts(tables, E) + expert)
-        carried = real & (best == slot)
-        holder = tl.where(real, holder, rows)
-    else:
-        holder, carried = rows, real
-    return holder, carried
-
-
-@jit
-def begin_dispatch(
-    task, source_S, expert_S, bag, starts, K, tables, run, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-    ONCE: tl.constexpr, TRACE: tl.constexpr,
-):  # fmt: skip
-    """`fragment`, then the tokens of the slots and what `holders` says."""
-    _, me, _, _, _, _ = run
-    record(0, -1, task, -1, DISPATCH, once(), run, W, TRACE)
-    owner, tile, rows, real, slot = fragment(task - 1, tables, me, W, E, BE, BM)
-    token = tl.load(source_S + slot, mask=real, other=0)
-    holder, carried = holders(owner, rows, real, slot, token, expert_S, bag, starts, K, tables, E, W, ONCE)
-    record(1, tile, -1, owner, DISPATCH, once(), run, W, TRACE)
-    return owner, tile, rows, real, slot, token, holder, carried
-
-
-@jit
-def end_dispatch(
-    owner, tile, rows, real, slot, holder, carried, row_bytes, slot_bytes, sent_WP, run, W: tl.constexpr, TRACE: tl.constexpr,
-    P: tl.constexpr,
-):  # fmt: skip
-    """Say where the rows that were sent belong, and that they are there."""
-    _, me, _, _, _, _ = run
-    send_places(owner, rows, real, slot, holder, run, W)
-    raise_arrived(owner, tile, run, W, TRACE)
-    count_bytes(sent_WP, owner, 1, tl.sum(carried.to(tl.int32), axis=0) * row_bytes, owner != me, P)
-    count_bytes(sent_WP, owner, 2, tl.sum(real.to(tl.int32), axis=0) * slot_bytes, owner != me, P)
-    count_bytes(sent_WP, owner, 4, tile * 0 + 4, owner != me, P)
-
-
-@jit
-def send_places(owner, rows, real, slot, holder, run, W: tl.constexpr):
-    table, me, _, _, _, _ = run
-    origin = (tl.zeros_like(slot) + me).to(tl.int64) * 4294967296 + slot
-    tl.store(address(table, ORIGIN, owner, W, tl.int64) + rows, origin, mask=real)
-    tl.store(address(table, ALIAS, owner, W, tl.int32) + rows, holder, mask=real)
-
-
-@jit
-def raise_arrived(owner, tile, run, W: tl.constexpr, TRACE: tl.constexpr):
-    table, me, _, _, _, _ = run
-    word = address(table, ARRIVED, owner, W, tl.int32) + tile * W + me + tl.arange(0, 1)
-    raise_flags(word, once(), 6, tile, -1, owner, run, W, TRACE)
-
-
-@jit
-def raise_ready(tile, f, FT, run, W: tl.constexpr, TRACE: tl.constexpr):
-    table, me, _, _, _, _ = run
-    word = address(table, READY, me, W, tl.int32) + tile * FT + f + tl.arange(0, 1)
-    raise_flags(word, once(), 8, tile, f, me, run, W, TRACE)
-
-
-@jit
-def wave_task(task, tiles, FT, NT, WAVE):
-    """(whether it is an up task, its row tile, its column tile) of the task-th task of the waves."""
-    per_wave = WAVE * (FT + NT)
-    wave = task // per_wave
-    height = tl.minimum(WAVE, tiles - wave * WAVE)
-    task -= wave * per_wave
-    is_up = task < height * FT
-    local = tl.where(is_up, task, task - height * FT)
-    return is_up, wave * WAVE + local % height, local // height
-
-
-@jit
-def begin_down(task, tile, column, FT, run, W: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, TRACE: tl.constexpr):
-    """Whether what the up tasks of a tile computed came to be there."""
-    record(0, -1, task, -1, DOWN, once(), run, W, TRACE)
-    fine = wait_ready(tile, FT, run, W, BW, BF, TRACE)
-    if fine:
-        record(1, tile, column, -1, DOWN, once(), run, W, TRACE)
-    return fine
-
-
-@jit
-def rows_of(tile, tables, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr):
-    """Of a tile: (expert, ranks, rows of each, the end of the expert's rows, the tile's rows, the last for none)."""
-    j = expert_of(tile, tables, E // W, E, BE)
-    rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
-    return j, rank, rows_of_rank, end, tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
-
-
-@jit
-def row_return(
-    values_MN, tile, n, end, rank, rows_of_rank, sent_WP, size, TILES, run, NT: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """Store columns n of a tile's results into the slots they belong to, wherever; raise `back` there."""
-    table, me, _, _, _, _ = run
-    place = tile * BM + tl.arange(0, BM)
-    ns = n * BN + tl.arange(0, BN)
-    origin = tl.load(address(table, ORIGIN, me, W, tl.int64) + tl.minimum(place, end - 1), cache_modifier=".cg")
-    to = address(table, SLOTS, origin >> 32, W, TYPE) + (origin & 4294967295) * D
-    mask = (place < end)[:, None] if D % BN == 0 else (place < end)[:, None] & (ns < D)[None, :]
-    tl.store(to[:, None] + ns[None, :], values_MN.to(TYPE), mask=mask)
-    raise_back(tile, n, rank, rows_of_rank, NT, TILES, run, W, TRACE)
-    width = tl.minimum(BN, D - n * BN) * size
-    others = (rows_of_rank > 0) & (rank != me)
-    count_bytes(sent_WP, rank, 3, rows_of_rank * width, others, P)
-    count_bytes(sent_WP, rank, 4, rows_of_rank * 0 + 4, others, P)
-
-
-@jit
-def raise_back(tile, n, rank, rows_of_rank, NT, TILES, run, W: tl.constexpr, TRACE: tl.constexpr):
-    table, me, _, _, _, _ = run
-    need = rows_of_rank > 0
-    words = address(table, BACK, tl.where(need, rank, 0), W, tl.int32) + (me * TILES + tile) * NT + n
-    raise_flags(words, need, 10, tile, n, rank, run, W, TRACE)
-
-
-@jit
-def wait_back(
-    slot, expert_R, n, need, tables, NT, TILES, run, W: tl.constexpr, E: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
-    TRACE: tl.constexpr,
-):  # fmt: skip
-    """Until columns n of slots are there."""
-    table, me, _, _, _, _ = run
-    expert = tl.load(expert_R + slot, mask=need, other=0).to(tl.int32)
-    owner = expert // (E // W)
-    place = tl.load(places(tables, E) + expert) + slot - tl.load(firsts(tables, E) + expert)
-    tile = tl.where(need, place // BM, 0)
-    words = address(table, BACK, me, W, tl.int32) + (owner * TILES + tile) * NT + n
-    return wait_for(words, need, 4, 11, tile, tl.zeros_like(tile) + n, owner, run, W, BW, TRACE)
-
-
-@jit
-def wait_slots(
-    bag, at, n, expert_S, tile, column, tables, TILES, run, NT: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BW: tl.constexpr,
-    BM: tl.constexpr, TRACE: tl.constexpr,
-):  # fmt: skip
-    """Until all slots of a combine task are there. Whether they are."""
-    alive = 1
-    for k in range(tl.max(n, axis=0)):
-        if alive != 0:
-            need = k < n
-            slot = tl.load(bag + at + k, mask=need, other=0).to(tl.int32)
-            alive = wait_back(slot, expert_S, column, need, tables, NT, TILES, run, W, E, BW, BM, TRACE).to(tl.int32)
-    if alive != 0:
-        record(1, tile, column, -1, COMBINE, once(), run, W, TRACE)
-    return alive
-
-
-@jit
-def combine(
-    task, local, to_TD, weights_S, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D: tl.constexpr, NT: tl.constexpr,
-    W: tl.constexpr, E: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, TRACE: tl.constexpr,
-):  # fmt: skip
-    """Add up the slots of each token: forward by weight; backward as they are, and take their dS. Whether they were there."""
-    table, me, _, _, _, _ = run
-    TYPE: tl.constexpr = to_TD.dtype.element_ty
-    record(0, -1, task, -1, COMBINE, once(), run, W, TRACE)
-    tile, column = local // NT, local % NT
-    token = tile * BT + tl.arange(0, BT)
-    ns = column * BN + tl.arange(0, BN)
-    at, n = bag_of(token, token < T, starts, K)
-    alive = wait_slots(bag, at, n, expert_S, tile, column, tables, TILES, run, NT, W, E, BW, BM, TRACE)
-    total_TN = tl.zeros([BT, BN], tl.float32)
-    slots = address(table, SLOTS, me, W, TYPE)
-    for k in range(tl.max(n, axis=0)):
-        if alive != 0:
-            need = k < n
-            slot = tl.load(bag + at + k, mask=need, other=0)
-            mask = need[:, None] if D % BN == 0 else need[:, None] & (ns < D)[None, :]
-            values = slots + slot.to(tl.int64)[:, None] * D + ns[None, :]
-            values_TN = tl.load(values, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-            if weights_S is not None:
-                values_TN *= tl.load(weights_S + slot, mask=need, other=0.0)[:, None]
-            total_TN += values_TN
-            if dweights_S is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
-                if column == 0:
-                    grads = address(table, SLOT_GRADS, me, W, tl.float32) + slot
-                    tl.store(dweights_S + slot, tl.load(grads, mask=need, other=0.0, cache_modifier=".cg"), mask=need)
-    to = to_TD + token.to(tl.int64)[:, None] * D + ns[None, :]
-    tl.store(to, total_TN.to(TYPE), mask=(token < T)[:, None] & (ns < D)[None, :])
-    return alive
-
-
 # ---------------------------------------------------------------- the kernel
 
 
 @jit
 def _fused_forward_kernel(
     x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF,
-    kept_RD, y_TD, table, tables, sent_WP, T, me, call, TILES, spins, programs, first,
+    kept_RD, y_TD, table, tables, sent_WP, b_up, b_down, T, me, call, TILES, spins, programs, first,
     K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
@@ -411,6 +152,10 @@ def _fused_forward_kernel(
                     )  # fmt: skip
                     rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
                     fs = f + tl.arange(0, BU)
+                    if b_up is not None:
+                        gate_MN = with_bias(gate_MN, b_up, j, fs, 0, F, G)
+                        if PAIR:
+                            up_MN = with_bias(up_MN, b_up, j, fs, F, F, G)
                     exists = (rows < end)[:, None] if F % BU == 0 else (rows < end)[:, None] & (fs < F)[None, :]
                     if kept_RD is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
                         if column == 0:
@@ -434,6 +179,8 @@ def _fused_forward_kernel(
                             a_M1, a_scales_RB + rows[:, None] * ((F + 127) // 128), keep_M1, w_down, down_scales, j, column * BN,
                             D, F, BM, BN, DOWN_DESCRIBED, CODE,
                         )  # fmt: skip
+                    if b_down is not None:
+                        y_MN = with_bias(y_MN, b_down, j, column * BN + tl.arange(0, BN), 0, D, D)
                     row_return(
                         y_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, TILES, run, NT, D, W, BM, BN, TRACE,
                         N_PHASES, TYPE,
@@ -510,7 +257,7 @@ def most_columns(width: int, tile: Tile, pair: bool = False) -> int:
 def forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting,
     sent_WP: Tensor, keep: bool = False, call: int = 0, first: int = 0, grid: int | None = None, coded: bool = False,
-    low: Low | None = None,
+    low: Low | None = None, b_up: Tensor | None = None, b_down: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(y_TD, h_RG, tables, the rows that came, if `keep`). Every rank of the group calls it, with its tokens and its experts;
     rows are sorted by all E experts.
@@ -544,7 +291,7 @@ def forward(
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_forward_kernel[(grid or setting.programs,)](
         x_TD, w_up, w_down, *scales_low(low), rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
-        h_RG, a_RF, kept_RD, y_TD, heap.table, tables, sent_WP,
+        h_RG, a_RF, kept_RD, y_TD, heap.table, tables, sent_WP, b_up, b_down,
         x_TD.shape[0], heap.rank, call, capacity // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, bn, pair)), BT=m, KIND=activation, PAIR=pair,
         UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0,
@@ -580,15 +327,19 @@ def compile_setting(
         "up": meta(e, 2 * f, d, dtype=weight), "down": meta(e, d, f, dtype=weight), "sent": meta(ranks, len(PHASES),
         dtype=torch.int64), "h": meta(rows_R, 2 * f, dtype=dtype), "kept": new_kept(x, rows_R, coded),
         "tables": meta(tables_size(ranks, n_experts), dtype=torch.int32), "coded": coded, "low": low,
+        "biases": {"b_up": meta(e, 2 * f, dtype=dtype), "b_down": meta(e, d, dtype=dtype)},
     }  # fmt: skip
 
 
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
-    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str) -> None:
+    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str, biased: bool = False) -> None:
         s, g = compile_setting(target, d, f, dtype, once, mode)
-        rest = dict(keep=not once, coded=g["coded"], low=g["low"])
+        rest = dict(keep=not once, coded=g["coded"], low=g["low"], **(g["biases"] if biased else {}))
         forward(g["x"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", s, g["sent"], **rest)
 
-    return {name: functools.partial(case, *sizes) for name, sizes in compiled(target).items()}
+    tables = compiled(target)
+    cases = {name: functools.partial(case, *sizes) for name, sizes in tables.items()}
+    name, sizes = next(iter(tables.items()))
+    return cases | {f"{name}, biases": functools.partial(case, *sizes, True)}

@@ -18,23 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.kernels.experts import dact_quarters
-from moesaic.kernels.fused_ep import (
-    N_PHASES,
-    Setting,
-    begin,
-    begin_dispatch,
-    begin_down,
-    combine,
-    compile_setting,
-    end_dispatch,
-    fused_options,
-    planned,
-    raise_ready,
-    row_return,
-    rows_of,
-    take,
-    wave_task,
-)
+from moesaic.kernels.fused_bias import bias_scores, bias_sums
+from moesaic.kernels.fused_ep import N_PHASES, Setting, compile_setting, fused_options
 from moesaic.kernels.fused_low import (
     BLOCK,
     Low,
@@ -73,6 +58,19 @@ from moesaic.kernels.fused_protocol import (
     wait_ready,
     wait_rows,
 )
+from moesaic.kernels.fused_tasks import (
+    begin,
+    begin_dispatch,
+    begin_down,
+    combine,
+    end_dispatch,
+    planned,
+    raise_ready,
+    row_return,
+    rows_of,
+    take,
+    wave_task,
+)
 from moesaic.kernels.grouped_gemm import describe, rows_by_weight
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.permute import Rows
@@ -110,8 +108,8 @@ def weight_tile(
 
 
 @jit
-def return_grads(parts_RP, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr):
-    """dS of a tile's rows, to their sources."""
+def return_grads(parts_RP, more_M, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr):
+    """dS of a tile's rows, the sum of its parts and of `more_M`, to their sources."""
     table, me, _, _, _, _ = run
     place = tile * BM + tl.arange(0, BM)
     f = tl.arange(0, BF)
@@ -122,14 +120,14 @@ def return_grads(parts_RP, tile, end, FT, run, W: tl.constexpr, BM: tl.constexpr
     )
     origin = tl.load(address(table, ORIGIN, me, W, tl.int64) + tl.minimum(place, end - 1), cache_modifier=".cg")
     to = address(table, SLOT_GRADS, origin >> 32, W, tl.float32) + (origin & 4294967295)
-    tl.store(to, tl.sum(parts, axis=1), mask=real)
+    tl.store(to, tl.sum(parts, axis=1) + more_M, mask=real)
 
 
 @jit
 def _fused_backward_kernel(
     dy_TD, x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S,
     counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
-    T, me, call, TILES, spins, programs, first,
+    b_down, db_up, db_down, T, me, call, TILES, spins, programs, first,
     K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr,
@@ -222,7 +220,11 @@ def _fused_backward_kernel(
                             EVEN_G, PRECISION,
                         )  # fmt: skip
                     if column == 0:
-                        return_grads(parts_RP, tile, end, FT, run, W, BM, BF)
+                        more = 0.0
+                        if b_down is not None:
+                            dy_RD, held = address(table, ROWS, me, W, TYPE), address(table, ALIAS, me, W, tl.int32)
+                            more = bias_scores(dy_RD, held, b_down, j, tile, end, D, BM, BK, ONCE)
+                        return_grads(parts_RP, more, tile, end, FT, run, W, BM, BF)
                         count_bytes(sent_WP, rank, 3, rows_of_rank * 4, (rows_of_rank > 0) & (rank != me), N_PHASES)
                     row_return(
                         dx_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, TILES, run, NT, D, W, BM, BN, TRACE,
@@ -253,6 +255,9 @@ def _fused_backward_kernel(
                         weight_tile(
                             dy_RD, a_RF, dw, held, start, count, p, q, D, F, True, False, BP, BQ, BR, ONCE, PRECISION
                         )
+                    if db_down is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
+                        if q == 0:
+                            bias_sums(dy_RD, weight_R, db_down, held, j, start, count, p, D, BP, BK, ONCE)
                 else:
                     p, q = (local - down_tiles) // DQ, (local - down_tiles) % DQ
                     if CODE is None:
@@ -271,6 +276,9 @@ def _fused_backward_kernel(
                             decoded_weight_tile(
                                 dh_RG, x_RB, dv, held, start, count, p, q, G, D, again, stride, BP, BQ, BR, PRECISION, CODE
                             )  # fmt: skip
+                    if db_up is not None:  # noqa: SIM102 - as above
+                        if q == 0:
+                            bias_sums(dh_RG, None, db_up, held, j, start, count, p, G, BP, BK, False)
         else:
             alive = combine(
                 task, task - combining, dx_TD, None, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW,
@@ -285,8 +293,10 @@ def backward(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor | None, tables: Tensor, weights_S: Tensor, w_up_eGD: Tensor,
     w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting, sent_WP: Tensor, call: int = 0, first: int = 0,
     grid: int | None = None, coded: bool = False, low: Low | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx_TD, dweights_S, dw_up_eGD, dw_down_eDF), of what `forward` took and returned. Every rank of the group calls it."""
+    b_down: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """[dx_TD, dweights_S, dw_up_eGD, dw_down_eDF], and with biases [db_up_eG, db_down_eD], of what `forward` took and returned.
+    Every rank of the group calls it."""
     heap, g, (_, d, f) = setting.heap, w_up_eGD.shape[1], w_down_eDF.shape
     options = fused_options(setting, dy_TD, w_up_eGD, w_down_eDF)
     bn, bk, m = options["BN"], options["BK"], options["BM"]
@@ -301,27 +311,32 @@ def backward(
     assert triton.cdiv(d, bn) <= heap.regions["back"][0][2] and ft <= heap.regions["ready"][0][1], heap.regions
     dh_RG, a_RF = torch.empty_like(h_RG), h_RG.new_empty(h_RG.shape[0], f)
     parts_RP = weights_S.new_empty(h_RG.shape[0], ft)
+    biases = [] if b_down is None else [b_down.new_empty(b_down.shape[0], g), torch.empty_like(b_down)]
     dx_TD, dweights_S = torch.empty_like(x_TD), torch.zeros_like(weights_S)  # unused slots have no gradient
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_backward_kernel[(grid or setting.programs,)](
         dy_TD, x_TD, w_up, w_down, *scales_low(low), h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts,
         weights_S, rows.counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
+        b_down, *(biases or (None, None)),
         x_TD.shape[0], heap.rank, call, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=bp, BQ=bq, BR=max(bk, 16), KIND=activation,
         PAIR=activation != "relu2", UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0,
         EVEN_G=g % bk == 0, WHOLE=f % bn == 0, CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **options,
     )  # fmt: skip
-    return dx_TD, dweights_S, dw_up, dw_down
+    return [dx_TD, dweights_S, dw_up, dw_down, *biases]
 
 
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
-    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str) -> None:
+    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str, biased: bool = False) -> None:
         s, g = compile_setting(target, d, f, dtype, once, mode)
         kept = None if once else g["kept"]
         weights = g["weights"], g["up"], g["down"]
-        rest = dict(coded=g["coded"], low=g["low"])
+        rest = dict(coded=g["coded"], low=g["low"], b_down=g["biases"]["b_down"] if biased else None)
         backward(g["x"], g["x"], g["h"], kept, g["tables"], *weights, g["rows"], "swiglu", s, g["sent"], **rest)
 
-    return {name: functools.partial(case, *sizes) for name, sizes in compiled(target).items()}
+    tables = compiled(target)
+    cases = {name: functools.partial(case, *sizes) for name, sizes in tables.items()}
+    name, sizes = next(iter(tables.items()))
+    return cases | {f"{name}, biases": functools.partial(case, *sizes, True)}

@@ -234,8 +234,6 @@ def check(c: Config) -> None:
             f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
     if c.parallel.expert_path == "fused":
         _check_fused(c.precision)
-    require(c.parallel.expert_path != "fused" or not c.model.expert_bias,
-            "model.expert_bias=true: must be false with parallel.expert_path=fused")  # fmt: skip
     require(c.profile in ("none", "collectives"), f"profile={c.profile}: must be one of none, collectives")
     require(c.profile == "none" or (bool(c.profile_steps) and min(c.profile_steps) >= 1),
             f"profile_steps={c.profile_steps}: must hold steps, the first of a launch being 1")  # fmt: skip

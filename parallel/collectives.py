@@ -225,6 +225,7 @@ class Recorder:
         from moesaic.kernels.fused_ep import PHASES
 
         group, received_WP = path.space.group, torch.empty_like(sent_WP)
+        self.groups.setdefault(group.group_name, group)
         dist.all_to_all_single(received_WP, sent_WP.contiguous(), group=group)
         ranks, sent, received = dist.get_process_group_ranks(group), sent_WP.tolist(), received_WP.tolist()
         others = [(i, self.hop(rank)) for i, rank in enumerate(ranks) if rank != self.rank]

@@ -16,7 +16,8 @@ class ParallelConfig:
                   far as `expert` allows, see moesaic.parallel.mesh
     expert_path   local: every rank computes all experts, and expert is 1; all_to_all: tokens travel to their experts;
                   two_hop: the same, but between nodes once for each node; fused: one kernel forward and one backward stores rows
-                  into the other ranks' memory, see moesaic.parallel.fused; auto: local where expert comes to 1, else all_to_all
+                  into the memory of other ranks of the node, between nodes as two_hop, see moesaic.parallel.fused; auto: local
+                  where expert comes to 1, else all_to_all
     node_size     neighbouring ranks in one node, with fast links; must divide the expert degree, or be a multiple of it.
                   auto: what torchrun started on this machine
     reshard       whether weights gathered for forward are let go before backward, which then gathers them again. auto: those of

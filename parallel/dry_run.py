@@ -41,7 +41,7 @@ from moesaic.kernels.symmetric import starts
 from moesaic.moe import attention, experts
 from moesaic.moe.config import ModelConfig, require
 from moesaic.moe.precision import PrecisionConfig
-from moesaic.parallel import apply, two_hop
+from moesaic.parallel import apply, fused, two_hop
 from moesaic.parallel import expert as expert_path
 from moesaic.parallel.clip import clip_gradients
 from moesaic.parallel.config import ParallelConfig
@@ -299,7 +299,8 @@ def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reserve(target: str, space: Any, tokens: int) -> None:
     """In the place of Space.reserve: as many bytes, shared with nobody."""
-    shapes = heap_regions(space.config, space.parallel, space.ranks, tokens, space.compute, target)
+    ranks = space.ranks * space.nodes
+    shapes = heap_regions(space.config, space.parallel, ranks, tokens, space.compute, target, nodes=space.nodes)
     space.memory, space.tokens = torch.empty(starts(shapes)[1], dtype=torch.uint8), tokens
     space.setting = SimpleNamespace(heap=SimpleNamespace(regions=shapes))
 
@@ -309,11 +310,13 @@ def _paths(*args: Any) -> Callable[..., Any]:
 
 
 def _even(load: Load, layout: Layout, *tensors: Tensor) -> list[list[int]]:
-    """What `read` would read off the device, in the order in which the two paths ask."""
-    ranks, places = layout.expert, layout.expert_node
-    nodes = ranks // places
+    """What `read` would read off the device, in the order in which the paths ask."""
+    ranks, places, nodes = layout.expert, layout.expert_node, layout.nodes
     rows, slots = [load.rows] * ranks, [load.slots] * ranks
     more_rows, more_slots = _spread(load.received, ranks), _spread(load.computed, ranks)
+    if layout.hops == "fused":  # AllToAllPath.plan, between nodes
+        out, slots_out = [load.node_rows] * nodes, [load.slots * places] * nodes
+        return [out, slots_out, out, slots_out, [load.node_rows * nodes], []]
     if len(tensors) == 6:  # AllToAllPath.plan
         return [rows, slots, more_rows, more_slots, [load.node_rows * nodes], []]
     assert len(tensors) == 9, len(tensors)  # TwoHopPath.plan
@@ -348,6 +351,7 @@ def as_a_gpu(load: Load, layout: Layout) -> Iterator[None]:
             replace(module, read=functools.partial(_even, load, layout))
         replace(permute, on_host=lambda tensor: False)
         replace(apply, initialize=_allocate, communicating_path=_paths)
+        replace(fused, nodes_mesh=_with_values(two_hop.nodes_mesh))
         # What a mesh says of its ranks are values.
         replace(DeviceMesh, __init__=_with_values(DeviceMesh.__init__))
         yield

@@ -300,10 +300,15 @@ class AllToAllPath:
     ) -> None:
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.node_size, self.codec, self.limit = node_size or self.ranks, codec, limit
+        self.group = group  # all ranks that divide the experts
         self.back: Codec | None = None
         assert self.ranks % self.node_size == 0, (self.ranks, self.node_size)
         self.link = Link(group, hops(range(self.ranks), self.rank, self.node_size), layer)
-        self.sent: Sent = Counter()
+        self.exchanged: Sent = Counter()
+
+    @property
+    def sent(self) -> Sent:
+        return self.exchanged
 
     def admit(self, routing: Routing) -> Routing:
         limit = self.limit
@@ -311,10 +316,11 @@ class AllToAllPath:
             return routing
 
         def keep_S() -> Tensor:
-            slots_W = routing.counts_E.view(self.ranks, -1).sum(dim=1)
-            slots_WW = slots_W.new_empty(self.ranks * self.ranks)
-            dist.all_gather_single(slots_WW, slots_W, group=self.link.group)
-            return slots_to_keep(routing, slots_WW.view(self.ranks, -1), self.rank, limit.factor)
+            ranks = dist.get_world_size(self.group)
+            slots_W = routing.counts_E.view(ranks, -1).sum(dim=1)
+            slots_WW = slots_W.new_empty(ranks * ranks)
+            dist.all_gather_single(slots_WW, slots_W, group=self.group)
+            return slots_to_keep(routing, slots_WW.view(ranks, -1), dist.get_rank(self.group), limit.factor)
 
         return without(routing, once("admitted", keep_S))
 
@@ -331,19 +337,25 @@ class AllToAllPath:
             self.limit.check(loads, self.ranks)
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        return self.travel(x_TD, routing, experts, None)
+
+    def travel(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, operation: Callable[..., Tensor] | None
+    ) -> Tensor:
+        """Out, through the experts, and back. operation: what the experts call in the place of their own."""
         plan = once("plan", lambda: self.plan(x_TD, routing, experts))
-        ids_N = experts.numbers(x_TD.shape[0], x_TD.device)
+        ids_N = None if operation else experts.numbers(x_TD.shape[0], x_TD.device)
         for leg in plan.legs if ids_N is not None else ():
             ids_N = leg.go(ids_N, "dispatch")()  # type: ignore[arg-type]
         x_ND, weights_S = _Dispatch.apply(x_TD, routing.weights_S, plan, self.codec)
         _, rows = plan.arrive()
-        y_ND = experts(x_ND, weights_S.index_select(0, rows.slot_R), rows, ids_N)
+        y_ND = experts(x_ND, weights_S.index_select(0, rows.slot_R), rows, ids_N, operation)
         return _Combine.apply(y_ND, plan.legs, self.back)
 
     def plan(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Plan:
         """Tells the others what will come, and begins to send the slots. Raises OverloadError where `limit` asks for it."""
         ranks, tokens, training = self.ranks, routing.tokens, experts.training
-        sent = self.sent if training else None
+        sent = self.exchanged if training else None
         counts_We = routing.counts_E.view(ranks, -1)
         each = counts_We.shape[1]  # experts of a rank
         rank_S = routing.expert_S // each  # W where unused

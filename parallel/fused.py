@@ -8,6 +8,9 @@ All layers of a run use one symmetric heap for each expert group, in the order i
 and on one stream. It has room for what a call may bring at most; nothing is dropped, and the host waits for nothing. The other
 collectives of the run never wait inside a launch: every rank issues both in the same order.
 
+Where the group spans several nodes there are two hops, `TwoHopFusedPath`: between nodes by all-to-all, as the first leg of
+moesaic.parallel.two_hop; inside each, by the kernels, which see the node's ranks and experts alone and have a heap of their own.
+
 **Low precision**: with `precision.dispatch=fp8` rows of X travel as the codes and scales of moesaic.parallel.codec; with
 `precision=fp8_block` products are of fp8, of a cast of each weight that is made once a forward pass and kept for backward. Other
 recipes are refused with the knobs.
@@ -15,7 +18,8 @@ recipes are refused with the knobs.
 **Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert:
 `FusedPath.sent`.
 
-Letters: T tokens of this rank, D model width, E experts in all, e on this rank, W ranks of the group, S slots, P phases.
+Letters: T tokens of this rank, D model width, E experts that the ranks of a heap have in all, e on this rank, W ranks of a heap,
+S slots, P phases, I rows that came to this rank from all nodes.
 """
 
 import itertools
@@ -39,8 +43,9 @@ from moesaic.moe.router import Routing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert import AllToAllPath, Sent
 from moesaic.parallel.mesh import Meshes
-from moesaic.parallel.overload import Limit
-from moesaic.parallel.two_hop import node_ranks
+from moesaic.parallel.overload import Limit, limit_of
+from moesaic.parallel.trace import short
+from moesaic.parallel.two_hop import node_ranks, nodes_mesh
 
 POLLS = {"cpu": 2_000, "cuda": 1_000_000}  # of a wait, a second, about: an interpreted one, and one of an L2 cache
 
@@ -64,9 +69,10 @@ def heap_regions(
     compute: torch.dtype,
     target: str | torch.device,
     low: bool = False,
+    nodes: int = 1,
 ) -> Regions:
-    """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks`. low: where layers have
-    products of fp8."""
+    """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks` in `nodes`, of which those
+    of a node share heaps. low: where layers have products of fp8."""
     from moesaic.kernels import fused_ep  # only here: without a GPU it starts Triton's interpreter
     from moesaic.kernels.fused_protocol import regions
 
@@ -76,19 +82,25 @@ def heap_regions(
     rows = ranks * min(slots, tokens * config.n_experts // ranks)
     if factor is not None:
         rows = min(rows, int(factor * slots) + 1)
-    tiles = fused_ep.room(ranks, config.n_experts, rows, tile.m)
+    ranks, n_experts = ranks // nodes, config.n_experts // nodes
+    if nodes > 1:  # a rank passes on what the ranks of its place in all nodes have for its own
+        slots = nodes * min(slots, tokens * n_experts)
+    tiles = fused_ep.room(ranks, n_experts, rows, tile.m)
     return regions(
-        ranks, config.n_experts, d, compute, slots, tiles, tile.m, fused_ep.most_columns(d, tile),
+        ranks, n_experts, d, compute, slots, tiles, tile.m, fused_ep.most_columns(d, tile),
         fused_ep.most_columns(f, tile, gated), not parallel.fused_keep,
     )  # fmt: skip
 
 
 class Space:
-    """The heap of an expert group, and what all launches in it share."""
+    """The heap of an expert group, or of those of its ranks that are in a node, and what all launches in it share.
+
+    group: the ranks that share it; whole: all those that divide the experts (None: the same).
+    """
 
     def __init__(
         self, group: dist.ProcessGroup, config: ModelConfig, parallel: ParallelConfig, compute: torch.dtype,
-        device: torch.device, low: bool = False,
+        device: torch.device, low: bool = False, whole: dist.ProcessGroup | None = None,
     ) -> None:  # fmt: skip
         from moesaic.kernels.fused_ep import grid_programs  # only here: without a GPU it starts Triton's interpreter
         from moesaic.kernels.fused_low import has_products
@@ -99,7 +111,10 @@ class Space:
                 "precision.layers"
             )
         self.group, self.config, self.parallel, self.compute, self.device = group, config, parallel, compute, device
-        self.ranks, self.rank, self.low = dist.get_world_size(group), dist.get_rank(group), low
+        self.whole, self.low = whole or group, low
+        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.nodes = dist.get_world_size(self.whole) // self.ranks
+        self.experts = config.n_experts // self.nodes
         self.programs = grid_programs(device, parallel.comm_sms)
         self.tokens = -1
         self.setting: Any = None  # moesaic.kernels.fused_ep.Setting, when there is room
@@ -113,22 +128,24 @@ class Space:
         from moesaic.kernels import fused_ep
 
         self.finish()
-        tokens = max(self.exchange(tokens))
+        tokens = max(self.exchange(tokens, self.whole))
         if tokens <= self.tokens:
             return
         config, device = self.config, self.device
-        shapes = heap_regions(config, self.parallel, self.ranks, tokens, self.compute, device, self.low)
+        ranks = self.ranks * self.nodes
+        shapes = heap_regions(config, self.parallel, ranks, tokens, self.compute, device, self.low, self.nodes)
         allocate = shared_memory if self.device.type == "cpu" else self.device_memory
         heap = make_heap(self.rank, shapes, self.exchange, allocate)
         spins = min(int(self.parallel.timeout * POLLS[self.device.type]), 2**30)
         self.setting = fused_ep.Setting(
-            heap, config.n_experts, fused_tile(device, self.low), self.parallel.fused_once, spins, self.programs
+            heap, self.experts, fused_tile(device, self.low), self.parallel.fused_once, spins, self.programs
         )
         self.tokens = tokens
 
-    def exchange(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value, group=self.group)
+    def exchange(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        group = group or self.group
+        values: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def device_memory(self, size: int, exchange: Exchange) -> tuple[Tensor, list[Any], list[int]]:
@@ -175,22 +192,25 @@ class Space:
             if failed[:, 0].any():
                 self.finish()
                 told = "; ".join(str(failure) for failure in failures(failed))
+                if self.nodes > 1:
+                    what += f", group of ranks {short(dist.get_process_group_ranks(self.group))}"
                 raise FusedError(f"parallel.expert_path=fused, {what}: {told}")
 
 
 class _Sent(Sent):
-    """Bytes by (hop, phase), read from the kernels' counters; to clear it clears them."""
+    """Bytes by (hop, phase), read from the kernels' counters and from those between nodes; to clear it clears them."""
 
-    def __init__(self, counters_WP: Tensor, own: int) -> None:
+    def __init__(self, counters_WP: Tensor, own: int, exchanged: Sent) -> None:
         from moesaic.kernels.fused_ep import PHASES
 
-        super().__init__()
-        self.counters_WP = counters_WP
+        super().__init__(exchanged)
+        self.counters_WP, self.exchanged = counters_WP, exchanged
         others = counters_WP.sum(dim=0) - counters_WP[own]
         self.update({("intra", phase): count for phase, count in zip(PHASES, others.tolist(), strict=True) if count})
 
     def clear(self) -> None:
         super().clear()
+        self.exchanged.clear()
         self.counters_WP.zero_()
 
 
@@ -203,51 +223,79 @@ class FusedPath(AllToAllPath):
     ranks, where one of them waited in vain for `parallel.timeout` seconds.
     """
 
-    def __init__(self, space: Space, limit: Limit | None = None, layer: str = "") -> None:
+    def __init__(
+        self, space: Space, limit: Limit | None = None, layer: str = "", exchange: dist.ProcessGroup | None = None
+    ) -> None:
+        """exchange: the ranks with which rows are exchanged by all-to-all, for `TwoHopFusedPath`."""
+        from moesaic.kernels.fused_ep import PHASES
+
         self.space, self.layer, self.number, self.counting = space, layer, next(_numbers), True
         self.call = 2 * next(space.calls)
         self.low: LowExperts | None = None
-        super().__init__(space.group, limit=limit, layer=layer)
+        super().__init__(exchange or space.group, node_size=1 if exchange else None, limit=limit, layer=layer)
+        self.group = space.whole
+        self.counters_WP = torch.zeros(space.ranks, len(PHASES), dtype=torch.int64, device=space.device)
+        self.uncounted_WP = torch.zeros_like(self.counters_WP)
         _paths[self.number] = self
 
-    # `AllToAllPath.__init__` sets it; here the kernels count.
     @property
     def sent(self) -> Sent:
-        return _Sent(self.counters_WP, self.rank)
+        return _Sent(self.counters_WP, self.space.rank, self.exchanged)
 
-    @sent.setter
-    def sent(self, value: Sent) -> None:
-        from moesaic.kernels.fused_ep import PHASES
-
-        self.counters_WP = torch.zeros(self.space.ranks, len(PHASES), dtype=torch.int64, device=self.space.device)
-        self.uncounted_WP = torch.zeros_like(self.counters_WP)
-
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def begin(self, tokens: int, experts: Experts) -> None:
+        """Raises ValueError for more tokens than there is room for."""
         if self.space.tokens < 0:
-            self.space.reserve(routing.tokens)
-        if routing.tokens > self.space.tokens:
+            self.space.reserve(tokens)
+        if tokens > self.space.tokens:
             raise ValueError(
-                f"parallel.expert_path=fused: {routing.tokens:,} tokens in a call of {self.layer}, its memory is made for "
+                f"parallel.expert_path=fused: {tokens:,} tokens in a call of {self.layer}, its memory is made for "
                 f"{self.space.tokens:,}; reserve more, on all ranks"
             )
-        rows = sorted_rows(routing, experts, x_TD)
-        weights_S = routing.weights_S.index_select(0, rows.slot_R)
         self.counting = experts.training
         self.low = experts.low if experts.low is not None and experts.low.active else None
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        self.begin(routing.tokens, experts)
+        rows = sorted_rows(routing, experts, x_TD)
+        weights_S = routing.weights_S.index_select(0, rows.slot_R)
         return experts(x_TD, weights_S, rows, operation=self.fused)
 
     def fused(
         self, x_TD: Tensor, weights_S: Tensor, rows: Rows, w_up: Tensor, w_down: Tensor, b_up: Tensor | None,
         b_down: Tensor | None, activation: str,
     ) -> Tensor:  # fmt: skip
-        assert b_up is None and b_down is None, "refused with the knobs"
-        low = (None,) * 4
+        low: tuple[Tensor | None, ...] = (None,) * 4
         if self.low is not None:
             low = *coded(self.low.up, w_up), *coded(self.low.down, w_down)
         return _op(
             x_TD.contiguous(), weights_S.float().contiguous(), w_up.contiguous(), w_down.contiguous(), rows.source_R,
-            rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number, self.codec is not None, *low,
+            rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number, self.codec is not None, *low, b_up,
+            b_down,
         )[0]  # fmt: skip
+
+
+class TwoHopFusedPath(FusedPath):
+    """`FusedPath` of a group whose ranks are in several nodes, `space` that of its ranks in this one. Three steps:
+
+    1. a token goes once to each node that it needs, to the rank of the same place there, with its slots: all-to-all among
+       `across`, the ranks of this place in all nodes; for its sizes the host waits, once a call
+    2. that rank calls the kernel with the rows that came as its tokens, and the experts of its node as all there are
+    3. each node's sum for a token comes back, and the sums are added up by node
+
+    So it is `AllToAllPath` with nodes for ranks, and the fused operation for the experts'. The rows of an expert and the slots of
+    a token stand in an order that the routing alone decides: the same bits on every run.
+    """
+
+    def __init__(self, space: Space, across: dist.ProcessGroup, limit: Limit | None = None, layer: str = "") -> None:
+        super().__init__(space, limit, layer, across)
+
+    def all_loads(self, load: Tensor, training: bool) -> Tensor:
+        """None: what comes here is for all ranks of the node, and the kernel knows how much there is room for."""
+        return load.new_empty(0)
+
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        self.begin(routing.tokens, experts)
+        return self.travel(x_TD, routing, experts, self.fused)
 
 
 @torch.no_grad()
@@ -268,20 +316,22 @@ def fused_paths(
     """What makes the path of each layer, given the layer's name. Collective.
 
     low: some layers have products of fp8.
-    tokens: of a call of any rank, at most; None: of the first call. Raises ValueError where the ranks of an expert group are in
-    several nodes.
+    tokens: of a call of any rank, at most; None: of the first call.
     """
-    degree = meshes.expert_parallel
+    group, degree = meshes.experts.get_group("expert"), meshes.expert_parallel
     node = node_ranks(parallel.node_size, degree)
-    if node < degree:
-        raise ValueError(
-            f"parallel.expert_path=fused: parallel.expert={degree} must be within a node, of {node} ranks (parallel.node_size)"
-        )
-    space = Space(meshes.experts.get_group("expert"), config, parallel, compute, device, low)
+
+    if node == degree:
+        space = Space(group, config, parallel, compute, device, low)
+    else:
+        mesh = nodes_mesh(meshes, node)
+        space = Space(mesh.get_group("place"), config, parallel, compute, device, low, group)
+        across = mesh.get_group("node")
     if tokens is not None:
         space.reserve(tokens)
-    factor = parallel.max_recv_tokens_factor
-    return lambda layer: FusedPath(space, None if factor is None else Limit(factor, parallel.overload, layer), layer)
+    if node == degree:
+        return lambda layer: FusedPath(space, limit_of(parallel, layer), layer)
+    return lambda layer: TwoHopFusedPath(space, across, limit_of(parallel, layer), layer)
 
 
 # ---------------------------------------------------------------- one operation for autograd and FSDP
@@ -309,7 +359,8 @@ def _new_a_scales(x_TD: Tensor, rows: int, w_down_eDF: Tensor, down_scales: Tens
 def _forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
     starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool, up_codes: Tensor | None,
-    up_scales: Tensor | None, down_codes: Tensor | None, down_scales: Tensor | None,
+    up_scales: Tensor | None, down_codes: Tensor | None, down_scales: Tensor | None, b_up_eG: Tensor | None,
+    b_down_eD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from moesaic.kernels.fused_ep import forward
 
@@ -322,6 +373,7 @@ def _forward(
     y_TD, h_RG, tables, kept = forward(
         x_TD, weights_S, up, down, _rows(source, expert, bag, starts, counts_E), activation, setting, sent,
         caller.space.parallel.fused_keep, caller.call, coded=coded, low=_low(up_scales, down_scales, a_scales),
+        b_up=b_up_eG, b_down=b_down_eD,
     )  # fmt: skip
     caller.space.check(f"forward of {caller.layer}")
     return y_TD, h_RG, tables, x_TD.new_empty(0) if kept is None else kept, a_scales
@@ -330,8 +382,8 @@ def _forward(
 def _backward(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
     up_scales: Tensor | None, down_scales: Tensor | None, a_scales: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
-    starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    starts: Tensor | None, counts_E: Tensor, b_down_eD: Tensor | None, activation: str, path: int, coded: bool,
+) -> list[Tensor]:  # fmt: skip
     """up, down: the experts' matrices, or their codes."""
     from moesaic.kernels.fused_ep_backward import backward
 
@@ -340,7 +392,7 @@ def _backward(
     grads = backward(
         dy_TD, x_TD, h_RG, kept if kept.numel() else None, tables, weights_S, up, down,
         _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
-        caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales),
+        caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales), b_down=b_down_eD,
     )  # fmt: skip
     caller.space.check(f"backward of {caller.layer}")
     return grads
@@ -360,7 +412,7 @@ def _(
 
     space = _paths[path].space
     rows = space.setting.heap.regions["rows"][0][0]
-    tables = weights_S.new_empty(tables_size(space.ranks, space.config.n_experts), dtype=torch.int32)
+    tables = weights_S.new_empty(tables_size(space.ranks, space.experts), dtype=torch.int32)
     kept = new_kept(x_TD, rows, coded) if space.parallel.fused_keep else x_TD.new_empty(0)
     a_scales = _new_a_scales(x_TD, rows, w_down_eDF, low[3])
     return torch.empty_like(x_TD), x_TD.new_empty(rows, w_up_eGD.shape[1]), tables, kept, a_scales
@@ -370,14 +422,18 @@ def _(
 def _(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x_TD), torch.empty_like(weights_S), x_TD.new_empty(up.shape), x_TD.new_empty(down.shape)
+) -> list[Tensor]:  # fmt: skip
+    b_down = rest[-4]
+    biases = [] if b_down is None else [b_down.new_empty(up.shape[:2]), torch.empty_like(b_down)]
+    grads = [torch.empty_like(x_TD), torch.empty_like(weights_S), x_TD.new_empty(up.shape), x_TD.new_empty(down.shape)]
+    return [*grads, *biases]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path, ctx.coded, *low = (
+    x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path, ctx.coded, *rest = (
         inputs
     )
+    *low, _, b_down = rest
     _, h_RG, tables, kept, a_scales = output
     up, up_scales, down, down_scales = low if low[0] is not None else (w_up, None, w_down, None)
     ctx.save_for_backward(
@@ -396,13 +452,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         bag,
         starts,
         counts_E,
+        b_down,
     )
     ctx.mark_non_differentiable(h_RG, tables, kept, a_scales)
 
 
 def _differentiate(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = _op_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.path, ctx.coded)
-    return (*grads, *[None] * 12)
+    return (*grads[:4], *[None] * 12, *(grads[4:] or (None, None)))
 
 
 _op.register_autograd(_differentiate, setup_context=_save)

@@ -86,6 +86,11 @@ class Layout:
         return math.gcd(self.expert, self.node)
 
     @property
+    def nodes(self) -> int:
+        """N."""
+        return self.expert // self.expert_node
+
+    @property
     def hops(self) -> str:
         """How rows travel: local, fused, all_to_all or two_hop; see moesaic.parallel.two_hop.communicating_path."""
         if self.path == "fused":
@@ -107,8 +112,6 @@ def layout_of(
         node = int(parallel.node_size)
         require(expert % node == 0 or node % expert == 0,
                 f"parallel.node_size={node}: must divide the expert degree, {expert}, or be a multiple of it")  # fmt: skip
-    require(parallel.expert_path != "fused" or node % expert == 0,
-            f"parallel.expert_path=fused: parallel.expert={expert} must be within a node, of {node} ranks")  # fmt: skip
     # Beside ZeRO below stage 3, FSDP2 keeps the experts that it gathered.
     reshard = "never" if parallel.zero_stage in (0, 1, 2) else parallel.reshard
     return Layout(
@@ -158,7 +161,7 @@ class Load:
 
 
 def load_of(model: ModelConfig, layout: Layout) -> Load:
-    ranks, nodes = layout.expert, layout.expert // layout.expert_node
+    ranks, nodes = layout.expert, layout.nodes
     rows = round(layout.tokens * visited(model.router, model.n_experts, model.n_experts // ranks))
     node_rows = round(layout.tokens * visited(model.router, model.n_experts, model.n_experts // nodes))
     slots = -(-layout.tokens * model.router.top_k // ranks)
@@ -334,24 +337,25 @@ def row_bytes(kind: str, width: int, high: int) -> list[int]:
 
 
 def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Collective]:
-    """Of rows, and of what must be known of them; see the heads of moesaic.parallel.expert and two_hop."""
+    """Of rows, and of what must be known of them; see the heads of moesaic.parallel.expert, two_hop and fused."""
     load, row = load_of(model, layout), model.d_model * layout.width
-    e, ranks, places = model.n_experts // layout.expert, layout.expert, layout.expert_node
-    nodes = ranks // places
-    if layout.hops == "fused":
-        rows = load.rows if layout.once else load.slots
-        x = sum(row_bytes(layout.dispatch, model.d_model, layout.width))
-        there = [("counts", 4 * model.n_experts), ("dispatch", rows * x), ("slots", 12 * load.slots),
-                 ("combine", load.slots * row)]  # fmt: skip
-        back = [("dispatch", rows * (row + (0 if layout.keep else x))), ("slots", 16 * load.slots),
-                ("combine", load.slots * (row + 4))]  # fmt: skip
-        for phase, parts in (("forward", there), ("backward", [*there, *back] if layout.remat == "full" else back)):
-            for purpose, size in parts:
-                yield Collective(layer, phase, purpose, "fused", ranks, 1, ranks * size)
-        return
+    e, ranks, places, nodes = model.n_experts // layout.expert, layout.expert, layout.expert_node, layout.nodes
     # (ranks, stride, numbers told to each, rows and slots to each)
     legs = [(ranks, 1, e + 1, load.rows, load.slots)]
-    if layout.hops == "two_hop":
+    if layout.hops == "fused":  # inside a node
+        rows, slots = nodes * (load.rows if layout.once else load.slots), nodes * load.slots
+        x = sum(row_bytes(layout.dispatch, model.d_model, layout.width))
+        there = [("counts", 4 * e * places), ("dispatch", rows * x), ("slots", 12 * slots), ("combine", slots * row)]
+        back = [
+            ("dispatch", rows * (row + (0 if layout.keep else x))),
+            ("slots", 16 * slots),
+            ("combine", slots * (row + 4)),
+        ]
+        for phase, parts in (("forward", there), ("backward", [*there, *back] if layout.remat == "full" else back)):
+            for purpose, size in parts:
+                yield Collective(layer, phase, purpose, "fused", places, 1, places * size)
+        legs = [(nodes, places, 1 + places * e, load.node_rows, load.slots * places)] if nodes > 1 else []
+    elif layout.hops == "two_hop":
         legs = [
             (nodes, places, 1 + places + places * e, load.node_rows, load.slots * places),
             (places, 1, nodes * (1 + e), load.rows * nodes, load.slots * nodes),

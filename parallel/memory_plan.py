@@ -9,6 +9,7 @@ experts, e on a rank, H heads, J key-value heads, C width of a head, V vocabular
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -138,7 +139,14 @@ def heap_of(model: ModelConfig, layout: Layout) -> Regions:
     """Of the fused path: as much as moesaic.parallel.fused reserves for a micro-batch."""
     knobs = ParallelConfig(expert_path="fused", fused_keep=layout.keep, max_recv_tokens_factor=layout.limit)
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[layout.compute]
-    return heap_regions(model, knobs, layout.expert, layout.tokens, compute, layout.target)
+    return heap_regions(model, knobs, layout.expert, layout.tokens, compute, layout.target, nodes=layout.nodes)
+
+
+def _passed_on(model: ModelConfig, layout: Layout) -> int:
+    """Of the fused path over several nodes: rows that come to the fullest rank from all of them, the kernel's inputs there."""
+    if layout.hops != "fused" or layout.nodes == 1:
+        return 0
+    return math.ceil(load_of(model, layout).node_rows * layout.nodes * layout.imbalance)
 
 
 def _whole(groups: list[Group], each: int | None = None) -> int:
@@ -165,7 +173,7 @@ def kept_by_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
     """Bytes that a block keeps for backward. Its input is the output of the block before, and is counted there."""
     t, b, d = layout.tokens, layout.width, model.d_model
     if layout.remat == "full":
-        indices = 0 if dense or layout.hops == "fused" else _indices(model, layout)
+        indices = 0 if dense or (layout.hops == "fused" and layout.nodes == 1) else _indices(model, layout)
         return t * b * d + (0 if dense else _decided(model, layout)) + indices
     if layout.remat == "selective" and not dense:
         return t * b * d + _decided(model, layout) + _kept_by_experts(model, layout)
@@ -203,7 +211,8 @@ def _kept_by_router(model: ModelConfig, layout: Layout) -> int:
 def _decided(model: ModelConfig, layout: Layout) -> int:
     """What recomputation keeps of a layer's choices beside the numbers of rows: experts, and of slots that came, theirs, and
     their weights."""
-    came = 0 if layout.hops in ("local", "fused") else 12 * load_of(model, layout).computed
+    stays = layout.hops == "local" or (layout.hops == "fused" and layout.nodes == 1)
+    came = 0 if stays else 12 * load_of(model, layout).computed
     again = 2 if layout.hops == "two_hop" else 1
     return layout.tokens * 8 * model.router.top_k * again + came
 
@@ -211,6 +220,9 @@ def _decided(model: ModelConfig, layout: Layout) -> int:
 def _indices(model: ModelConfig, layout: Layout) -> int:
     """Row and slot numbers, int64, of the way out and back."""
     load, k, t = load_of(model, layout), model.router.top_k, layout.tokens
+    if layout.hops == "fused" and layout.nodes > 1:
+        sent = load.node_rows * layout.nodes
+        return 8 * (2 * sent + 2 * t + t * k + 3 * load.computed + _passed_on(model, layout))
     if layout.hops in ("local", "fused"):
         return 8 * 2 * t * k
     ranks = layout.expert
@@ -229,7 +241,8 @@ def _kept_by_experts(model: ModelConfig, layout: Layout) -> int:
         row = b * model.d_model
         if layout.dispatch == "fp8":  # codes and scales, in whole 16 bytes
             row = -(-sum(row_bytes("fp8", model.d_model, b)) // 16) * 16
-        return room * (b * g + (row if layout.keep else 0)) + _indices(model, layout)
+        passed_on = _passed_on(model, layout) * b * model.d_model
+        return room * (b * g + (row if layout.keep else 0)) + passed_on + _indices(model, layout)
     came = 0 if layout.hops == "local" else load.received * b * model.d_model
     return came + load.computed * b * (g + 1) + _indices(model, layout)
 
@@ -253,6 +266,7 @@ def backward_of_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
     r, n, e = load.computed, load.received, model.n_experts // layout.expert
     if layout.hops == "fused":  # dh, a, parts of dS, the gradients of X and the weights
         room = heap_of(model, layout)["rows"][0][0]
-        return b * (room * (g + f) + 2 * t * d + e * d * (g + f))
+        inputs = _passed_on(model, layout)
+        return b * (room * (g + f) + 2 * (inputs or t) * d + e * d * (g + f))
     first, second = r * (d + 3 * f + 12 // b * f) + e * d * f, r * (d + g) + e * d * (g + f)
     return b * (max(first, second) + n * d + t * d)

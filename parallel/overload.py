@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from moesaic.moe.router import Routing, count_rows
+from moesaic.parallel.config import ParallelConfig
 
 
 class OverloadError(ValueError):
@@ -55,6 +56,12 @@ class Limit:
                 f"parallel.max_recv_tokens_factor={self.factor:g}: rank {rank} would receive {loads[rank]:,} rows in "
                 f"{self.layer}, {times:.2f} times an even load; raise it, or leave rows out with parallel.overload=drop"
             )
+
+
+def limit_of(parallel: ParallelConfig, layer: str) -> Limit | None:
+    """The limit that the knobs set, if they do."""
+    factor = parallel.max_recv_tokens_factor
+    return None if factor is None else Limit(factor, parallel.overload, layer)
 
 
 def shed(routing: Routing, slots_WW: Tensor, rank: int, factor: float) -> Routing:

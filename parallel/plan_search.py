@@ -75,7 +75,7 @@ def search(
         paths = ["local"] if expert == 1 else ["all_to_all"]
         if expert > layout.node > 1:
             paths.append("two_hop")
-        if layout.path == "fused" and layout.node % expert == 0:
+        if layout.path == "fused":
             paths = ["fused"]
         for path, micro in itertools.product(paths, batches):
             changed: dict[str, Any] = {

@@ -5,7 +5,7 @@
     a pass over memory   bytes / (bandwidth * MEMORY)
     a collective         bytes by hop / bandwidth of the hop, the slower hop counting, and its latencies
     a layer              the device's work, or the time to issue it where that is longer; on a CPU both
-    exposed              exchanges of rows but for what the shared expert hides, of the fused path what its products don't; of
+    exposed              exchanges of rows but for what the shared expert hides, of stored rows what the products don't; of
                          weights and gradients what a layer's own work doesn't hide
     a step               micro-batches, those of a pipeline's bubble among them, the optimizer, and what is issued once
     work of a device     divided by `efficiency`, which is fitted (benchmarks/plan_accuracy.py) and not part of the model; links
@@ -122,9 +122,8 @@ def time_of(
     """
     pipeline = pipeline or Pipeline()
     t, load, b = layout.tokens, load_of(model, layout), layout.width
-    local, fused = layout.hops == "local", layout.hops == "fused"
     rows = load.computed
-    travelled = 0 if local else load.received
+    travelled = 0 if layout.hops == "local" else load.received
     wide = "fp32" if precision == "fp32" else "bf16"
     ragged = model.router.rounding == "none"
     kinds = {"dense": precision, "grouped": precision, "attention": wide, "head": wide,
@@ -162,14 +161,15 @@ def time_of(
                 work["issuing"] = issue
             elif issue > busy:
                 work["issuing"] = issue - busy
-            gathers, exchanges = share[dense, phase]
+            gathers, exchanged, stored = share[dense, phase]
+            exchanges = exchanged + stored
             shared = sum(s for name, s in work.items() if name.startswith("product shared"))
-            hidden = min(shared, exchanges * 0.5) if hardware.target != "cpu" else 0.0
-            if fused and hardware.target != "cpu":  # one kernel: tiles are computed while others travel
+            hidden = min(shared, exchanged * 0.5) if hardware.target != "cpu" else 0.0
+            if stored and hardware.target != "cpu":  # one kernel: tiles are computed while others travel
                 experts = sum(s for name, s in work.items() if name.startswith("product experts"))
-                hidden = min(experts, exchanges)
+                hidden += min(experts, stored)
             hidden += overlapped * (exchanges - hidden)
-            if exchanges and not fused and phase == "forward" and hardware.target != "cpu":
+            if exchanged and phase == "forward" and hardware.target != "cpu":
                 work["issuing"] += AFTER_WAIT * launch
             work["exposed exchange of rows"] = exchanges - hidden * (1 - SENDING)
             kept = gathers if hardware.target == "cpu" else max(0.0, gathers - max(busy, issue))
@@ -206,20 +206,20 @@ def time_of(
 
 def seconds_by_kind(
     model: ModelConfig, layout: Layout, hardware: Hardware
-) -> tuple[dict[tuple[bool | None, str], tuple[float, float]], float]:
-    """Seconds of (weights and gradients, rows) of one layer by kind, None for the root, and phase, of the fullest rank; and of
-    all that is issued once a step."""
+) -> tuple[dict[tuple[bool | None, str], tuple[float, float, float]], float]:
+    """Seconds of (weights and gradients, rows by all-to-all, rows that kernels store) of one layer by kind, None for the root,
+    and phase, of the fullest rank; and of all that is issued once a step."""
     layers = {True: model.n_dense_layers, False: model.n_layers - model.n_dense_layers}
     first = {model.n_dense_layers: False} if layers[False] else {}
     first |= {0: True} if layers[True] else {}
-    sums: dict[tuple[bool | None, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    sums: dict[tuple[bool | None, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     once = 0.0
     for c in collectives(model, layout, first):
         kind, seconds = first.get(c.layer), collective_seconds(c, hardware)
         if c.last:
             once += seconds * (1 if kind is None else layers[kind])
         else:
-            exchange = c.operation in ("all_to_all", "fused")
+            what = {"all_to_all": 1, "fused": 2}.get(c.operation, 0)
             phase = "forward" if kind is None else c.phase
-            sums[kind, phase][exchange] += seconds * (layout.imbalance if exchange else 1.0)
-    return defaultdict(lambda: (0.0, 0.0), {key: (a, b) for key, (a, b) in sums.items()}), once
+            sums[kind, phase][what] += seconds * (layout.imbalance if what else 1.0)
+    return defaultdict(lambda: (0.0, 0.0, 0.0), {key: (a, b, c) for key, (a, b, c) in sums.items()}), once

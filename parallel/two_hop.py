@@ -46,7 +46,7 @@ from moesaic.parallel.expert import (
     read,
 )
 from moesaic.parallel.mesh import Meshes
-from moesaic.parallel.overload import Limit
+from moesaic.parallel.overload import Limit, limit_of
 
 
 class TwoHopPath(AllToAllPath):
@@ -76,7 +76,7 @@ class TwoHopPath(AllToAllPath):
     def plan(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Plan:
         nodes, places, ranks, tokens = self.nodes, self.places, self.ranks, routing.tokens
         training = experts.training
-        sent = self.sent if training else None
+        sent = self.exchanged if training else None
         counts_NLe = routing.counts_E.view(nodes, places, -1)
         each = counts_NLe.shape[2]  # experts of a rank
         has_WT = reached(routing.expert_S // each, routing.token_S, ranks, tokens)
@@ -153,12 +153,14 @@ def communicating_path(name: str, parallel: ParallelConfig, meshes: Meshes) -> C
     group, degree = meshes.experts.get_group("expert"), meshes.expert_parallel
     node = node_ranks(parallel.node_size, degree)
 
-    def limit(layer: str) -> Limit | None:
-        factor = parallel.max_recv_tokens_factor
-        return None if factor is None else Limit(factor, parallel.overload, layer)
-
     if name == "all_to_all" or node in (1, degree):
-        return lambda layer: AllToAllPath(group, node, limit=limit(layer), layer=layer)
-    names, world = ("group", "node", "place"), dist.get_world_size()  # a group's ranks are neighbours
-    mesh = init_device_mesh(meshes.experts.device_type, (world // degree, degree // node, node), mesh_dim_names=names)
-    return lambda layer: TwoHopPath(group, mesh["node", "place"], limit=limit(layer), layer=layer)
+        return lambda layer: AllToAllPath(group, node, limit=limit_of(parallel, layer), layer=layer)
+    mesh = nodes_mesh(meshes, node)
+    return lambda layer: TwoHopPath(group, mesh["node", "place"], limit=limit_of(parallel, layer), layer=layer)
+
+
+def nodes_mesh(meshes: Meshes, node: int) -> DeviceMesh:
+    """(group, node, place) of all ranks, `node` of each expert group in a node. Collective."""
+    degree, names = meshes.expert_parallel, ("group", "node", "place")  # a group's ranks are neighbours
+    shape = (dist.get_world_size() // degree, degree // node, node)
+    return init_device_mesh(meshes.experts.device_type, shape, mesh_dim_names=names)

@@ -31,7 +31,8 @@ def failing(setting: fused_ep.Setting, result: Tensor) -> Tensor:
 class Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, w_up: Tensor, w_down: Tensor, rows: Rows, activation: str, keep: bool
+        ctx: Any, x: Tensor, weights: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None,
+        rows: Rows, activation: str, keep: bool,
     ) -> Tensor:  # fmt: skip
         (n_experts, _, d), f, tile = w_up.shape, w_down.shape[2], fused_tile(x.device)
         slots = rows.source_R.numel()
@@ -52,16 +53,20 @@ class Fused(torch.autograd.Function):
         ctx.setting = fused_ep.Setting(
             heap, n_experts, tile, not keep, 2_000 if x.is_cpu else 10_000_000, programs, wave=2
         )
-        ctx.rows, ctx.activation, ctx.inputs = rows, activation, (x, weights, w_up, w_down)
-        y, *ctx.kept = fused_ep.forward(x, weights, w_up, w_down, rows, activation, ctx.setting, ctx.sent, keep)
+        ctx.rows, ctx.activation, ctx.inputs = rows, activation, (x, weights, w_up, w_down, b_down)
+        y, *ctx.kept = fused_ep.forward(
+            x, weights, w_up, w_down, rows, activation, ctx.setting, ctx.sent, keep, b_up=b_up, b_down=b_down
+        )
         return failing(ctx.setting, y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x, weights, up, down), (h, tables, kept) = ctx.inputs, ctx.kept
-        grads = backward(dy, x, h, kept, tables, weights, up, down, ctx.rows, ctx.activation, ctx.setting, ctx.sent)
+        (x, weights, up, down, b_down), (h, tables, kept) = ctx.inputs, ctx.kept
+        grads = backward(
+            dy, x, h, kept, tables, weights, up, down, ctx.rows, ctx.activation, ctx.setting, ctx.sent, b_down=b_down
+        )
         assert not ctx.sent.any()  # nothing goes to another rank
-        return *(failing(ctx.setting, grad) for grad in grads), None, None, None
+        return *(failing(ctx.setting, grad) for grad in grads), *[None] * (9 - len(grads))
 
 
 def run(activation: str, keep: bool, **given: Any) -> Tensor:
@@ -69,38 +74,43 @@ def run(activation: str, keep: bool, **given: Any) -> Tensor:
     indices = (given[name].to(x.device) for name in ("source_R", "slot_R", "expert_R", "bag"))
     starts = given["starts"]
     rows = Rows(*indices, None if starts is None else starts.to(x.device), given["counts_E"].to(x.device))
-    return Fused.apply(x, given["weights"], given["w_up"], given["w_down"], rows, activation, keep)
+    parameters = (given["w_up"], given["w_down"], given.get("b_up"), given.get("b_down"))
+    return Fused.apply(x, given["weights"], *parameters, rows, activation, keep)
 
 
 def plain(activation: str, **given: Any) -> Tensor:
-    names = ("x", "weights", "w_up", "w_down")
-    return experts_reference(*(given[n] for n in names), None, None, given["source_R"], given["counts_E"], activation)
+    names = ("x", "weights", "w_up", "w_down", "b_up", "b_down")
+    return experts_reference(*(given.get(n) for n in names), given["source_R"], given["counts_E"], activation)
 
 
-def draw(activation: str, s: Any, dtype: torch.dtype, scale: float, generator: torch.Generator) -> dict[str, Any]:
-    given = inputs(s, dtype, scale, generator, activation, bias=False)
+def draw(
+    names: tuple[str, ...], activation: str, s: Any, dtype: torch.dtype, scale: float, generator: torch.Generator
+) -> dict[str, Any]:
+    given = inputs(s, dtype, scale, generator, activation, bias="b_up" in names)
     rows = given.pop("rows")
-    given = {name: given[name] for name in ("x", "weights", "w_up", "w_down")}
+    given = {name: given[name] for name in names}
     fields = ("source_R", "slot_R", "expert_R", "bag", "starts", "counts_E")
     return given | {name: getattr(rows, name) for name in fields}
 
 
-def operation(activation: str, keep: bool, shapes: Any) -> Operation:
+def operation(activation: str, keep: bool, bias: bool, shapes: Any) -> Operation:
+    names = ("x", "weights", "w_up", "w_down", *(("b_up", "b_down") if bias else ()))
     return Operation(
         f"fused {activation}", functools.partial(run, activation, keep), functools.partial(plain, activation),
-        functools.partial(draw, activation), shapes, TOLERANCE, ("x", "weights", "w_up", "w_down"), (1.0,),
+        functools.partial(draw, names, activation), shapes, TOLERANCE, names, (1.0,),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("activation", "keep", "shapes"), [("swiglu", False, SHAPES[1:3]), ("relu2", True, SHAPES[1:2])]
+    ("activation", "keep", "bias", "shapes"),
+    [("swiglu", False, False, SHAPES[1:3]), ("swiglu", False, True, (SMALL,)), ("relu2", True, True, SHAPES[1:2])],
 )
-def test_equals_the_specification(activation: str, keep: bool, shapes: Any, device: str) -> None:
-    check(operation(activation, keep, shapes), device)
+def test_equals_the_specification(activation: str, keep: bool, bias: bool, shapes: Any, device: str) -> None:
+    check(operation(activation, keep, bias, shapes), device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_all_shapes_and_activations_on_a_gpu(activation: str, keep: bool) -> None:
-    check(operation(activation, keep, SHAPES), "cuda", every=True)
+    check(operation(activation, keep, not keep, SHAPES), "cuda", every=True)

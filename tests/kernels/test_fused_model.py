@@ -41,7 +41,7 @@ def without(event: int):
     def change(rank: int, number: int) -> None:
         import triton.language as tl
 
-        from moesaic.kernels import fused_ep, fused_ep_backward, fused_protocol
+        from moesaic.kernels import fused_ep, fused_ep_backward, fused_protocol, fused_tasks
 
         original = fused_protocol.wait_for
 
@@ -50,7 +50,7 @@ def without(event: int):
                 return tl.full((), 1, tl.int1)
             return original(*arguments)
 
-        for module in (fused_protocol, fused_ep, fused_ep_backward):
+        for module in (fused_protocol, fused_tasks, fused_ep, fused_ep_backward):
             if hasattr(module, "wait_for"):
                 module.wait_for = wait_for
 
@@ -70,9 +70,9 @@ def test_a_kernel_that_adds_up_slots_before_its_waits_is_rejected() -> None:
     def change(rank: int, number: int) -> None:
         import triton.language as tl
 
-        from moesaic.kernels import fused_ep, fused_protocol
+        from moesaic.kernels import fused_protocol, fused_tasks
 
-        recorded, wait, held = fused_protocol.record, fused_ep.wait_back, []
+        recorded, wait, held = fused_protocol.record, fused_tasks.wait_back, []
 
         def wait_back(*arguments):
             held.append(arguments)  # waited for when all has been read
@@ -84,7 +84,7 @@ def test_a_kernel_that_adds_up_slots_before_its_waits_is_rejected() -> None:
                 while held:
                     wait(*held.pop())
 
-        fused_ep.wait_back, fused_ep.record = wait_back, record
+        fused_tasks.wait_back, fused_tasks.record = wait_back, record
 
     events = run(ONE, trace=4000, change=change)
     assert any(e[4] == 11 for e in events)  # every wait is made, but late

@@ -71,10 +71,6 @@ def test_what_does_not_fit_is_said(capsys):
         (["price=abc"], "price=abc: must be a number"),
         (["price=inf"], "price=inf: must be a number, not negative"),
         (["dry_run=maybe"], "dry_run=maybe: must be true or false"),
-        (
-            ["parallel.expert_path=fused", "nodes=2"],
-            "parallel.expert_path=fused: parallel.expert=16 must be within a node",
-        ),
         (["node=3"], "node=3"),
         (["hardware=cpu", "nodes=2", "dry_run=true"], "precision.compute=fp32: a dry run needs bf16"),
     ],

@@ -221,8 +221,6 @@ def refused(values: Mapping[str, Any]) -> str | None:
         return None
     if get("path") == "local" and layout.expert > 1 and "expert_path" not in dict(layout.knobs):
         return "parallel.expert_path=local needs parallel.expert=1"
-    if dict(layout.knobs).get("expert_path") == "fused" and get("model") in ("biases", "odd"):
-        return "parallel.expert_path=fused has no expert_bias"
     if get("reshard", "auto") != "auto" and dict(layout.knobs).get("engine") == "deepspeed":
         return "parallel.reshard is a knob of parallel.engine=fsdp"
     if get("router") == "sigmoid_bias in groups" and get("model") == "top 4" and layout.experts < 8:

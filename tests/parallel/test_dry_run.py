@@ -39,6 +39,9 @@ CASES = [
     (16, 8, 1, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=8", *FUSED]),
     (16, 8, 1, ["recipe=olmoe_7b", "model.n_layers=3", "parallel.expert=4", *FUSED, "parallel.fused_keep=true",
                 "parallel.max_recv_tokens_factor=1.5", "parallel.remat=full"]),
+    (32, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "parallel.expert=32", *FUSED, "parallel.max_recv_tokens_factor=2"]),
+    (32, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "parallel.expert=16", *FUSED, "parallel.max_recv_tokens_factor=2",
+                "parallel.remat=full"]),
     (32, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "precision.dispatch=fp8", "precision.combine=bf16", "parallel.remat=full"]),
 ]  # fmt: skip
 
@@ -127,7 +130,6 @@ def test_imbalance_adds_rows_to_the_fullest_rank():
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["parallel.expert_path=fused", "parallel.expert=64"], "parallel.expert=64 must be within a node, of 8 ranks"),
         (["parallel.expert=48", "model.n_experts=96"], "parallel.expert=48: must divide the number of ranks, 64"),
         (["parallel.replicate=7"], "parallel.replicate=7: must divide the number of ranks, 64"),
         (["parallel.expert=64", "parallel.node_size=24"], "parallel.node_size=24: must divide the expert degree, 64"),

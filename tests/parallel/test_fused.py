@@ -18,8 +18,7 @@ from moesaic.launch.cli import UserError, compose
 from moesaic.moe.config import RouterConfig
 from moesaic.moe.dispatch import LocalPath
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.fused import FusedPath, Space, fused_paths, most_slots
-from moesaic.parallel.mesh import make_meshes
+from moesaic.parallel.fused import FusedPath, Space, most_slots
 from tests.parallel.pool import Pool, RanksFailed
 from tests.parallel.test_expert import (
     CONFIG,
@@ -78,7 +77,8 @@ def compare(names: list[str]) -> list[dict[str, Any]]:
     results = []
     for i, name in enumerate(names):
         path, knob = paths[i % 2], knobs[i % 2]
-        whole, part = experts_of(False), experts_of(False, world, rank)
+        bias = i % 2 == 1
+        whole, part = experts_of(bias), experts_of(bias, world, rank)
         want = run(LocalPath(), whole, name, rank)
         for n, parameter in whole.named_parameters():
             dist.all_reduce(parameter.grad)
@@ -227,8 +227,6 @@ def all_to(tokens: int, experts: list[int], weights: Tensor) -> Any:
     ("overrides", "line"),
     [
         (["parallel.comm_sms=-1"], "parallel.comm_sms=-1: must not be negative"),
-        (["parallel.expert_path=fused", "model.expert_bias=true"],
-         "model.expert_bias=true: must be false with parallel.expert_path=fused"),
         (["parallel.expert_path=pushed"], "parallel.expert_path=pushed: must be one of auto, local, all_to_all, two_hop, fused"),
     ],
 )  # fmt: skip
@@ -245,12 +243,6 @@ def on_a_pretend_gpu() -> None:
     """The branch for CUDA of one rank of a group, with the calls of torch's symmetric memory noted."""
     import torch.distributed._symmetric_memory as symmetric
 
-    with pytest.raises(
-        ValueError, match=r"parallel.expert_path=fused: parallel.expert=2 must be within a node, of 1 ranks"
-    ):
-        fused_paths(
-            CONFIG, ParallelConfig(expert_path="fused", node_size="1"), make_meshes("cpu", 2), torch.float32, CPU, 4
-        )
     calls = MagicMock()
     calls.empty.side_effect = lambda size, dtype, device: torch.full((size,), 7, dtype=dtype)
     rank = dist.get_rank()
@@ -322,14 +314,14 @@ def check_operation() -> None:
     from moesaic.parallel import fused
 
     for keep in (False, True):
-        path, part = make_path(CONFIG, tokens=7, fused_keep=keep), experts_of(False)
+        path, part = make_path(CONFIG, tokens=7, fused_keep=keep), experts_of(keep)
         x, weights = torch.randn(7, D), torch.rand(7, EXPERTS)
         routing = routing_of("uniform", 0, x, weights)
         rows = sorted_rows(routing, part, x)
-        w = [p.detach().requires_grad_() for p in (part.w_up_EGD, part.w_down_EDF)]
+        w_up, w_down, *biases = [p.detach().requires_grad_() for p in part.parameters()]
         arguments = (
-            x.requires_grad_(), routing.weights_S[rows.slot_R], *w, rows.source_R, rows.expert_R, rows.bag, rows.starts,
-            rows.counts_E, "swiglu", path.number,
+            x.requires_grad_(), routing.weights_S[rows.slot_R], w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts,
+            rows.counts_E, "swiglu", path.number, False, *[None] * 4, *(biases or [None] * 2),
         )  # fmt: skip
         opcheck(fused._op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
