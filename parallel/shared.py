@@ -1,6 +1,6 @@
 """Exchanges of a step between ranks of one machine, on CPUs: through memory that they share.
 
-    1. what the others shall get is copied into the outbox, memory that they have mapped too, and each of them is told where it lies
+    1. what the others shall get is copied into the outbox, memory that they have mapped too, and each is told where it lies
     2. who waits for an exchange hears that, copies from the others' outboxes into its result, and says so
     3. when all have said so, the room is free again
 
@@ -33,7 +33,9 @@ from torch import Tensor
 from moesaic.kernels.symmetric import ALIGN
 from moesaic.parallel import trace
 
-LAID, READ, BOX = range(3)  # kinds of messages: (LAID, exchange, place, bytes), (READ, exchange, 0, 0), (BOX, 0, 0, bytes)
+LAID, READ, BOX = range(
+    3
+)  # kinds of messages: (LAID, exchange, place, bytes), (READ, exchange, 0, 0), (BOX, 0, 0, bytes)
 MESSAGE, DESCRIPTOR = struct.Struct("=4q"), struct.Struct("i")
 FIRST_BOX = 2**20  # bytes
 SPIN = 1e-4  # seconds of asking again before a rank sleeps until it is woken, which takes as long
@@ -41,7 +43,7 @@ Laid = tuple[Tensor, int, int]  # an outbox, and where in it
 
 
 class Channel:
-    """The ranks of a group, connected. `sockets[w]` leads to rank w of it, `names[w]` is its rank in the run; `patience` are seconds."""
+    """The ranks of a group, connected. sockets: to each other one; names: their ranks in the run; patience: seconds."""
 
     def __init__(self, rank: int, sockets: dict[int, socket.socket], names: list[int], patience: float) -> None:
         self.rank, self.sockets, self.names, self.patience = rank, sockets, names, patience
@@ -52,7 +54,9 @@ class Channel:
         self.laid: dict[tuple[int, int], Laid] = {}  # (rank, exchange) -> where, of what was heard and not read
         seconds, fraction = divmod(patience, 1)
         for other in sockets.values():
-            other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(1e6 * fraction)))
+            other.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(1e6 * fraction))
+            )
 
     def begin(self, parts: Sequence[Tensor]) -> int:
         """Lay down parts[w] for each other rank w; the same tensor for several is laid down once. The number of the exchange."""
@@ -61,7 +65,7 @@ class Channel:
                 pass
         self.begun += 1
         different = {id(parts[w]): as_bytes(parts[w]) for w in self.sockets}
-        at = first = self.room(sum(up(part.numel()) for part in different.values()))
+        at = first = self.room(max(1, sum(up(part.numel()) for part in different.values())))
         places = {}
         for key, part in different.items():
             self.box[at : at + part.numel()].copy_(part)
@@ -134,7 +138,7 @@ class Channel:
         return True
 
     def wait(self, w: int) -> None:
-        """Take a message of rank w. Raises ConnectionError where it has ended, TimeoutError where it says nothing for too long."""
+        """Take a message of rank w. Raises ConnectionError if it has ended, TimeoutError if it says nothing for too long."""
         end = time.monotonic() + SPIN
         while time.monotonic() < end:
             if self.hear(w, socket.MSG_DONTWAIT):
@@ -170,6 +174,10 @@ def channel_of(group: dist.ProcessGroup | None, tensor: Tensor) -> Channel | Non
     return _channels[group] if tensor.device.type == "cpu" else None
 
 
+def machine() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text()
+
+
 def connect(group: dist.ProcessGroup) -> Channel | None:
     """Collective. None, on all ranks, where they are on several machines or one of them cannot reach another."""
     rank, ranks = group.rank(), group.size()
@@ -179,31 +187,30 @@ def connect(group: dist.ProcessGroup) -> Channel | None:
         dist.all_gather_object(values, value, group=group)
         return values
 
-    # Linux's abstract names: in no folder, and gone with the socket.
-    name = f"\0moesaic-{secrets.token_hex(16)}"
-    machine = Path("/proc/sys/kernel/random/boot_id").read_text()
+    # One of Linux's abstract names: in no folder, and gone with the socket. Others on the machine can see it, but not the word.
+    name, word = f"\0moesaic-{secrets.token_hex(8)}", secrets.token_bytes(16)
     sockets: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(name)
         listener.listen(ranks)
-        told = exchange((machine, name, os.getpid()))
-        reached = all(other == machine for other, _, _ in told)
+        told = exchange((machine(), name, word))
+        reached = len({where for where, _, _ in told}) == 1
         try:
             for w in range(rank) if reached else ():
                 sockets[w] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 sockets[w].connect(told[w][1])
+                sockets[w].send(told[w][2] + rank.to_bytes(4))
         except OSError:
             reached = False
         if not all(exchange(reached)):
             for other in sockets.values():
                 other.close()
             return None
-        pids = {pid: w for w, (_, _, pid) in enumerate(told) if w > rank}
         while len(sockets) < ranks - 1:
             other, _ = listener.accept()
-            pid, _, _ = struct.unpack("3i", other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            if pid in pids:
-                sockets[pids.pop(pid)] = other
+            said = other.recv(20)
+            if said[:16] == word:
+                sockets[int.from_bytes(said[16:])] = other
             else:  # none of ours
                 other.close()
     patience = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
