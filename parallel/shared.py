@@ -46,17 +46,19 @@ class Channel:
     """The ranks of a group, connected. sockets: to each other one; names: their ranks in the run; patience: seconds."""
 
     def __init__(self, rank: int, sockets: dict[int, socket.socket], names: list[int], patience: float) -> None:
-        self.rank, self.sockets, self.names, self.patience = rank, sockets, names, patience
+        self.rank, self.sockets, self.names = rank, sockets, names
         self.begun = 0
         self.box = torch.empty(0, dtype=torch.uint8)
         self.live: dict[int, tuple[int, int, set[int]]] = {}  # exchange -> (from, to, who has not read it yet)
         self.boxes: dict[int, Tensor] = {}  # the newest of each rank
         self.laid: dict[tuple[int, int], Laid] = {}  # (rank, exchange) -> where, of what was heard and not read
-        seconds, fraction = divmod(patience, 1)
-        for other in sockets.values():
-            other.setsockopt(
-                socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(1e6 * fraction))
-            )
+        self.be_patient(patience)
+
+    def be_patient(self, seconds: float) -> None:
+        self.patience = seconds
+        whole, fraction = divmod(seconds, 1)
+        for other in self.sockets.values():
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(whole), int(1e6 * fraction)))
 
     def begin(self, parts: Sequence[Tensor]) -> int:
         """Lay down parts[w] for each other rank w; the same tensor for several is laid down once. The number of the exchange."""

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -148,9 +147,12 @@ def test_ranks_that_cannot_share_memory_use_gloo(three: Pool) -> None:
 
 
 def leaves(how: str) -> str:
-    group: Any = dist.new_group(timeout=timedelta(seconds=2))
-    x = torch.ones(4)
+    group, x = dist.new_group(), torch.ones(4)
     shared.all_to_all_single(torch.empty(4), x, group=group)
+    channel = shared.channel_of(group, x)
+    assert channel
+    if dist.get_rank() == 0 and how == "late":
+        channel.be_patient(0.5)
     if dist.get_rank() == 1:
         if how == "late":
             return ""
@@ -162,7 +164,7 @@ def leaves(how: str) -> str:
 
 
 @pytest.mark.parametrize(("how", "kind", "words"), [
-    ("gone", "ConnectionError", "rank 1 has ended"), ("late", "TimeoutError", "rank 1 did not come to an exchange for 2 s"),
+    ("gone", "ConnectionError", "rank 1 has ended"), ("late", "TimeoutError", "rank 1 did not come to an exchange for 0.5 s"),
 ])  # fmt: skip
 def test_a_rank_that_does_not_come_is_named(how: str, kind: str, words: str) -> None:
     with Pool(2) as pool, pytest.raises(RanksFailed) as failure:
