@@ -19,7 +19,7 @@ that carry Python objects are not seen: they count as calls. What the fused path
 from their own counters (docs/fused.md): an event a layer and phase, of both directions together and without a time.
 
 **Time** is from this rank's arrival to its end. Up to the arrival of the group's last rank it is `wait`, the rest is transfer.
-`exposed` is the part in which this rank did nothing else. Over gloo these are times of the host, which the call holds until it is
+`exposed` is the part in which this rank did nothing else. On a CPU these are times of the host, which the call holds until it is
 done, or `wait` of a handle. On a GPU they are those of the collective's kernel, from the Kineto trace: moesaic.parallel.kineto.
 
 **Bandwidth** as in NCCL's tests (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md): algorithm bandwidth is the buffer's size over
