@@ -10,8 +10,8 @@ Tokens are drawn by Zipf's law, or uniformly. The weights are fresh, so a freque
 other one waits: Zipf's rows hold that too. Uniform ones stand for a router that balances. `alone` is the ceiling: two processes,
 each with half of the batch, that tell each other nothing, so they do not train one model.
 
-Gloo within one machine: it says nothing of a network, or of GPUs. Losses of the first steps must be those of one process, or
-nothing is timed.
+Shared memory within one machine: it says nothing of a network, or of GPUs. Losses of the first steps must be those of one
+process, or nothing is timed.
 """
 
 import functools

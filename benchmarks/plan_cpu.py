@@ -3,7 +3,7 @@
     python benchmarks/plan_cpu.py
 
 What the planner must know of the machine is measured first, in the two ranks at once, and by itself: the rate of matrix
-products, the bandwidth of memory, latency and bandwidth of gloo's exchange. Nothing is fitted to a step. Then each layout trains
+products, the bandwidth of memory, latency and bandwidth of an exchange. Nothing is fitted to a step. Then each layout trains
 a few steps; the least time counts, for other programs only add to it. A line for each layout, the predicted time as the peer,
 and one for the rank correlation of all.
 """
@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from moesaic.launch import cli
 from moesaic.launch.optim import make_optimizer
-from moesaic.parallel import hardware
+from moesaic.parallel import hardware, shared
 from moesaic.parallel.apply import parallelize, start_engine
 from moesaic.parallel.layout import layout_of
 from moesaic.parallel.mesh import make_meshes
@@ -63,8 +63,8 @@ def measure_machine() -> hardware.Hardware:
     small = torch.ones(4)
     issue = least(lambda: [small + small for _ in range(200)]) / 200
     few, many = torch.ones(2), torch.ones(1 << 20)
-    latency = least(lambda: dist.all_to_all_single(torch.empty_like(few), few), 20)
-    exchange = least(lambda: dist.all_to_all_single(torch.empty_like(many), many))
+    latency = least(lambda: shared.all_to_all_single(torch.empty_like(few), few), 20)
+    exchange = least(lambda: shared.all_to_all_single(torch.empty_like(many), many))
     speed = many.nbytes / 2 / max(exchange - latency, 1e-6)
     link = hardware.Link(speed / 1e9, latency * 1e6)
     return dataclasses.replace(

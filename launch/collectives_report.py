@@ -90,7 +90,12 @@ class Profile:
             path = self.folder / "execution_trace" / f"rank_{self.rank}.json"
             observer = ExecutionTraceObserver().register_callback(str(path))
         self.tracer = self.open.enter_context(
-            profile(activities=self.activities, profile_memory=True, execution_trace_observer=observer)
+            profile(
+                activities=self.activities,
+                profile_memory=True,
+                record_shapes=observer is not None,
+                execution_trace_observer=observer,
+            )
         )
         self.open.enter_context(c.recording(self.recorder, self.engine))
         self.began = time.monotonic()

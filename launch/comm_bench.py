@@ -21,12 +21,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moesaic.launch import options
 from moesaic.moe.config import require
+from moesaic.parallel import shared
 from moesaic.parallel.collectives import bus_factor
 from moesaic.parallel.hardware import Hardware, Link, load, save
 from moesaic.parallel.mesh import leave_after, start
@@ -76,16 +78,17 @@ def collective(
     """The call, and the bytes of its buffer: `size`, rounded so that n ranks can divide it."""
     n, own = dist.get_world_size(group), dist.get_rank(group)
     part = max(1, size // 4 // n)
+    ways: Any = dist if device.type == "cuda" else shared  # as a run does
     whole, piece = torch.ones(n * part, device=device), torch.ones(part, device=device)
     if operation == "all_reduce":
         return whole.numel() * 4, lambda: dist.all_reduce(whole.zero_(), group=group)
     if operation == "reduce_scatter":
-        return whole.numel() * 4, lambda: dist.reduce_scatter_single(piece, whole, group=group)
+        return whole.numel() * 4, lambda: ways.reduce_scatter_single(piece, whole, group=group)
     if operation == "all_gather":
-        return whole.numel() * 4, lambda: dist.all_gather_single(whole, piece, group=group)
+        return whole.numel() * 4, lambda: ways.all_gather_single(whole, piece, group=group)
     out = shares(n * part, n, zipf) if operation.endswith("zipf") else [part] * n
     into = torch.empty(n * out[own], device=device)
-    return whole.numel() * 4, lambda: dist.all_to_all_single(into, whole, [out[own]] * n, out, group=group)
+    return whole.numel() * 4, lambda: ways.all_to_all_single(into, whole, [out[own]] * n, out, group=group)
 
 
 def seconds_of(call: Callable[[], object], group: dist.ProcessGroup, device: torch.device, repeats: int) -> float:

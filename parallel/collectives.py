@@ -19,7 +19,7 @@ that carry Python objects are not seen: they count as calls. What the fused path
 from their own counters (docs/fused.md): an event a layer and phase, of both directions together and without a time.
 
 **Time** is from this rank's arrival to its end. Up to the arrival of the group's last rank it is `wait`, the rest is transfer.
-`exposed` is the part in which this rank did nothing else. Over gloo these are times of the host, which the call holds until it is
+`exposed` is the part in which this rank did nothing else. On a CPU these are times of the host, which the call holds until it is
 done, or `wait` of a handle. On a GPU they are those of the collective's kernel, from the Kineto trace: moesaic.parallel.kineto.
 
 **Bandwidth** as in NCCL's tests (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md): algorithm bandwidth is the buffer's size over
@@ -50,6 +50,7 @@ from moesaic.moe.model import Transformer
 from moesaic.parallel import trace
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.fused import FusedPath
+from moesaic.parallel.shared import Pending
 
 REST = "embedding, norm, head"
 LOOP = "no layer"  # the norm of gradients, the loss, the optimizer's gathering
@@ -295,15 +296,19 @@ def recording(recorder: Recorder, engine: Engine) -> Iterator[None]:
         engine.model.register_forward_pre_hook(lambda *_: open_phase.enter_context(phase("forward")), prepend=True)
     )
     hooks.append(engine.model.register_forward_hook(lambda *_: open_phase.close()))
-    wait = dist.Work.wait
+    waits = {kind: kind.wait for kind in (dist.Work, Pending)}
 
-    def timed(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
-        began = time.monotonic()
-        result = wait(work, *args, **kwargs)
-        recorder.waited(work, time.monotonic() - began)
-        return result
+    def timed(wait: Callable[..., Any]) -> Callable[..., Any]:
+        def call(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
+            began = time.monotonic()
+            result = wait(work, *args, **kwargs)
+            recorder.waited(work, time.monotonic() - began)
+            return result
 
-    dist.Work.wait = timed  # type: ignore[assignment,method-assign]
+        return call
+
+    for kind, wait in waits.items():
+        kind.wait = timed(wait)  # type: ignore[method-assign]
     engine.backward, engine.step = in_phase("backward", engine.backward), in_phase("optimizer", engine.step)  # type: ignore[method-assign]
     counters = [path.counters_WP.clone() for _, path in fused_paths(model)]
     trace.record_with(recorder)
@@ -313,7 +318,8 @@ def recording(recorder: Recorder, engine: Engine) -> Iterator[None]:
         trace.record_with(None)
         for (layer, path), before_WP in zip(fused_paths(model), counters, strict=True):
             recorder.stored(layer, path, path.counters_WP - before_WP)
-        dist.Work.wait = wait  # type: ignore[method-assign]
+        for kind, wait in waits.items():
+            kind.wait = wait  # type: ignore[method-assign]
         del engine.backward, engine.step  # what the class has is there again
         for hook in hooks:
             hook.remove()

@@ -43,7 +43,7 @@ from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoE
 from moesaic.moe.replay import once
 from moesaic.moe.router import Routing
-from moesaic.parallel import trace
+from moesaic.parallel import shared, trace
 from moesaic.parallel.overload import Limit, slots_to_keep, without
 
 Sent = Counter[tuple[str, str]]
@@ -91,7 +91,7 @@ class Link:
                     sent[hop, phase] += count * bytes_of_row
         result = rows.new_empty(sum(receive), *rows.shape[1:])
         with trace.within(f"{self.layer} {phase}"):
-            work = dist.all_to_all_single(result, rows.contiguous(), receive, send, group=self.group, async_op=True)
+            work = shared.all_to_all_single(result, rows.contiguous(), receive, send, group=self.group, async_op=True)
 
         def wait() -> Tensor:
             work.wait()

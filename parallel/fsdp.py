@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Block, Transformer
+from moesaic.parallel import shared
 from moesaic.parallel.clip import clip_gradients
 from moesaic.parallel.engine import MOMENTS, count_steps, make_moments, set_steps
 from moesaic.parallel.mesh import Meshes
@@ -153,24 +154,20 @@ class _Allocate:
 
 
 class GatherDirectly(_Allocate):
-    """All-gather as one exchange instead of gloo's ring, and while the caller computes: FSDP2 waits for what is returned."""
+    """All-gather as one exchange, and while the caller computes: FSDP2 waits for what is returned."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        return dist.all_to_all_single(output_tensor, input_tensor.repeat(group.size()), group=group, async_op=True)
+        work: dist.Work = shared.all_gather_single(output_tensor, input_tensor, group=group, async_op=True)
+        return work
 
 
 class SumDirectly(_Allocate):
-    """Reduce-scatter as one exchange, with sums in the order of ranks. Gloo reduces all to all ranks: twice the bytes."""
+    """Reduce-scatter as one exchange."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
         assert op == dist.ReduceOp.SUM and not async_op, (op, async_op)
-        parts = torch.empty_like(input_tensor)
-        dist.all_to_all_single(parts, input_tensor, group=group)
-        first, *others = parts.chunk(group.size())
-        torch.add(first, others[0], out=output_tensor)
-        for part in others[1:]:
-            output_tensor += part
+        shared.reduce_scatter_single(output_tensor, input_tensor, group=group)

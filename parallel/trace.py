@@ -102,7 +102,7 @@ def observe() -> None:
     for name in OPERATIONS:
         function = getattr(dist, name, None)
         if function is not None and not hasattr(function, "observed"):
-            setattr(dist, name, _noted(name, function))
+            setattr(dist, name, noted(function))
 
 
 def record_with(recorder: Recorder | None) -> None:
@@ -120,11 +120,13 @@ def last_call() -> Call | None:
     return _state.last
 
 
-def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective, noted under its name."""
+    name = function.__name__
     position = list(inspect.signature(function).parameters).index("group")
 
     @functools.wraps(function)
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         group = args[position] if position < len(args) else kwargs.get("group")
         if group is None:
             group = dist.group.WORLD
@@ -136,20 +138,20 @@ def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         _state.counts[key] = number = _state.counts.get(key, 0) + 1
         now = time.monotonic()
         purpose = getattr(_local, "purpose", None) or _place(sys._getframe(1))
-        _state.last = call = Call(number, name, purpose, key, now)
+        _state.last = this = Call(number, name, purpose, key, now)
         _state.moved = now
         _local.inside = True
         try:
             recorder = _state.recorder
-            result = recorder(call, function, args, kwargs) if recorder else function(*args, **kwargs)
+            result = recorder(this, function, args, kwargs) if recorder else function(*args, **kwargs)
         finally:
             _local.inside = False
         _state.moved = time.monotonic()
-        call.ended = 0.0 if kwargs.get("async_op") else _state.moved
+        this.ended = 0.0 if kwargs.get("async_op") else _state.moved
         return result
 
-    noted.observed = True  # type: ignore[attr-defined]
-    return noted
+    call.observed = True  # type: ignore[attr-defined]
+    return call
 
 
 @functools.cache

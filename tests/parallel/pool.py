@@ -155,9 +155,13 @@ def _meet(world: int) -> bool:
     import torch
     import torch.distributed as dist
 
+    from moesaic.parallel import shared
+
     ranks = torch.full((), 2 ** dist.get_rank())
     dist.all_reduce(ranks)
-    return ranks.item() == 2**world - 1
+    each = torch.empty(world, dtype=ranks.dtype)
+    shared.all_gather_single(each, torch.full((1,), 2 ** dist.get_rank()))  # which counts its exchanges by itself
+    return ranks.item() == each.sum().item() == 2**world - 1
 
 
 def _worker(connection: Connection, folder: Path) -> None:

@@ -15,7 +15,7 @@ from moesaic.moe import router
 from moesaic.moe.attention import rotary_table
 from moesaic.moe.config import ModelConfig, RouterConfig
 from moesaic.moe.model import Block, build
-from moesaic.parallel import fsdp, remat
+from moesaic.parallel import fsdp, remat, shared
 from moesaic.parallel.apply import parallelize
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.fsdp import FSDPEngine
@@ -181,9 +181,9 @@ def record_collectives(monkeypatch: Any) -> list[tuple[str, Any]]:
 
         return call
 
-    for name in ("all_to_all_single", "all_reduce"):
-        monkeypatch.setattr(dist, name, recorded(dist, name, name))
-    for way in (fsdp.GatherDirectly, fsdp.SumDirectly):  # an all-to-all each
+    for module, name in ((shared, "all_to_all_single"), (dist, "all_reduce")):
+        monkeypatch.setattr(module, name, recorded(module, name, name))
+    for way in (fsdp.GatherDirectly, fsdp.SumDirectly):
         monkeypatch.setattr(way, "__call__", recorded(way, "__call__", way.__name__))
     return calls
 

@@ -55,11 +55,10 @@ def test_every_collective_of_a_step_has_a_layer(tmp_path: Path) -> None:
         block, ffn = f"blocks.{layer}", f"blocks.{layer}.ffn"
         for phase in ("counts", "slots", "dispatch", "combine", "combine_grad", "dispatch_grad", "slots_grad"):
             assert one.count(("all_to_all_single", f"{ffn} {phase}", 2)) == 1, phase
-        # On a CPU both are exchanges: moesaic.parallel.fsdp.
-        gathered = [c for c in one if c[:2] == ("all_to_all_single", f"{block} weights")]
+        gathered = [c for c in one if c[:2] == ("all_gather_single", f"{block} weights")]
         assert len(gathered) == 2, "in forward, and again in backward, fetched ahead by another layer or not"
-        assert one.count(("all_to_all_single", f"{block} gradients", 2)) == 1
-    assert one.count(("all_to_all_single", "the rest gradients", 2)) == 1
+        assert one.count(("reduce_scatter_single", f"{block} gradients", 2)) == 1
+    assert one.count(("reduce_scatter_single", "the rest gradients", 2)) == 1
     tail = [(operation, purpose.partition(":")[0]) for operation, purpose, _ in one[-2:]]
     assert tail == [("all_reduce", "norm in parallel/clip.py"), ("all_reduce", "total in parallel/apply.py")]
     assert all(purpose for _, purpose, _ in one)
