@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launches import ROOT, Place, evaluations, losses, until
+from tests.launch.launches import ROOT, Place, evaluations, kill, losses, processes, until
 
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 DAEMONS = [shutil.which(name, path=SBIN) for name in ("munged", "slurmctld", "slurmd")]
@@ -134,6 +134,8 @@ def cluster() -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        for pid in processes(f"SLURM_CONF={folder}/slurm.conf"):  # srun, which looks for its controller for long
+            kill(pid)
         shutil.rmtree(folder, ignore_errors=True)
 
 
