@@ -19,7 +19,7 @@ help:
 	@echo "make kernels   compile every Triton kernel for every target, no GPU needed; the tables of docs/kernels.md; fails on a spill"
 	@echo "make test-gpu  run the kernels' tests on a GPU; make bench-gpu times them there"
 	@echo "make test-slurm   a Slurm of its own on this machine: submit, train two ranks, preempt, queue again, go on; needs root and apt"
-	@echo "               install slurm-wlm munge; some five minutes, most of them Slurm's waits"
+	@echo "               install slurm-wlm munge; some seven minutes, most of them Slurm's waits"
 	@echo "make bench     run every file in benchmarks/"
 	@echo "make model-check   SPIN on the protocol of the fused kernels, all states of small sizes, samples of larger ones; some 15 minutes, 5 GB; needs spin and gcc"
 	@echo "make parity    every way to spread a model against one process, and the tables of docs/parity.md; up to half an hour on two cores"
