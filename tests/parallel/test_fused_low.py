@@ -15,7 +15,7 @@ from moesaic.parallel.mesh import make_meshes
 from tests.parallel.pool import Pool
 
 CPU = torch.device("cpu")
-D, F, TOKENS, EXPERTS = 160, 75, 44, 4  # a block of 128 and a bit; gate and up share a block of W_up; odd addresses
+D, F, TOKENS, EXPERTS = 160, 75, 24, 4  # a block of 128 and a bit; gate and up share a block of W_up; odd addresses
 KNOBS = [
     f"model.d_model={D}", "model.n_heads=2", "model.n_layers=1", f"model.d_expert={F}", "model.d_shared=0", "model.n_experts=4",
     "model.vocab_size=300", "model.init_std=0.1", "model.router.balance_coef=0", "model.router.z_coef=0",
@@ -23,7 +23,6 @@ KNOBS = [
 ]  # fmt: skip
 CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "rows": (["precision.dispatch=fp8"], dict(fused_once=False)),
-    "rows, kept": (["precision.dispatch=fp8"], dict(fused_keep=True)),
     "products": (["precision=fp8_block"], dict(remat="full")),
     "products, kept": (["precision=fp8_block"], dict(fused_keep=True)),
     "high tail": (["precision=fp8_block", "precision.high_tail=0.5"], {}),
@@ -65,7 +64,7 @@ def both(case: str) -> tuple[dict[str, float], Counter, list[int]]:
 
 
 def test_equals_the_emulation_and_sends_fewer_bytes() -> None:
-    with Pool(2, timeout=300) as pool:
+    with Pool(2, timeout=600) as pool:
         for case, (_, knobs) in CASES.items():
             for errors, sent, (rows, slots, back) in pool.run(both, case):
                 wrong = {n: e for n, e in errors.items() if not e < 2e-6}
