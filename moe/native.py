@@ -115,8 +115,10 @@ def cast_columns(
 ) -> Packed:  # fmt: skip
     """Codes (K, positions) of rows x, or of those read through source_R, each times its weight."""
     form, native, key, rotation = how(weight, product, side, plan.ids_R.device)
-    if isinstance(x, Packed) and not (native and x.codes.dtype is torch.float8_e4m3fn and x.scales.itemsize == 4):
-        x = x.unpack().dequantize()
+    if isinstance(x, Packed):
+        readable = x.codes.dtype is torch.float8_e4m3fn and x.scales.itemsize == 4
+        if not (native and readable) or x.format.rule == "shrink":  # whose factor the kernel would leave out
+            x = x.unpack().dequantize()
     if native:
         _, packed = quantize_tiles(
             x, form, plan.schedule, rows=False, columns=True, source_N=source_R, weights_N=weights_R, keys=(0, key),
@@ -225,7 +227,7 @@ class NativeLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, weight: Weight, ids_T: Tensor) -> Tensor:
-        x_TD, plan = x.reshape(-1, x.shape[-1]), one_group(ids_T)
+        x_TD, plan = in_rows(x.reshape(-1, x.shape[-1])), one_group(ids_T)
         xq, wq = cast_inputs(weight, x_TD, plan), cast_weights(weight, w[None], 0)
         keep = Kept()
         keep.keep(x_TD, xq, weight.reads_fprop("wgrad", "x"))
@@ -237,7 +239,7 @@ class NativeLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         tensors, weight = iter(ctx.saved_tensors), ctx.weight
-        (f, d), dy_TF, plan = ctx.w_shape, dy.reshape(-1, ctx.w_shape[0]), one_group(ctx.ids_T)
+        (f, d), dy_TF, plan = ctx.w_shape, in_rows(dy.reshape(-1, ctx.w_shape[0])), one_group(ctx.ids_T)
         x, trusted_x = kept(tensors, ctx.forms[0], (dy_TF.shape[0], d))
         w, trusted_w = kept(tensors, ctx.forms[1], (1, f, d))
         dx = dw = None
@@ -254,6 +256,11 @@ class NativeLinear(torch.autograd.Function):
             trusted_w = None if trusted_w is None else trusted_w[0]
             dw = weight.straight_back(weight_gradient(left, right, plan)[0], "wgrad", "x", trusted_w, d)
         return dx, dw, None, None
+
+
+def in_rows(x_NK: Tensor) -> Tensor:
+    """With the values of a row side by side, as kernels read them: of an expanded or transposed tensor a copy."""
+    return x_NK if x_NK.stride(-1) == 1 else x_NK.contiguous()
 
 
 def rotated(weight: Weight) -> bool:

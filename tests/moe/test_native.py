@@ -145,6 +145,23 @@ def test_linear_layers_are_the_emulation() -> None:
     ]  # fmt: skip
 
 
+def test_casts_again_with_their_factor() -> None:
+    """Of rule shrink what a code counts is in the factor of the first cast too."""
+    ours, emulated, _ = both("fp8_block", experts_of(40, 24), 70, ragged(70, 3, 2), "precision.fprop.x.rule=shrink")
+    assert all(snr(one, other) > 120 for one, other in zip(ours, emulated, strict=True))
+
+
+def test_linear_layers_of_strided_tensors() -> None:
+    """A transposed input, and the expanded gradient that a sum has."""
+    found = []
+    for function, backend in ((NativeLinear, "triton"), (LowLinear, "torch")):
+        a, b = gaussian(72, 9).requires_grad_(), gaussian(50, 72, seed=1).requires_grad_()
+        function.apply(a.T, b, Weight(precision_of("mxfp8", backend), "w"), torch.arange(9)).sum().backward()  # type: ignore[no-untyped-call]
+        assert a.grad is not None and b.grad is not None
+        found.append((a.grad, b.grad))
+    assert all(snr(one, other) > 120 for one, other in zip(*found, strict=True))
+
+
 def test_in_bf16_and_what_is_kept() -> None:
     """h and dh are of the compute type. Of fp8_block codes and scales are kept, and of 16 bits h alone."""
     experts, rows = experts_of(256, 128), ragged(20, 3, 2)
