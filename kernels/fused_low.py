@@ -426,8 +426,8 @@ def new_kept(x_TD: Tensor, rows: int, coded: bool) -> Tensor:
 def meta_low(e: int, d: int, f: int, rows: int) -> Low:
     """Of a layer on the meta device."""
     b, g = -(-d // BLOCK), -(-2 * f // BLOCK)
-    scales = (torch.empty(e, n, m, device="meta") for n, m in ((g, b), (b, -(-f // BLOCK))))
-    return Low(*scales, torch.empty(rows, -(-f // BLOCK), dtype=torch.uint8, device="meta"))
+    up, down = (torch.empty(e, n, m, device="meta") for n, m in ((g, b), (b, -(-f // BLOCK))))
+    return Low(up, down, torch.empty(rows, -(-f // BLOCK), dtype=torch.uint8, device="meta"))
 
 
 COMPILED: dict[str, tuple[int, int, torch.dtype, bool, str]] = {

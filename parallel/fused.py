@@ -241,7 +241,7 @@ class FusedPath(AllToAllPath):
         b_down: Tensor | None, activation: str,
     ) -> Tensor:  # fmt: skip
         assert b_up is None and b_down is None, "refused with the knobs"
-        low = (None,) * 4
+        low: tuple[Tensor | None, ...] = (None,) * 4
         if self.low is not None:
             low = *coded(self.low.up, w_up), *coded(self.low.down, w_down)
         return _op(

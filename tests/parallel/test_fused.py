@@ -329,7 +329,7 @@ def check_operation() -> None:
         w = [p.detach().requires_grad_() for p in (part.w_up_EGD, part.w_down_EDF)]
         arguments = (
             x.requires_grad_(), routing.weights_S[rows.slot_R], *w, rows.source_R, rows.expert_R, rows.bag, rows.starts,
-            rows.counts_E, "swiglu", path.number,
+            rows.counts_E, "swiglu", path.number, False, None, None, None, None,
         )  # fmt: skip
         opcheck(fused._op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
