@@ -256,6 +256,7 @@ def _fused_backward_kernel(
                         )
                     if db_down is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
                         if q == 0:
+                            weight_R = address(table, WEIGHT, me, W, tl.float32)
                             bias_sums(dy_RD, weight_R, db_down, held, j, start, count, p, D, BP, BK, ONCE)
                 else:
                     p, q = (local - down_tiles) // DQ, (local - down_tiles) % DQ
