@@ -242,14 +242,13 @@ def _fused_backward_kernel(
             if alive != 0:
                 record(1, j, local, -1, WEIGHTS, once(), run, W, TRACE)
                 held = address(table, ALIAS, me, W, tl.int32)
-                dy_RD, weight_R = address(table, ROWS, me, W, TYPE), address(table, WEIGHT, me, W, tl.float32)
-                x_RD = address(table, AGAIN, me, W, TYPE) if kept_RD is None else kept_RD
-                dw, dv = dw_down + j.to(tl.int64) * D * F, dw_up + j.to(tl.int64) * G * D
                 if local < down_tiles:
                     p, q = local // FQ, local % FQ
+                    dy_RD, dw = address(table, ROWS, me, W, TYPE), dw_down + j.to(tl.int64) * D * F
                     if LOW:
                         cast_weight_tile(
-                            dy_RD, weight_R, a_RF, a_scales_RB, dw, held, start, count, p, q, D, F, ONCE, False, 0, BP, BQ, CODE
+                            dy_RD, address(table, WEIGHT, me, W, tl.float32), a_RF, a_scales_RB, dw, held, start, count,
+                            p, q, D, F, ONCE, False, 0, BP, BQ, CODE,
                         )  # fmt: skip
                     else:
                         weight_tile(
@@ -257,9 +256,12 @@ def _fused_backward_kernel(
                         )
                     if db_down is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
                         if q == 0:
+                            weight_R = address(table, WEIGHT, me, W, tl.float32)
                             bias_sums(dy_RD, weight_R, db_down, held, j, start, count, p, D, BP, BK, ONCE)
                 else:
                     p, q = (local - down_tiles) // DQ, (local - down_tiles) % DQ
+                    x_RD = address(table, AGAIN, me, W, TYPE) if kept_RD is None else kept_RD
+                    dv = dw_up + j.to(tl.int64) * G * D
                     if CODE is None:
                         weight_tile(
                             dh_RG, x_RD, dv, held, start, count, p, q, G, D, False, kept_RD is None, BP, BQ, BR, ONCE, PRECISION

@@ -98,7 +98,8 @@ def records(heap: Heap) -> list[list[int]]:
 def address(table, REGION: tl.constexpr, rank, W: tl.constexpr, TYPE: tl.constexpr):
     """A pointer to a region of `rank`, or pointers, of a block of ranks."""
     where = tl.load(table + REGION * W + rank).to(tl.pointer_type(TYPE))
-    return tl.multiple_of(where, 16)  # of the pointer: the compiler doesn't see it through a conversion
+    # Of the pointer: the compiler doesn't see it through a conversion. Only of rows in slots, whose stores it makes wide.
+    return tl.multiple_of(where, 16) if REGION == SLOTS else where
 
 
 @jit
