@@ -307,10 +307,10 @@ def compile_setting(
     target: str, d: int, f: int, dtype: torch.dtype, once: bool, mode: str
 ) -> tuple[Setting, dict[str, Any]]:
     """A setting of 8 ranks and 64 experts, and what a rank of them has, on the meta device. mode: high, or what is of fp8: rows,
-    or products too."""
+    or products too; or one of the former beside products of other layers, which decide the tile."""
     from moesaic.kernels.targets import meta
 
-    ranks, n_experts, tokens, k, tile = 8, 64, 4096, 8, fused_tile(target, mode == "products")
+    ranks, n_experts, tokens, k, tile = 8, 64, 4096, 8, fused_tile(target, "products" in mode)
     tiles = room(ranks, n_experts, 2 * tokens * k, tile.m)
     shapes = regions(
         ranks, n_experts, d, dtype, tokens * k, tiles, tile.m, most_columns(d, tile), most_columns(f, tile, True), True
@@ -319,7 +319,7 @@ def compile_setting(
     heap = Heap(0, ranks, shapes, meta(starts(shapes)[1], dtype=torch.uint8), [], table)
     index, rows_R = meta(tokens * k, dtype=torch.int64), tiles * tile.m
     rows = Rows(index, index, index, meta(tokens, k, dtype=torch.int64), None, meta(n_experts, dtype=torch.int64))
-    e, coded, x = n_experts // ranks, mode != "high", meta(tokens, d, dtype=dtype)
+    e, coded, x = n_experts // ranks, not mode.startswith("high"), meta(tokens, d, dtype=dtype)
     low = meta_low(e, d, f, rows_R) if mode == "products" else None
     weight = dtype if low is None else e4m3(x.device)
     return Setting(heap, n_experts, tile, once, programs=100), {

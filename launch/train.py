@@ -186,7 +186,9 @@ def train(config: Config, device: torch.device) -> None:
     )
     quantized = ""
     if config.precision.quantized:
-        quantized = f", but those of precision={config.precision.recipe} ({model.precision.told(device)})"
+        inside = config.parallel.expert_path == "fused" and "experts" in config.precision.layers
+        told = model.precision.told(device) + (", those of routed experts in the fused kernels" if inside else "")
+        quantized = f", but those of precision={config.precision.recipe} ({told})"
     say(
         f"ranks: {world} ({device.type}), parallel.expert={expert} ({expert_path(config.parallel, meshes)}), "
         f"parallel.replicate={config.parallel.replicate}; "

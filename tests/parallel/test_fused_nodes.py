@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from moesaic.kernels.testing import launches
+from moesaic.launch.cli import compose
 from moesaic.moe.config import RouterConfig
 from moesaic.moe.dispatch import LocalPath
 from moesaic.parallel.apply import parallelize
@@ -21,6 +22,7 @@ from moesaic.parallel.mesh import make_meshes
 from moesaic.parallel.two_hop import TwoHopPath
 from tests.parallel.pool import Pool
 from tests.parallel.test_expert import CONFIG, EXPERTS, D, difference, experts_of, routing_of, run, tokens_of
+from tests.parallel.test_fused_low import KNOBS
 
 CPU = torch.device("cpu")
 WIDE = dataclasses.replace(CONFIG, router=RouterConfig(top_k=EXPERTS))  # room for every workload
@@ -173,3 +175,30 @@ def test_trains_as_two_hops_do(pool: Pool) -> None:
         assert all(torch.equal(again[n], plain[n]) for n in plain), "what remat computes again is the same"
         (_, losses, *_), (_, limited, *_) = results[0], results[3]
         assert losses != limited  # rows were dropped
+
+
+def of_fp8() -> dict[str, tuple[float, int, int]]:
+    """(relative difference of each gradient to that of two hops of all-to-all, bytes of rows between nodes of both), of unequal
+    batches, rows and products of fp8."""
+    found = []
+    for path, knobs in (("two_hop", {}), ("fused", dict(fused_keep=True))):
+        c = compose(["recipe=tiny_moe", *KNOBS, "model.n_experts=8", "model.expert_bias=true", "precision=fp8_block",
+                     "precision.layers=[experts]"])  # fmt: skip
+        parallel = ParallelConfig(expert="4", expert_path=path, node_size="2", timeout=60.0, **knobs)
+        model = parallelize(
+            c.model, parallel, make_meshes("cpu", 4), seed=0, device=CPU, compute=torch.float32, precision=c.precision, tokens=24
+        )  # fmt: skip
+        model.precision.begin(0, 10)
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        tokens = torch.randint(0, 300, (1, 25 - 7 * dist.get_rank()), generator=generator)
+        (model(tokens[:, :-1], tokens[:, 1:]).loss / 24).backward()
+        grads = {n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}
+        found.append((grads, Counter(model.moe_layers()[0].path.sent)["inter", "dispatch"]))
+    (want, one), (got, other) = found
+    return {n: (difference(got[n], want[n]), one, other) for n in want}
+
+
+def test_fp8_as_two_hops_have_it(pool: Pool) -> None:
+    """Rows are cast for the way between nodes, and again for the way inside, which changes nothing."""
+    for errors in pool.run(of_fp8):
+        assert all(error < 2e-6 and one == other > 0 for error, one, other in errors.values()), errors
