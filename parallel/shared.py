@@ -9,6 +9,10 @@ kernel of the system wakes who waits, puts memory in order, and tells at once of
 exchange makes way when it begins and when it is waited for. Gloo's own exchange copies as often, but through its threads, which
 must find a core, and through the network's stack.
 
+A socket has room for some 270 messages. Who finds none for a part hears the others until there is, so that two who tell each
+other more than that don't wait for one another; that something was read is told later, for nobody waits to hear it. A channel
+belongs to one thread: on CPUs, backward runs in the thread that asked for it.
+
 An outbox grows when what lies in it has no room; then it is a new one, of at least twice the size. Nothing of it has a name, and
 nothing is left of it when the processes are gone. Ranks on several machines, or that cannot reach each other, use what
 torch.distributed has. Sums are in the order of ranks, so all give the same bits.
@@ -18,10 +22,12 @@ import contextlib
 import mmap
 import os
 import secrets
+import select
 import socket
 import struct
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -34,12 +40,12 @@ from torch import Tensor
 from moesaic.kernels.symmetric import ALIGN
 from moesaic.parallel import trace
 
-LAID, READ, BOX = range(
-    3
-)  # kinds of messages: (LAID, exchange, place, bytes), (READ, exchange, 0, 0), (BOX, 0, 0, bytes)
+# Kinds of messages: (LAID, exchange, place, bytes), (READ, exchange, 0, 0), (BOX, 0, 0, bytes).
+LAID, READ, BOX = range(3)
 MESSAGE, DESCRIPTOR = struct.Struct("=4q"), struct.Struct("i")
 FIRST_BOX = 2**20  # bytes
 SPIN = 1e-4  # seconds of asking again before a rank sleeps until it is woken, which takes as long
+PAUSE = 10  # milliseconds that a rank sleeps at most before it looks again whether there is room for a message
 Laid = tuple[Tensor, int, int]  # an outbox, and where in it
 
 
@@ -52,6 +58,8 @@ class Channel:
         self.box = torch.empty(0, dtype=torch.uint8)
         self.live: dict[int, tuple[int, int, set[int]]] = {}  # exchange -> (from, to, who has not read it yet)
         self.boxes: dict[int, Tensor] = {}  # the newest of each rank
+        # Exchanges that this rank has read, of which another has not been told yet.
+        self.untold: dict[int, deque[int]] = {w: deque() for w in sockets}
         self.laid: dict[tuple[int, int], Laid] = {}  # (rank, exchange) -> where, of what was heard and not read
         self.be_patient(patience)
 
@@ -63,9 +71,8 @@ class Channel:
 
     def begin(self, parts: Sequence[Tensor]) -> int:
         """Lay down parts[w] for each other rank w; the same tensor for several is laid down once. The number of the exchange."""
-        for w in self.sockets:
-            while self.hear(w, socket.MSG_DONTWAIT):
-                pass
+        self.hear_all()
+        self.tell_read()
         self.begun += 1
         different = {id(parts[w]): as_bytes(parts[w]) for w in self.sockets}
         at = first = self.room(max(1, sum(up(part.numel()) for part in different.values())))
@@ -88,8 +95,15 @@ class Channel:
 
     def done(self, number: int) -> None:
         """Their bytes have been read."""
-        for w in self.sockets:
-            self.say(w, READ, number)
+        for numbers in self.untold.values():
+            numbers.append(number)
+        self.tell_read()
+
+    def tell_read(self) -> None:
+        """As far as there is room."""
+        for w, numbers in self.untold.items():
+            while numbers and self.send(w, READ, numbers[0]):
+                numbers.popleft()
 
     def room(self, size: int) -> int:
         """Where in the outbox that many bytes are free; in a new one, if nowhere."""
@@ -110,9 +124,35 @@ class Channel:
                 os.close(fd)
         return at
 
-    def say(self, w: int, kind: int, number: int, place: int = 0, size: int = 0, fd: int | None = None) -> None:
+    def send(self, w: int, kind: int, number: int, place: int = 0, size: int = 0, fd: int | None = None) -> bool:
+        """A message to rank w; whether there was room for it."""
+        lent = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, DESCRIPTOR.pack(fd))]
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # has ended: who waits for it will hear that
-            socket.send_fds(self.sockets[w], [MESSAGE.pack(kind, number, place, size)], [] if fd is None else [fd])
+            try:
+                self.sockets[w].sendmsg([MESSAGE.pack(kind, number, place, size)], lent, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+        return True
+
+    def say(self, w: int, *message: Any) -> None:
+        """`send`, when there is room. Raises TimeoutError if there is none for too long."""
+        end = time.monotonic() + self.patience
+        while not self.send(w, *message):
+            if time.monotonic() > end:
+                raise self.late(w)
+            self.hear_all()
+            room = select.poll()
+            room.register(self.sockets[w], select.POLLOUT)
+            room.poll(PAUSE)
+
+    def hear_all(self) -> None:
+        """Take what messages there are."""
+        for w in self.sockets:
+            while self.hear(w, socket.MSG_DONTWAIT):
+                pass
+
+    def late(self, w: int) -> TimeoutError:
+        return TimeoutError(f"rank {self.names[w]} did not come to an exchange for {self.patience:g} s")
 
     def hear(self, w: int, flags: int = 0) -> bool:
         """Take a message of rank w, if there is one; without MSG_DONTWAIT, wait for it as long as the socket does."""
@@ -148,7 +188,7 @@ class Channel:
                 return
             os.sched_yield()
         if not self.hear(w):
-            raise TimeoutError(f"rank {self.names[w]} did not come to an exchange for {self.patience:g} s")
+            raise self.late(w)
 
 
 def up(size: int) -> int:
@@ -160,7 +200,8 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def mapped(fd: int, size: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
+    with torch.inference_mode(False):  # it outlives an evaluation in which it is made
+        return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
 # ---------------------------------------------------------------- who can reach whom
@@ -193,11 +234,16 @@ def connect(group: dist.ProcessGroup) -> Channel | None:
     # One of Linux's abstract names: in no folder, and gone with the socket. Others on the machine can see it, but not the word.
     name, word = f"\0moesaic-{secrets.token_hex(8)}", secrets.token_bytes(16)
     sockets: dict[int, socket.socket] = {}
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(name)
-        listener.listen(ranks)
-        told = exchange((machine(), name, word))
-        reached = len({where for where, _, _ in told}) == 1
+    with contextlib.ExitStack() as stack:
+        own = None
+        with contextlib.suppress(OSError):  # a container may refuse any of these
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            listener.bind(name)
+            listener.listen(ranks)
+            os.close(os.memfd_create("moesaic-outbox"))
+            own = machine(), name, word
+        told = exchange(own)
+        reached = all(told) and len({where for where, _, _ in told}) == 1
         try:
             for w in range(rank) if reached else ():
                 sockets[w] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -211,7 +257,9 @@ def connect(group: dist.ProcessGroup) -> Channel | None:
             return None
         while len(sockets) < ranks - 1:
             other, _ = listener.accept()
-            said = other.recv(20)
+            said = b""
+            with contextlib.suppress(OSError):  # ours have said it by now
+                said = other.recv(20, socket.MSG_DONTWAIT)
             if said[:16] == word:
                 sockets[int.from_bytes(said[16:])] = other
             else:  # none of ours

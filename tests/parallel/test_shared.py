@@ -1,6 +1,8 @@
 """Exchanges through shared memory: torch.distributed's bits, whatever is outstanding; ranks that are gone, or far."""
 
+import gc
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,17 +124,24 @@ def test_an_exchange_is_noted_once() -> None:
         assert pool.run(is_noted) == [(["all_to_all_single", "blocks.7.ffn dispatch", 0.0], 1)] * 2
 
 
+def refused(*arguments: Any, **names: Any) -> Any:
+    raise PermissionError(1, "Operation not permitted")
+
+
 def far_away() -> list[float]:
-    """Rank 1 says that it is on another machine, or cannot reach the others: all of them use gloo."""
+    """Rank 1 says that it is on another machine, or its container refuses something: all of them use gloo."""
     rank, found = dist.get_rank(), []
-    for what in ("machine", "reach"):
+    asked = {
+        "machine": (shared, "machine", lambda: "elsewhere"),
+        "boot_id": (shared, "machine", refused),
+        "socket": (shared.socket.socket, "bind", refused),
+        "reach": (shared.socket.socket, "connect", refused),
+        "memory": (os, "memfd_create", refused),
+    }
+    for patched in asked.values():
         with pytest.MonkeyPatch.context() as patch:
-            if rank == 1 and what == "machine":
-                patch.setattr(shared, "machine", lambda: "elsewhere")
-            if rank == 1 and what == "reach":
-                patch.setattr(
-                    shared.socket.socket, "connect", lambda *_: (_ for _ in ()).throw(ConnectionRefusedError())
-                )
+            if rank == 1:
+                patch.setattr(*patched)
             group: Any = dist.new_group()
             assert shared.channel_of(group, torch.empty(0)) is None
         got, total = torch.empty(3), torch.empty(1)
@@ -143,7 +152,65 @@ def far_away() -> list[float]:
 
 
 def test_ranks_that_cannot_share_memory_use_gloo(three: Pool) -> None:
-    assert three.run(far_away) == [[0, 1, 2, 3.0 * rank] * 2 for rank in range(3)]
+    assert three.run(far_away) == [[0, 1, 2, 3.0 * rank] * 5 for rank in range(3)]
+
+
+def far_ahead(exchanges: int) -> bool:
+    """Ranks begin more exchanges than a socket has room for, come late in turn, wait in other orders, and go on to gloo."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group()
+    for slow in range(ranks):
+        time.sleep(0.2 * (rank == slow))
+        waiting = []
+        for i in range(exchanges):
+            got = torch.empty(ranks)
+            waiting.append((shared.all_gather_single(got, torch.tensor([rank + 10.0 * i]), group, True), got, i))
+        time.sleep(0.2 * (rank == slow))
+        for work, got, i in waiting[:: -1 if rank == 1 else 1]:
+            work.wait()
+            assert got.tolist() == [other + 10.0 * i for other in range(ranks)]
+        dist.barrier(group)
+    for _ in range(2):  # the second hears that the first's were read
+        shared.all_gather_single(got, torch.ones(1), group)
+    channel = shared.channel_of(group, got)
+    assert channel
+    return len(channel.live) < 3 and not channel.laid
+
+
+def test_more_exchanges_than_messages_fit_in_a_socket(three: Pool) -> None:
+    assert three.run(far_ahead, 700) == [True] * 3
+
+
+def evaluated_first() -> list[float]:
+    group: Any = dist.new_group()
+    got = torch.empty(3)
+    with torch.inference_mode():
+        shared.all_gather_single(torch.empty(3), torch.ones(1), group)
+    shared.all_gather_single(got, torch.ones(1), group)
+    return got.tolist()
+
+
+def test_memory_made_in_an_evaluation_serves_afterwards(three: Pool) -> None:
+    assert three.run(evaluated_first) == [[1, 1, 1]] * 3
+
+
+def groups_come_and_go() -> list[int]:
+    """Descriptors that are open after each group."""
+    counts = []
+    for _ in range(4):
+        group: Any = dist.new_group()
+        shared.all_gather_single(torch.empty(3), torch.ones(1), group)
+        dist.barrier(group)
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    return counts
+
+
+def test_a_group_that_is_gone_leaves_nothing_open(three: Pool) -> None:
+    for first, *others in three.run(groups_come_and_go):
+        assert others == [first] * 3
 
 
 def leaves(how: str) -> str:
