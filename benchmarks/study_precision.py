@@ -91,10 +91,11 @@ UNTRAINED_ALIKE = ("mxfp4_deosc without de-oscillation", "nvfp4, last 15 % of st
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 MEANING = """\
-A difference is of the same seed, and its interval that of Student's t over seeds: where it holds 0, these runs tell no gap. What
-they can show: that a recipe trains, and gaps that are large against the spread of pairs. What they cannot: the gap of a model a
-thousand times larger on a thousand times more text. Published gaps of FP4 grow with tokens per parameter, and those of a 30M
-model (0.04 to 0.10 nats, arXiv 2601.22813) are measured at 0.75B tokens and more; outliers of activations, which blocks and
+A difference is of the same seed, and its interval that of Student's t over seeds: where it holds 0, these runs tell no gap. Two
+runs of a seed drift apart from the first rounding on, so that also what loses next to nothing (bf16, mxint8) ends above or below.
+What they can show: that a recipe trains, and gaps that are large against the spread of pairs. What they cannot: the gap of a
+model a thousand times larger on a thousand times more text. Published gaps of FP4 grow with tokens per parameter, and those of a
+30M model (0.04 to 0.10 nats, arXiv 2601.22813) are measured at 0.75B tokens and more; outliers of activations, which blocks and
 rotations are made for, are rare in a model of this size; a router of 8 experts has fewer near ties than one of 256; and what is
 emulated has sums in fp32, where hardware rounds more.
 """
@@ -281,18 +282,28 @@ def summary() -> str:
     for tokens in sorted({r["tokens"] for r in results}):
         by = {(r["run"], r["seed"]): r for r in results if r["tokens"] == tokens}
         dates = sorted({r["date"] for r in by.values()})
-        text.append(f"## {tokens:,} tokens ({dates[0]} to {dates[-1]})\n")
+        text.append(f"## {tokens:,} tokens ({' to '.join(dict.fromkeys((dates[0], dates[-1])))})\n")
         text.append(
             "Nats a byte on held-out files; `python benchmarks/study_precision.py`, seeds and command of each run in its file.\n"
         )
         text.append("| run | pairs | val_loss | against fp32 | 95 % interval | relative |\n|---|---|---|---|---|---|")
         for name in RUNS:
-            own = [r["val_loss"] for (n, _), r in by.items() if n == name]
-            if not own:
+            seeds = [seed for n, seed in by if n == name]
+            if not seeds:
                 continue
             pairs, mean, half = gap(by, name, "fp32")
-            base = statistics.mean([r["val_loss"] for (n, _), r in by.items() if n == "fp32"] or [math.nan])
-            cells = [name, pairs, f"{statistics.mean(own):.4f}", f"{mean:+.4f}", f"± {half:.4f}", f"{mean / base:+.2%}"]
+            base = statistics.mean(
+                [by["fp32", seed]["val_loss"] for seed in seeds if ("fp32", seed) in by] or [math.nan]
+            )
+            cells = [name, pairs, f"{statistics.mean(by[name, seed]['val_loss'] for seed in seeds):.4f}"]
+            if name != "fp32":
+                cells += [
+                    f"{mean:+.4f}",
+                    f"± {half:.4f}" if pairs > 1 else "one pair tells none",
+                    f"{mean / base:+.2%}",
+                ]
+            else:
+                cells += ["", "", ""]
             text.append("| " + " | ".join(map(str, cells)) + " |")
         text += same_weights([r["same_weights"] for r in by.values() if "same_weights" in r])
         file = f"precision-{tokens}.png"
@@ -327,18 +338,20 @@ tell.
 
 
 def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, tokens: int) -> None:
-    """Left: validation loss; right: above fp32 of the same seed. Means over seeds, ranges shaded."""
+    """Left: validation loss, of the seeds that all have; right: above fp32 of the same seed. Means over seeds, ranges shaded."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
+    shared = set.intersection(*({s for n, s in by if n == name} for name, _ in by))
     for i, name in enumerate(n for n in RUNS if any(run == n for run, _ in by)):
         curves = {s: dict(map(tuple, r["val_curve"])) for (n, s), r in by.items() if n == name}
         style = {"color": f"C{i % 10}", "linestyle": "-" if name in MAIN else "--", "linewidth": 1.2}
         at = sorted(set.intersection(*(set(c) for c in curves.values())) - {0})
-        left.plot(at, [statistics.mean(c[t] for c in curves.values()) for t in at], label=name, **style)
+        alike = [c for s, c in curves.items() if s in shared or not shared]
+        left.plot(at, [statistics.mean(c[t] for c in alike) for t in at], label=name, **style)
         paired = {s: c for s, c in curves.items() if ("fp32", s) in by}
         bases = {s: dict(map(tuple, by["fp32", s]["val_curve"])) for s in paired}
         at = [t for t in at if paired and all(t in bases[s] for s in paired)]
