@@ -1,6 +1,7 @@
 """Ray Train starts the ranks: a TorchTrainer each of whose workers runs launch/train.py as one rank.
 
-    RUN_DIR=/shared/runs/long RECIPE=7b_moe NODES=2 RANKS_PER_NODE=8 launch/clusters/ray/train.sh data.files=data/corpus
+    RUN_DIR=/shared/runs/long RECIPE=7b_moe NODES=2 RANKS_PER_NODE=8 launch/clusters/ray/train.sh data.files=data/corpus \\
+      data.tokenizer=data/corpus
 
 Arguments are knobs of launch/train.py, settings those of launch/clusters/settings.sh. A rank is a process of its own under its
 worker, for it has signals, a working directory and a main thread to itself. A rank that dies ends the attempt; Ray starts all

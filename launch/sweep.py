@@ -52,6 +52,9 @@ def prepare(kind: str, arguments: list[str]) -> list[str]:
         raise cli.UserError(f"hydra/launcher={kind}: needs --multirun")
     if "RANK" in os.environ:
         raise cli.UserError(f"hydra/launcher={kind}: starts torchrun itself: python launch/train.py --multirun ...")
+    port = os.environ.get("PORT") or "29400"
+    if not (port.isascii() and port.isdigit()):
+        raise cli.UserError(f"PORT={port}: must be a whole number")
     first = next(i for i, word in enumerate(arguments) if re.match(r"[^-][^=]*=", word))
     words = arguments[first:]
     if not any(word.startswith("-") for word in arguments if word not in ("-m", "--multirun")):

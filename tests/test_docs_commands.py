@@ -2,8 +2,8 @@
 
 A page is run from its top to its end in a copy of the repository: its files that are named in their first line are written, its
 diffs applied, its commands run by a process that has imported everything. Training is shortened: few steps, short sequences, of
-recipes for GPUs a small model, two ranks instead of eight; of srun and sbatch, what they would start. What the commands read (a
-corpus, a tokenizer, published models, earlier runs) is small here, and lies where they look for it.
+recipes for GPUs a small model, two ranks instead of eight; of srun, sbatch and the clusters' scripts, what they would start. What
+the commands read (a corpus, a tokenizer, published models, earlier runs) is small here, and lies where they look for it.
 
 Not run but looked at otherwise, each for a reason that is given below: make's targets, benchmarks, tests that are run anyway. A
 comment "# Needs a cluster", "# Needs 8 GPUs" or "# Needs the network" in a block, or "(needs …)" in a sentence, is for the
@@ -37,6 +37,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages that a test of their own runs, word for word.
 RUN_ELSEWHERE = {"first_model.md": "tests/launch/test_first_model.py"}
 PROGRAMS = "cd export git hf kubectl ls make pip pytest python sbatch sky source srun tail torchrun wandb".split()
+SCRIPTS = ("launch/clusters/launch.sh", "launch/clusters/ray/train.sh")
 NEEDS = re.compile(r"needs (?:a cluster|an? (?:\w+ )?GPU|\d+ GPUs|the network)", re.I)
 
 # Each of these takes minutes to hours, or runs what is here already. `make -n` shows that the target is there and that its recipe
@@ -109,7 +110,7 @@ def commands(page: Path) -> Iterator[Command]:
     plain = re.sub(r"^```.*?^```", lambda found: "\n" * found[0].count("\n"), text, flags=re.M | re.S)
     for found in re.finditer(r"`([^`]+)`", plain):
         command_text = " ".join(found[1].split())
-        if " " in command_text and (words(command_text)[:1] or [""])[0] in [*PROGRAMS, "launch/clusters/launch.sh"]:
+        if " " in command_text and (words(command_text)[:1] or [""])[0] in [*PROGRAMS, *SCRIPTS]:
             start, end = plain.rfind("\n\n", 0, found.start()), plain.find("\n\n", found.end())
             paragraph = plain[max(0, start) : end if end > 0 else len(plain)]
             yield Command(
@@ -238,12 +239,13 @@ class Here:
         elif first == "srun":  # on every node the same, a rank's share of which can be run here
             self.run(dataclasses.replace(command, text=rest[-1]))
             assert command.marked
-        elif first == "sbatch":
-            script = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
-            assert command.marked and (self.folder / rest[script]).exists()
+        elif first == "sbatch" or first in SCRIPTS:
+            script = next(i for i, word in enumerate(argv) if word.endswith((".sbatch", ".sh")))
+            assert command.marked and (self.folder / argv[script]).exists()
             variables = dict(re.findall(r"([A-Z_]+)=(\S+)", command.text))
             run_dir = variables["RUN_DIR"].replace("/shared/", "")
-            self.train([f"recipe={variables['RECIPE']}", f"run_dir={run_dir}", *rest[script + 1 :]], 2)
+            recipe = variables.get("RECIPE", "tiny_moe")
+            self.train([f"recipe={recipe}", f"run_dir={run_dir}", *argv[script + 1 :]], 2)
         elif first in ("ls", "tail"):
             self.earlier(command.text)
             self.shell([first, *rest])

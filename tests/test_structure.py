@@ -146,6 +146,10 @@ def test_budgets():
     lines = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in sources(*PACKAGES)}
     assert {path: count for path, count in lines.items() if count > FILE_BUDGET} == {}
     assert sum(lines.values()) <= TOTAL_BUDGET
+    assert (
+        f"{FILE_BUDGET} lines a file and {TOTAL_BUDGET:,} in the five packages"
+        in (ROOT / "CONTRIBUTING.md").read_text()
+    )
 
 
 def test_namespace():

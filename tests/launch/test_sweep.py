@@ -45,6 +45,12 @@ def test_a_mistake_in_any_point_is_told_before_anything_is_queued(arguments: lis
     assert str(caught.value) == line
 
 
+def test_a_port_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "here")
+    with pytest.raises(cli.UserError, match=r"^PORT=here: must be a whole number$"):
+        sweep.prepare("submitit_local", ["-m", LOCAL])
+
+
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
