@@ -34,7 +34,7 @@ def test_search_and_dry_run(capsys):
     assert (code, err) == (0, "")
     assert "why the first" in out and "precision=bf16: the best with fp32 is" in out
     assert (
-        "with products in fp8, which are emulated today, the best were" in out
+        "with products in fp8, where docs/precision.md has kernels, the best were" in out
         and "products=fp8 parallel.expert=" in out
     )
     assert "bytes: the same" in out
