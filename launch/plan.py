@@ -251,7 +251,7 @@ def describe_search(found: list[Candidate], plan: Plan) -> list[str]:
                 (time_of(plan.config.model, c.layout, plan.machine, kind, efficiency=plan.efficiency).step, i)
                 for i, c in enumerate(fitting) if c.precision == "bf16"
             )  # fmt: skip
-            lines.append(f"  with products in {kind}, which are emulated today, the best were {step:.3f} s a step: "
+            lines.append(f"  with products in {kind}, where docs/precision.md has kernels, the best were {step:.3f} s a step: "
                          f"{dataclasses.replace(fitting[best], precision=kind).overrides()}")  # fmt: skip
     return lines
 
@@ -345,7 +345,7 @@ def main(arguments: Sequence[str]) -> None:
     lines = describe(plan, chosen)
     rows = [(f"as asked: {short(plan.layout)}", plan.memory, plan.timing)]
     if chosen.search == "true":
-        # fp8 and fp4 are emulated: ranked where they are asked for, else told apart.
+        # fp8 and fp4, emulated in places, are ranked where they are asked for, else told apart.
         kinds = [kind for kind in dict.fromkeys((plan.precision, "bf16", "fp32")) if kind in plan.machine.tflops]
         found = search(
             plan.config.model, plan.layout, plan.machine, kinds, plan.config.train.global_batch, plan.efficiency

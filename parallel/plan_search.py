@@ -34,7 +34,7 @@ class Candidate:
         names = [name for name in KNOBS if layout.zero is None or name not in ("replicate", "reshard")]
         engine = [] if layout.zero is None else [f"parallel.engine=deepspeed parallel.zero_stage={layout.zero}"]
         told = {name: f"{KNOBS[name]}={self.value(name)}" for name in names}
-        if self.precision in ("fp8", "fp4"):  # a plan's own knob: no run computes products so yet
+        if self.precision in ("fp8", "fp4"):  # a plan's own knob: a run's is precision=NAME
             told["precision"] = f"products={self.precision}"
         return " ".join([*engine, *told.values()])
 

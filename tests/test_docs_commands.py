@@ -207,7 +207,9 @@ class Here:
         if first == "torchrun" and "launch/" in command.text:
             options = get_args_parser().parse_args([word.replace("$FIRST", "first") for word in rest])
             world = min(int(options.nproc_per_node), 4) if options.nproc_per_node in ("1", "2", "4") else 2
-            if options.training_script == "launch/train.py":
+            if "--multirun" in rest:
+                self.sweep(options.training_script_args, world)
+            elif options.training_script == "launch/train.py":
                 self.train(options.training_script_args, world)
             elif options.training_script == "launch/comm_bench.py":
                 short = ["largest_mb=0.1", "repeats=1"]
@@ -216,7 +218,7 @@ class Here:
                 short = ["train.seq_len=32", "hardware=cpu", *self.smaller(options.training_script_args, world)]
                 self.program(options.training_script, *options.training_script_args, *short, world=world)
         elif first == "python" and rest[0] == "launch/train.py":
-            self.sweep(rest[1:]) if "--multirun" in rest else self.program(*rest)
+            self.sweep(rest[1:], 1) if "--multirun" in rest else self.program(*rest)
         elif first == "python" and rest[0].startswith("launch/"):
             self.launch_program(rest, command)
         elif first == "python" and rest[0].startswith("benchmarks/"):
@@ -267,11 +269,11 @@ class Here:
             shutil.rmtree(self.folder / out, ignore_errors=True)
         self.program(*argv, *(["tokens=10"] if argv[0] == "launch/generate.py" else []))
 
-    def sweep(self, argv: list[str]) -> None:
+    def sweep(self, argv: list[str], world: int) -> None:
         short = (
             "train.steps=1 train.seq_len=16 train.global_batch=2 train.eval_every=0 train.sample=0 wandb.mode=disabled"
         )
-        self.program("launch/train.py", *argv, *short.split(), "data.files=corpus/*.txt", world=1)
+        self.program("launch/train.py", *argv, *short.split(), "data.files=corpus/*.txt", world=world)
 
     def earlier(self, text: str) -> None:
         """The runs that a command reads and that no command before it made."""
