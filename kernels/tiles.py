@@ -165,10 +165,12 @@ def meta_is(target: str) -> Iterator[None]:
     """While active, tensors on the meta device pass for tensors on `target`, so that launchers can be compiled for it."""
     global _of_meta
     saved, _of_meta = _of_meta, target
+    known_tile.cache_clear()
     try:
         yield
     finally:
         _of_meta = saved
+        known_tile.cache_clear()
 
 
 def processors(device: torch.device) -> int:

@@ -218,6 +218,7 @@ class Here:
                 short = ["train.seq_len=32", "hardware=cpu", *self.smaller(options.training_script_args, world)]
                 self.program(options.training_script, *options.training_script_args, *short, world=world)
         elif first == "python" and rest[0] == "launch/train.py":
+            assert command.marked or not any(word.startswith("hydra/launcher=submitit_slurm") for word in rest)
             self.sweep(rest[1:], 1) if "--multirun" in rest else self.program(*rest)
         elif first == "python" and rest[0].startswith("launch/"):
             self.launch_program(rest, command)
@@ -257,9 +258,9 @@ class Here:
             )
 
     def launch_program(self, argv: list[str], command: Command) -> None:
-        if (
-            "tasks=hellaswag" in command.text
-        ):  # its tasks would be downloaded; tests/launch/test_evaluation.py has local ones
+        sends = argv[0] == "launch/wandb_panels.py" and not any(word.startswith("out=") for word in argv)
+        # Tasks would be downloaded; tests/launch/test_evaluation.py has local ones.
+        if sends or "tasks=hellaswag" in command.text:
             assert command.marked, f"{command}: needs the network"
             return
         self.earlier(command.text)
@@ -270,10 +271,14 @@ class Here:
         self.program(*argv, *(["tokens=10"] if argv[0] == "launch/generate.py" else []))
 
     def sweep(self, argv: list[str], world: int) -> None:
+        """Its points one after another, whatever starts them where the command is meant for."""
+        knobs = [word for word in argv if "=" in word and not word.startswith("hydra")]
         short = (
             "train.steps=1 train.seq_len=16 train.global_batch=2 train.eval_every=0 train.sample=0 wandb.mode=disabled"
         )
-        self.program("launch/train.py", *argv, *short.split(), "data.files=corpus/*.txt", world=world)
+        data = [] if any(knob.startswith("data.files=") for knob in knobs) else ["data.files=corpus/*.txt"]
+        more = [*short.split(), *data, *self.smaller(knobs, world)]
+        self.program("launch/train.py", "--multirun", *knobs, *more, world=world)
 
     def earlier(self, text: str) -> None:
         """The runs that a command reads and that no command before it made."""
