@@ -273,6 +273,8 @@ class Here:
     def sweep(self, argv: list[str], world: int) -> None:
         """Its points one after another, whatever starts them where the command is meant for."""
         knobs = [word for word in argv if "=" in word and not word.startswith("hydra")]
+        for run_dir in [knob.partition("=")[2] for knob in knobs if knob.startswith("run_dir=")]:
+            shutil.rmtree(self.folder / run_dir, ignore_errors=True)
         short = (
             "train.steps=1 train.seq_len=16 train.global_batch=2 train.eval_every=0 train.sample=0 wandb.mode=disabled"
         )
