@@ -247,6 +247,7 @@ class Here:
             assert command.marked and (self.folder / argv[script]).exists()
             variables = dict(re.findall(r"([A-Z_]+)=(\S+)", command.text))
             run_dir = variables["RUN_DIR"].replace("/shared/", "")
+            shutil.rmtree(self.folder / run_dir, ignore_errors=True)  # another cluster's, in the same page
             recipe = variables.get("RECIPE", "tiny_moe")
             self.train([f"recipe={recipe}", f"run_dir={run_dir}", *argv[script + 1 :]], 2)
         elif first in ("ls", "tail"):
