@@ -26,6 +26,17 @@ def test_a_plan(capsys, recipe):
         assert word in out, word
 
 
+def test_the_documented_plan(capsys):
+    """The pages that quote this command tell what it says today."""
+    _, out, _ = run(capsys, "recipe=7b_moe", "hardware=h100_sxm", "nodes=8")
+    used, held = re.search(r"GiB: (\S+) of (\S+): fits", out).groups()
+    step = re.search(r"time of a step: (\S+) s", out)[1]
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    planning, whole_run = (" ".join((docs / name).read_text().split()) for name in ("planning.md", "run_7b.md"))
+    assert f"GiB: {used} of {held}: fits" in planning and f"time of a step: {step} s" in planning
+    assert f"{used} of {held} GiB" in whole_run and f"a step of {float(step):.1f} s" in whole_run
+
+
 def test_search_and_dry_run(capsys):
     code, out, err = run(
         capsys, "recipe=7b_moe", "hardware=h100_sxm", "nodes=2", "model.n_layers=2", "parallel.expert=8", "train.micro_batch=1",
@@ -34,7 +45,7 @@ def test_search_and_dry_run(capsys):
     assert (code, err) == (0, "")
     assert "why the first" in out and "precision=bf16: the best with fp32 is" in out
     assert (
-        "with products in fp8, which are emulated today, the best were" in out
+        "with products in fp8, where docs/precision.md has kernels, the best were" in out
         and "products=fp8 parallel.expert=" in out
     )
     assert "bytes: the same" in out
