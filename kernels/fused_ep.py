@@ -183,12 +183,12 @@ def _fused_forward_kernel(
                         y_MN = with_bias(y_MN, b_down, j, column * BN + tl.arange(0, BN), 0, D, D)
                     row_return(
                         y_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, TILES, run, NT, D, W, BM, BN, TRACE,
-                        N_PHASES, TYPE,
+                        N_PHASES, TYPE, True,
                     )  # fmt: skip
         else:
             alive = combine(
                 task, task - combining, y_TD, weights_S, None, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW,
-                BM, BN, BT, TRACE,
+                BM, BN, BT, TRACE, True,
             )  # fmt: skip
         task = take(control)
     record(0, -1, task, -1, NONE, once(), run, W, TRACE)

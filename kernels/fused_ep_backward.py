@@ -228,7 +228,7 @@ def _fused_backward_kernel(
                         count_bytes(sent_WP, rank, 3, rows_of_rank * 4, (rows_of_rank > 0) & (rank != me), N_PHASES)
                     row_return(
                         dx_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, TILES, run, NT, D, W, BM, BN, TRACE,
-                        N_PHASES, TYPE,
+                        N_PHASES, TYPE, LOW,
                     )  # fmt: skip
         elif task < combining:
             record(0, -1, task, -1, WEIGHTS, once(), run, W, TRACE)
@@ -284,7 +284,7 @@ def _fused_backward_kernel(
         else:
             alive = combine(
                 task, task - combining, dx_TD, None, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW,
-                BM, BN, BT, TRACE,
+                BM, BN, BT, TRACE, LOW,
             )  # fmt: skip
         task = take(control)
     record(0, -1, task, -1, NONE, once(), run, W, TRACE)

@@ -95,11 +95,14 @@ def records(heap: Heap) -> list[list[int]]:
 
 
 @jit
-def address(table, REGION: tl.constexpr, rank, W: tl.constexpr, TYPE: tl.constexpr):
-    """A pointer to a region of `rank`, or pointers, of a block of ranks."""
+def address(table, REGION: tl.constexpr, rank, W: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr = False):
+    """A pointer to a region of `rank`, or pointers, of a block of ranks.
+
+    WIDE: the compiler is told how it is aligned, which it doesn't see through a conversion; said outside of this function it
+    would be lost. Of `slots`, backward spills without it if it has products of fp8, and with it (6 on sm_100a) if it has not.
+    """
     where = tl.load(table + REGION * W + rank).to(tl.pointer_type(TYPE))
-    # Of the pointer: the compiler doesn't see it through a conversion. Only of rows in slots, whose stores it makes wide.
-    return tl.multiple_of(where, 16) if REGION == SLOTS else where
+    return tl.multiple_of(where, 16) if WIDE else where
 
 
 @jit

@@ -197,14 +197,14 @@ def rows_of(tile, tables, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW
 @jit
 def row_return(
     values_MN, tile, n, end, rank, rows_of_rank, sent_WP, size, TILES, run, NT: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Store columns n of a tile's results into the slots they belong to, wherever; raise `back` there."""
     table, me, _, _, _, _ = run
     place = tile * BM + tl.arange(0, BM)
     ns = n * BN + tl.arange(0, BN)
     origin = tl.load(address(table, ORIGIN, me, W, tl.int64) + tl.minimum(place, end - 1), cache_modifier=".cg")
-    to = address(table, SLOTS, origin >> 32, W, TYPE) + (origin & 4294967295) * D
+    to = address(table, SLOTS, origin >> 32, W, TYPE, WIDE) + (origin & 4294967295) * D
     mask = (place < end)[:, None] if D % BN == 0 else (place < end)[:, None] & (ns < D)[None, :]
     tl.store(to[:, None] + ns[None, :], values_MN.to(TYPE), mask=mask)
     raise_back(tile, n, rank, rows_of_rank, NT, TILES, run, W, TRACE)
@@ -258,8 +258,12 @@ def wait_slots(
 def combine(
     task, local, to_TD, weights_S, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D: tl.constexpr, NT: tl.constexpr,
     W: tl.constexpr, E: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, TRACE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Add up the slots of each token: forward by weight; backward as they are, and take their dS. Whether they were there."""
+    """Add up the slots of each token: forward by weight; backward as they are, and take their dS. Whether they were there.
+
+    WIDE: as `address` takes it.
+    """
     table, me, _, _, _, _ = run
     TYPE: tl.constexpr = to_TD.dtype.element_ty
     record(0, -1, task, -1, COMBINE, once(), run, W, TRACE)
@@ -269,7 +273,7 @@ def combine(
     at, n = bag_of(token, token < T, starts, K)
     alive = wait_slots(bag, at, n, expert_S, tile, column, tables, TILES, run, NT, W, E, BW, BM, TRACE)
     total_TN = tl.zeros([BT, BN], tl.float32)
-    slots = address(table, SLOTS, me, W, TYPE)
+    slots = address(table, SLOTS, me, W, TYPE, WIDE)
     for k in range(tl.max(n, axis=0)):
         if alive != 0:
             need = k < n
