@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAST_ROWS = 16  # fewer are slower: what oneDNN does before a product takes longer than it
+PIECE = 512  # rows at a time: oneDNN's result is copied to where it belongs while it is in the cache
 ZEN_5 = 26  # the family of processors
 
 
@@ -78,8 +79,9 @@ def rows_mm(a_RK: Tensor, rows: slice, b_KN: Tensor, out: Tensor) -> None:
     if not _taken(a_MK, b_KN):
         torch.mm(a_MK, b_KN, out=out)
         return
-    count = rows.stop - rows.start
-    out.copy_(_product(a_RK[rows.start : rows.start + rounded(count)], b_KN)[:count])
+    for start, out_mN in zip(range(rows.start, rows.stop, PIECE), out.split(PIECE), strict=True):
+        count = out_mN.shape[0]
+        out_mN.copy_(_product(a_RK[start : start + rounded(count)], b_KN)[:count])
 
 
 def mtm(a_RM: Tensor, b_RN: Tensor, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:

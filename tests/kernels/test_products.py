@@ -66,7 +66,9 @@ def test_rounded(count: int) -> None:
     assert len({products.rounded(n) for n in range(1024, 2048)}) <= 17
 
 
-@pytest.mark.parametrize("counts", [[40, 0, 19, 5, 33], [100], [0, 0], [16, 17]])
+@pytest.mark.parametrize(
+    "counts", [[40, 0, 19, 5, 33], [100], [0, 0], [16, 17], [products.PIECE + 3, 2 * products.PIECE]]
+)
 @pytest.mark.parametrize("spare", [0, 50])
 def test_rows_of_experts(counts: list[int], spare: int) -> None:
     """What stands behind the rows is not in the result, be it NaN for `rows_mm`."""

@@ -80,6 +80,20 @@ PartitionName=high Nodes=n0,n1 PriorityTier=10 PreemptMode=OFF State=UP
 """
 
 
+def holders(folder: Path) -> list[int]:
+    """Processes that have a file of the folder open, or stand in it; not this one."""
+
+    def holds(process: Path) -> bool:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            return any(
+                os.readlink(link).startswith(f"{folder}/") for link in (process / "cwd", *(process / "fd").iterdir())
+            )
+        return False
+
+    found = [int(process.name) for process in Path("/proc").glob("[0-9]*") if holds(process)]
+    return [pid for pid in found if pid != os.getpid()]
+
+
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: the name of a socket is
@@ -134,7 +148,8 @@ def cluster() -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for pid in processes(f"SLURM_CONF={folder}/slurm.conf"):  # srun, which looks for its controller for long
+        # srun, which looks for its controller for long, and slurmstepd, which overwrites its environment.
+        for pid in {*processes(f"SLURM_CONF={folder}/slurm.conf"), *holders(folder)}:
             kill(pid)
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -56,6 +56,7 @@ LAYOUTS = (
     layout("HSDP 2 x 2, EP 4", 4, expert="4", replicate=2),  # two copies of all but the experts
     layout("EP 2, fused", 2, expert="2", expert_path="fused"),
     layout("ZeRO-2, EP 2 x FSDP 2, fused", 4, expert="2", expert_path="fused", engine="deepspeed", zero_stage=2),
+    layout("EP 4, fused, in two nodes", 4, expert="4", expert_path="fused", node_size="2"),
     *(layout(f"ZeRO-{stage}", 2, engine="deepspeed", zero_stage=stage) for stage in range(4)),
     *(layout(f"ZeRO-{stage}, EP 2", 2, expert="2", engine="deepspeed", zero_stage=stage) for stage in range(4)),
     *(
