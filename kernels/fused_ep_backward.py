@@ -328,8 +328,8 @@ def backward(
         x_TD.shape[0], heap.rank, call, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=bp, BQ=bq, BR=max(bk, 16), KIND=activation,
         PAIR=activation != "relu2", UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0,
-        EVEN_G=g % bk == 0, WHOLE=f % bn == 0, CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **shared_options,
-        **options,
+        EVEN_G=g % bk == 0, WHOLE=f % bn == 0, CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d),
+        **shared_options, **options,
     )  # fmt: skip
     return [dx_TD, dweights_S, dw_up, dw_down, *biases]
 

@@ -206,6 +206,11 @@ def rows_by_expert(
         acc_MN, acc2_MN = rows_by_weight(
             x_M1, w, j, n, n2, N, K, stride_e, stride_r, BM, BN, BK, PAIR, TRANSPOSED, DESCRIBED, EVEN, PRECISION
         )
+    elif not (DESCRIBED or SHARED_DESCRIBED):  # one loop: with two, AMD's backward has too few registers
+        w, j = tl.where(j < SHARED, shared, w), tl.where(j < SHARED, j, j - SHARED)
+        acc_MN, acc2_MN = rows_by_weight(
+            x_M1, w, j, n, n2, N, K, stride_e, stride_r, BM, BN, BK, PAIR, TRANSPOSED, False, EVEN, PRECISION
+        )
     elif j < SHARED:
         acc_MN, acc2_MN = rows_by_weight(
             x_M1, shared, j, n, n2, N, K, stride_e, stride_r, BM, BN, BK, PAIR, TRANSPOSED, SHARED_DESCRIBED, EVEN, PRECISION

@@ -15,9 +15,9 @@ moesaic.parallel.two_hop; inside each, by the kernels, which see the node's rank
 `precision=fp8_block` products are of fp8, of a cast of each weight that is made once a forward pass and kept for backward. Other
 recipes are refused with the knobs.
 
-**A shared expert** of width n F (`parallel.fused_shared`) is the sum of n experts of width F that each rank has for its own tokens
-alone: `with_shared` gives each token n more slots, of weight 1, to the first n of the e + n experts of its rank. Dispatch and
-combine of them stay on the rank, and they are the first in its queue after dispatch, so that they are computed while rows
+**A shared expert** of width n F (`parallel.fused_shared`) is the sum of n experts of width F that each rank has for its own
+tokens alone: `with_shared` gives each token n more slots, of weight 1, to the first n of the e + n experts of its rank. Dispatch
+and combine of them stay on the rank, and they are the first in its queue after dispatch, so that they are computed while rows
 travel. Nothing is told to the kernels but where their matrices are.
 
 **Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert:
@@ -340,7 +340,7 @@ def with_shared(routing: Routing, n: int, ranks: int, rank: int) -> Routing:
 
 
 def as_experts(up: Tensor, down: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(w_up_nGD, w_down_nDF) of a shared expert's matrices, (2nF, D) and (D, nF): the same memory if n = 1 and nothing is cast."""
+    """(w_up_nGD, w_down_nDF) of a shared expert's matrices, (2nF, D) and (D, nF): the same memory if n = 1, unless cast."""
     n, d = down.shape[1] // width, down.shape[0]
     up, down = up.to(dtype).view(2, n, width, d).transpose(0, 1), down.to(dtype).view(d, n, width).transpose(0, 1)
     return up.reshape(n, 2 * width, d), down.contiguous()
@@ -377,8 +377,8 @@ def fused_paths(
     node = node_ranks(parallel.node_size, degree)
 
     require(node == degree or not parallel.fused_shared,
-            f"parallel.fused_shared=true: must be false where an expert group has {degree // node} nodes: the kernels' tokens are "
-            "those of other ranks there")  # fmt: skip
+            f"parallel.fused_shared=true: must be false where an expert group is in {degree // node} nodes, whose ranks compute "
+            "for each other's tokens")  # fmt: skip
     if node == degree:
         space = Space(group, config, parallel, compute, device, low)
     else:
