@@ -256,7 +256,8 @@ def describe_shared(
     shared: Pair | None, up_block: tuple[int, int], down_block: tuple[int, int]
 ) -> tuple[tuple[Any, Any], dict[str, Any]]:
     """(their `describe`, what kernels are told of them)."""
-    up, down = (None, False), (None, False)
+    up: tuple[Any, bool] = (None, False)
+    down = up
     if shared is not None:
         up, down = describe(shared[0], *up_block), describe(shared[1], *down_block)
     told = {"SHARED": n_shared(shared), "SHARED_UP_DESCRIBED": up[1], "SHARED_DOWN_DESCRIBED": down[1]}

@@ -103,3 +103,10 @@ def shared_experts(model: ModelConfig, parallel: ParallelConfig) -> int:
     require(model.activation == "swiglu",
             f"model.activation={model.activation}: must be swiglu, the shared expert's, {told}")  # fmt: skip
     return wide // each
+
+
+def check_shared(nodes: int) -> None:
+    """Raises ValueError where an expert group of `nodes` can't have the shared expert in its kernels."""
+    require(nodes == 1,
+            f"parallel.fused_shared=true: must be false where an expert group is in {nodes} nodes, whose ranks compute each "
+            "other's tokens")  # fmt: skip

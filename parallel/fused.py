@@ -42,12 +42,12 @@ from moesaic.kernels.permute import Rows
 from moesaic.kernels.quantize import pack
 from moesaic.kernels.symmetric import Exchange, FusedError, Regions, make_heap, shared_memory
 from moesaic.kernels.tiles import fused_tile, rounding_tile
-from moesaic.moe.config import ModelConfig, require
+from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import sorted_rows
 from moesaic.moe.experts import Experts
 from moesaic.moe.low import LowExperts, Weight
 from moesaic.moe.router import Routing
-from moesaic.parallel.config import ParallelConfig, shared_experts
+from moesaic.parallel.config import ParallelConfig, check_shared, shared_experts
 from moesaic.parallel.expert import AllToAllPath, Sent
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.overload import Limit, limit_of
@@ -376,9 +376,8 @@ def fused_paths(
     group, degree = meshes.experts.get_group("expert"), meshes.expert_parallel
     node = node_ranks(parallel.node_size, degree)
 
-    require(node == degree or not parallel.fused_shared,
-            f"parallel.fused_shared=true: must be false where an expert group is in {degree // node} nodes, whose ranks compute "
-            "for each other's tokens")  # fmt: skip
+    if parallel.fused_shared:
+        check_shared(degree // node)
     if node == degree:
         space = Space(group, config, parallel, compute, device, low)
     else:

@@ -20,7 +20,8 @@ from moesaic.moe.dispatch import LocalPath
 from moesaic.moe.layer import FeedForward
 from moesaic.moe.router import topk_routing
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.fused import FusedPath, Space, as_experts, as_shared, most_slots, with_shared
+from moesaic.parallel.fused import FusedPath, Space, as_experts, as_shared, fused_paths, most_slots, with_shared
+from moesaic.parallel.layout import layout_of
 from tests.parallel.pool import Pool, RanksFailed
 from tests.parallel.test_expert import (
     CONFIG,
@@ -255,6 +256,24 @@ def test_where_a_shared_expert_cannot_be_in_the_queue(overrides: list[str], line
     with pytest.raises(UserError) as refused:
         compose([*QUEUE, "model.d_shared=192", *overrides])
     assert str(refused.value) == line
+
+
+def test_a_shared_expert_is_not_in_the_queue_of_several_nodes() -> None:
+    config = compose([*QUEUE, "model.d_shared=192", "parallel.expert=4", "parallel.node_size=2"])
+    with pytest.raises(ValueError) as refused:
+        layout_of(config.model, config.parallel, 4, 4, 1, 1, 8, "fp32")
+    assert str(refused.value) == (
+        "parallel.fused_shared=true: must be false where an expert group is in 2 nodes, whose ranks compute each other's tokens"
+    )
+    with pytest.raises(ValueError, match="must be false where an expert group is in 2 nodes"):
+        fused_paths(
+            config.model,
+            config.parallel,
+            SimpleNamespace(expert_parallel=4, experts=MagicMock()),
+            torch.float32,
+            CPU,
+            None,
+        )
 
 
 # ---------------------------------------------------------------- what goes wrong
