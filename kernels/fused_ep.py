@@ -252,16 +252,26 @@ def n_shared(shared: Pair | None) -> int:
     return 0 if shared is None else shared[0].shape[0]
 
 
-def describe_shared(
-    shared: Pair | None, up_block: tuple[int, int], down_block: tuple[int, int]
-) -> tuple[tuple[Any, Any], dict[str, Any]]:
-    """(their `describe`, what kernels are told of them)."""
-    up: tuple[Any, bool] = (None, False)
-    down = up
-    if shared is not None:
-        up, down = describe(shared[0], *up_block), describe(shared[1], *down_block)
-    told = {"SHARED": n_shared(shared), "SHARED_UP_DESCRIBED": up[1], "SHARED_DOWN_DESCRIBED": down[1]}
-    return (up[0], down[0]), told
+def describe_experts(
+    weights: Pair, shared: Pair | None, up_block: tuple[int, int], down_block: tuple[int, int]
+) -> tuple[tuple[Any, Any], tuple[Any, Any], dict[str, Any]]:
+    """(the weights as kernels take them, those of shared experts, what kernels are told of them)."""
+    # With descriptors, shared experts have a loop of their own in each product, for which registers don't suffice in fp32.
+    plain = shared is not None and weights[0].element_size() == 4
+    blocks = (up_block, down_block)
+    found: list[list[tuple[Any, bool]]] = [
+        [
+            (None, False) if w is None else (w, False) if plain else describe(w, *block)
+            for w, block in zip(pair, blocks, strict=True)
+        ]
+        for pair in (weights, shared or (None, None))
+    ]
+    (up, down), (shared_up, shared_down) = found
+    told = {
+        "UP_DESCRIBED": up[1], "DOWN_DESCRIBED": down[1], "SHARED": n_shared(shared), "SHARED_UP_DESCRIBED": shared_up[1],
+        "SHARED_DOWN_DESCRIBED": shared_down[1],
+    }  # fmt: skip
+    return (up[0], down[0]), (shared_up[0], shared_down[0]), told
 
 
 def columns(width: int, n: int, pair: bool = False) -> int:
@@ -305,9 +315,7 @@ def forward(
     bn, bk, m = options["BN"], options["BK"], options["BM"]
     depth = bk if low is None else BLOCK
     up_block, down_block = (bn // 2 if pair else bn, depth), (bn, depth)
-    w_up, up_described = describe(w_up_eGD, *up_block)
-    w_down, down_described = describe(w_down_eDF, *down_block)
-    shared_weights, shared_options = describe_shared(shared, up_block, down_block)
+    weights, shared_weights, described = describe_experts((w_up_eGD, w_down_eDF), shared, up_block, down_block)
     assert columns(d, bn) <= heap.regions["back"][0][2] and columns(f, bn, pair) <= heap.regions["ready"][0][1], (
         heap.regions
     )
@@ -316,12 +324,12 @@ def forward(
     tables = torch.empty(tables_size(heap.ranks, setting.experts), dtype=torch.int32, device=x_TD.device)
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_forward_kernel[(grid or setting.programs,)](
-        x_TD, w_up, w_down, *scales_low(low), rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
+        x_TD, *weights, *scales_low(low), rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
         h_RG, a_RF, kept_RD, y_TD, heap.table, tables, sent_WP, b_up, b_down, *shared_weights,
         x_TD.shape[0], heap.rank, call, capacity // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, bn, pair)), BT=m, KIND=activation, PAIR=pair,
-        UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0,
-        CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **shared_options, **options,
+        EVEN_D=d % bk == 0, EVEN_F=f % bk == 0,
+        CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **described, **options,
     )  # fmt: skip
     return y_TD, h_RG, tables, kept_RD
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moesaic.kernels.experts import dact_quarters
 from moesaic.kernels.fused_bias import bias_scores, bias_sums
-from moesaic.kernels.fused_ep import N_PHASES, Pair, Setting, compile_setting, describe_shared, fused_options, n_shared
+from moesaic.kernels.fused_ep import N_PHASES, Pair, Setting, compile_setting, describe_experts, fused_options, n_shared
 from moesaic.kernels.fused_low import (
     BLOCK,
     Low,
@@ -72,7 +72,6 @@ from moesaic.kernels.fused_tasks import (
     take,
     wave_task,
 )
-from moesaic.kernels.grouped_gemm import describe
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.permute import Rows
 
@@ -311,9 +310,7 @@ def backward(
     if low is not None:
         w_up_eGD, w_down_eDF, low = transposed(w_up_eGD, w_down_eDF, low)
         bp, block = bq, (bn, BLOCK)
-    w_up, up_described = describe(w_up_eGD, *block)
-    w_down, down_described = describe(w_down_eDF, *block)
-    shared_weights, shared_options = describe_shared(shared, block, block)
+    weights, shared_weights, described = describe_experts((w_up_eGD, w_down_eDF), shared, block, block)
     ft = triton.cdiv(f, bn)
     assert triton.cdiv(d, bn) <= heap.regions["back"][0][2] and ft <= heap.regions["ready"][0][1], heap.regions
     dh_RG, a_RF = torch.empty_like(h_RG), h_RG.new_empty(h_RG.shape[0], f)
@@ -322,14 +319,14 @@ def backward(
     dx_TD, dweights_S = torch.empty_like(x_TD), torch.zeros_like(weights_S)  # unused slots have no gradient
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_backward_kernel[(grid or setting.programs,)](
-        dy_TD, x_TD, w_up, w_down, *scales_low(low), h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts,
+        dy_TD, x_TD, *weights, *scales_low(low), h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts,
         weights_S, rows.counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
         b_down, *(biases or (None, None)), *shared_weights,
         x_TD.shape[0], heap.rank, call, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=bp, BQ=bq, BR=max(bk, 16), KIND=activation,
-        PAIR=activation != "relu2", UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0,
+        PAIR=activation != "relu2", EVEN_D=d % bk == 0,
         EVEN_G=g % bk == 0, WHOLE=f % bn == 0, CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d),
-        **shared_options, **options,
+        **described, **options,
     )  # fmt: skip
     return [dx_TD, dweights_S, dw_up, dw_down, *biases]
 
