@@ -30,7 +30,7 @@ class ParallelConfig:
     fused_once    fused: a row crosses once to each rank that needs it, however many experts it visits there; false: once for each
     fused_keep    fused: rows that came are kept for backward, else they are sent again
     fused_shared  fused: the shared expert's products are tasks of the same kernels, as experts of width d_expert that each rank
-                  has for its own tokens, so that they are computed while rows travel; d_shared must be a multiple of d_expert
+                  has for its own tokens, before any that waits for rows of others; d_shared must be a multiple of d_expert
     comm_sms      fused: multiprocessors that its persistent kernels leave to the collectives of FSDP (of no effect on a CPU)
     timeout       seconds without the begin or end of a collective, on any rank, after which the run ends and says who waits for
                   whom, see moesaic.parallel.trace

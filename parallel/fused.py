@@ -17,8 +17,8 @@ recipes are refused with the knobs.
 
 **A shared expert** of width n F (`parallel.fused_shared`) is the sum of n experts of width F that each rank has for its own
 tokens alone: `with_shared` gives each token n more slots, of weight 1, to the first n of the e + n experts of its rank. Dispatch
-and combine of them stay on the rank, and they are the first in its queue after dispatch, so that they are computed while rows
-travel. Nothing is told to the kernels but where their matrices are.
+and combine of them stay on the rank, and they are the first in its queue after dispatch, before those that wait for rows of
+other ranks. Nothing is told to the kernels but where their matrices are.
 
 **Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert:
 `FusedPath.sent`.
