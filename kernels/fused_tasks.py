@@ -217,24 +217,8 @@ def rows_by_expert(
         )  # fmt: skip
     else:
         acc_MN, acc2_MN = rows_by_weight(
-            x_M1,
-            w,
-            j - SHARED,
-            n,
-            n2,
-            N,
-            K,
-            stride_e,
-            stride_r,
-            BM,
-            BN,
-            BK,
-            PAIR,
-            TRANSPOSED,
-            DESCRIBED,
-            EVEN,
-            PRECISION,
-        )
+            x_M1, w, j - SHARED, n, n2, N, K, stride_e, stride_r, BM, BN, BK, PAIR, TRANSPOSED, DESCRIBED, EVEN, PRECISION
+        )  # fmt: skip
     return acc_MN, acc2_MN
 
 
