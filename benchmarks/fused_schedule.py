@@ -1,6 +1,6 @@
 """SIMULATION, not a measurement: when the tasks of a fused expert-parallel layer would run, against one phase after another.
 
-    python benchmarks/fused_schedule.py [--hardware h100_sxm] [--model 7b_moe] [--ranks 8] [--backward] [--plot]
+    python benchmarks/fused_schedule.py [--hardware h100_sxm] [--model 7b_moe] [--ranks 8] [--backward] [--shared] [--plot]
 
 A layer's forward, or its backward, is a graph of tasks (docs/fused.md): dispatch of a chunk of rows, a tile of GEMM 1 with its
 activation, one of GEMM 2 with rows pushed back to their source, the sum of a tile of tokens; backward, a tile of an expert's
@@ -267,6 +267,21 @@ def fused(layer: Layer, chosen: np.ndarray, machine: Machine, backward: bool = F
     return [[task for _, task in sorted(queue, key=lambda pair: pair[0])] for queue in keyed]
 
 
+def with_shared(layer: Layer, chosen: np.ndarray, n: int) -> tuple[Layer, np.ndarray]:
+    """The same with n shared experts in the queue, as moesaic.parallel.fused.with_shared: the first of each rank's, for its own
+    tokens."""
+    W, T, K = chosen.shape
+    each = layer.n_experts // W
+    own = np.arange(W)[:, None, None] * (each + n) + np.arange(n)
+    chosen = np.sort(np.concatenate([chosen + n * (chosen // each + 1), np.broadcast_to(own, (W, T, n))], axis=2))
+    return dataclasses.replace(layer, n_experts=layer.n_experts + n * W, top_k=K + n), chosen
+
+
+def shared_seconds(layer: Layer, tokens: int, n: int, machine: Machine, backward: bool) -> float:
+    """Of a shared expert beside the kernel: its arithmetic alone, on all workers."""
+    return (2 if backward else 1) * 6 * tokens * layer.d_model * n * layer.d_expert / machine.flops / machine.workers
+
+
 def crossings(layer: Layer, chosen: np.ndarray) -> np.ndarray:
     """[source, target]: of the slots that a source's tokens have at a target, the part that crosses if a token crosses once."""
     W = len(chosen)
@@ -483,6 +498,8 @@ def main() -> None:
     parser.add_argument("--matmul-share", type=float, default=0.7, help="of the peak rate, reached by a tile's product")
     parser.add_argument("--backward", action="store_true", help="the layer's backward instead of its forward")
     parser.add_argument("--keep", action="store_true", help="as parallel.fused_keep: backward doesn't send X again")
+    parser.add_argument("--shared", action="store_true", help="as parallel.fused_shared, against the same kernel and the shared "
+                        "expert after it")  # fmt: skip
     parser.add_argument("--plot", action="store_true", help="write results/fused_schedule*.png; needs matplotlib")
     given = parser.parse_args()
     hardware = load(given.hardware)
@@ -497,14 +514,28 @@ def main() -> None:
     sweeps: dict[str, dict[str, dict[str, float]]] = {"tokens a rank": {}, "imbalance: exponent of Zipf's law": {}}
     cases = [("tokens a rank", t, t, 0.0) for t in (512, 1024, 2048, 4096)]
     cases += [("imbalance: exponent of Zipf's law", z, given.tokens, z) for z in (0.0, 0.5, 1.0)]
+    n = model["d_shared"] // model["d_expert"] if given.shared else 0
+    require(n > 0 or not given.shared, f"--model={given.model}: has no shared expert that fits --shared")
     for sweep, at, tokens, zipf in cases:
         chosen = route(layer, given.ranks, tokens, zipf)
+        if given.shared:
+            alone = shared_seconds(layer, tokens, n, machine, given.backward)
+            queues = fused(*with_shared(layer, chosen, n), machine, given.backward)
+            inside, kernel = (
+                makespan(simulate(q, machine)) for q in (queues, fused(layer, chosen, machine, given.backward))
+            )
+            compare.report(
+                "fused_schedule", f"SIMULATION: {shape}, shared expert in the queue, T {tokens} each, Zipf {zipf}", inside * 1e6,
+                (kernel + alone) * 1e6, "the kernel, then the shared expert, simulated", "us (simulated)", False,
+                shared=compare.rounded(alone * 1e6), bound=compare.rounded(lower_bound(queues, machine) * 1e6), **assumed,
+            )  # fmt: skip
+            continue
         found = sides(layer, chosen, machine, given.backward)
         sweeps[sweep][at] = found
         rest = {key: compare.rounded(found[key]) for key in ("exposed", "peer_exposed", "bound", "mb", "peer_mb")}
         compare.report("fused_schedule", f"SIMULATION: {shape}, T {tokens} each, Zipf {zipf}", found["ours"], found["peer"],
                        "one phase after another, simulated", "us (simulated)", False, **rest, **assumed)  # fmt: skip
-    if given.plot:
+    if given.plot and not given.shared:
         title, ending = f"{shape} of a layer", "_backward" if given.backward else ""
         plot_sweeps(sweeps, title, RESULTS / f"fused_schedule{ending}_sweeps.png")
         chosen = route(layer, given.ranks, given.tokens, 0.0)

@@ -70,11 +70,12 @@ from moesaic.kernels.fused_tasks import (
     planned,
     raise_ready,
     row_return,
+    rows_by_expert,
     rows_of,
     take,
     wave_task,
 )
-from moesaic.kernels.grouped_gemm import describe, launch_options, rows_by_weight
+from moesaic.kernels.grouped_gemm import describe, launch_options
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.permute import Rows
 from moesaic.kernels.scaled_gemm import e4m3
@@ -92,12 +93,13 @@ N_PHASES = tl.constexpr(len(PHASES))
 @jit
 def _fused_forward_kernel(
     x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF,
-    kept_RD, y_TD, table, tables, sent_WP, b_up, b_down, T, me, call, TILES, spins, programs, first,
+    kept_RD, y_TD, table, tables, sent_WP, b_up, b_down, shared_up, shared_down, T, me, call, TILES, spins, programs, first,
     K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BT: tl.constexpr, WAVE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr,
     UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr, EVEN_D: tl.constexpr, EVEN_F: tl.constexpr,
     PRECISION: tl.constexpr, TRACE: tl.constexpr, AMD: tl.constexpr, CODE: tl.constexpr, KEPT: tl.constexpr,
+    SHARED: tl.constexpr, SHARED_UP_DESCRIBED: tl.constexpr, SHARED_DOWN_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_TD.dtype.element_ty
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
@@ -147,8 +149,8 @@ def _fused_forward_kernel(
                     rows_RD = address(table, ROWS, me, W, TYPE)
                     f = column * BU
                     gate_MN, up_MN = up_product(
-                        rows_RD, holder, w_up, up_scales, j, f, F + f, G, D, F, BM, BU, BK, PAIR, UP_DESCRIBED, EVEN_D, PRECISION,
-                        CODE,
+                        rows_RD, holder, w_up, shared_up, up_scales, j, f, F + f, G, D, F, SHARED, BM, BU, BK, PAIR,
+                        UP_DESCRIBED, SHARED_UP_DESCRIBED, EVEN_D, PRECISION, CODE,
                     )  # fmt: skip
                     rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
                     fs = f + tl.arange(0, BU)
@@ -169,9 +171,9 @@ def _fused_forward_kernel(
                     j, rank, rows_of_rank, end, rows = rows_of(tile, tables, W, E, BE, BW, BM)
                     a_M1 = a_RF + rows[:, None] * F
                     if down_scales is None:
-                        y_MN, _ = rows_by_weight(
-                            a_M1, w_down, j, column * BN, column * BN, D, F, D * F, F, BM, BN, BK, False, False, DOWN_DESCRIBED,
-                            EVEN_F, PRECISION,
+                        y_MN, _ = rows_by_expert(
+                            a_M1, w_down, shared_down, j, column * BN, column * BN, D, F, D * F, F, SHARED, BM, BN, BK, False,
+                            False, DOWN_DESCRIBED, SHARED_DOWN_DESCRIBED, EVEN_F, PRECISION,
                         )  # fmt: skip
                     else:
                         keep_M1 = (tile * BM + tl.arange(0, BM) < end)[:, None] & (column == 0)
@@ -196,6 +198,8 @@ def _fused_forward_kernel(
 
 
 # ---------------------------------------------------------------- launcher
+
+Pair = tuple[Tensor, Tensor]  # w_up and w_down of some experts
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,32 @@ def fused_options(setting: Setting, x: Tensor, *weights: Tensor) -> dict[str, An
     }  # fmt: skip
 
 
+def n_shared(shared: Pair | None) -> int:
+    return 0 if shared is None else shared[0].shape[0]
+
+
+def describe_experts(
+    weights: Pair, shared: Pair | None, up_block: tuple[int, int], down_block: tuple[int, int]
+) -> tuple[tuple[Any, Any], tuple[Any, Any], dict[str, Any]]:
+    """(the weights as kernels take them, those of shared experts, what kernels are told of them)."""
+    # With descriptors, shared experts have a loop of their own in each product, for which registers don't suffice in fp32.
+    plain = shared is not None and weights[0].element_size() == 4
+    blocks = (up_block, down_block)
+    found: list[list[tuple[Any, bool]]] = [
+        [
+            (None, False) if w is None else (w, False) if plain else describe(w, *block)
+            for w, block in zip(pair, blocks, strict=True)
+        ]
+        for pair in (weights, shared or (None, None))
+    ]
+    (up, down), (shared_up, shared_down) = found
+    told = {
+        "UP_DESCRIBED": up[1], "DOWN_DESCRIBED": down[1], "SHARED": n_shared(shared), "SHARED_UP_DESCRIBED": shared_up[1],
+        "SHARED_DOWN_DESCRIBED": shared_down[1],
+    }  # fmt: skip
+    return (up[0], down[0]), (shared_up[0], shared_down[0]), told
+
+
 def columns(width: int, n: int, pair: bool = False) -> int:
     """Column tiles of a result, n wide, or half of it for each of a pair."""
     return triton.cdiv(width, n // 2 if pair else n)
@@ -257,7 +287,7 @@ def most_columns(width: int, tile: Tile, pair: bool = False) -> int:
 def forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting,
     sent_WP: Tensor, keep: bool = False, call: int = 0, first: int = 0, grid: int | None = None, coded: bool = False,
-    low: Low | None = None, b_up: Tensor | None = None, b_down: Tensor | None = None,
+    low: Low | None = None, b_up: Tensor | None = None, b_down: Tensor | None = None, shared: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(y_TD, h_RG, tables, the rows that came, if `keep`). Every rank of the group calls it, with its tokens and its experts;
     rows are sorted by all E experts.
@@ -269,19 +299,23 @@ def forward(
 
     coded: rows of x travel as fp8 codes with scales, and those that came are uint8 (R, `kept_bytes`). low: and products are of
     fp8; weights are codes then, of the type `scaled_gemm.e4m3`.
+
+    shared: the matrices of this rank's first experts, those of w_up and w_down being the others; not with coded rows. Biases are
+    of all of them.
     """
     heap, pair, (n_experts, g, d), f = setting.heap, activation != "relu2", w_up_eGD.shape, w_down_eDF.shape[2]
+    n_experts += n_shared(shared)
     (capacity, width), dtype = heap.regions["rows"]
     weight_type = dtype if low is None else e4m3(x_TD.device)
     assert x_TD.dtype == dtype and weight_type == w_up_eGD.dtype == w_down_eDF.dtype, (x_TD.dtype, w_up_eGD.dtype)
-    assert width == d and (coded or low is None), (width, d, coded)
+    assert width == d and (coded or low is None) and not (coded and shared), (width, d, coded)
     assert x_TD.is_contiguous() and w_up_eGD.is_contiguous() and w_down_eDF.is_contiguous()
     assert n_experts * heap.ranks == setting.experts == rows.counts_E.numel(), (n_experts, setting.experts)
-    options = fused_options(setting, x_TD, w_up_eGD, w_down_eDF)
+    options = fused_options(setting, x_TD, w_up_eGD, w_down_eDF, *(shared or ()))
     bn, bk, m = options["BN"], options["BK"], options["BM"]
     depth = bk if low is None else BLOCK
-    w_up, up_described = describe(w_up_eGD, bn // 2 if pair else bn, depth)
-    w_down, down_described = describe(w_down_eDF, bn, depth)
+    up_block, down_block = (bn // 2 if pair else bn, depth), (bn, depth)
+    weights, shared_weights, described = describe_experts((w_up_eGD, w_down_eDF), shared, up_block, down_block)
     assert columns(d, bn) <= heap.regions["back"][0][2] and columns(f, bn, pair) <= heap.regions["ready"][0][1], (
         heap.regions
     )
@@ -290,12 +324,12 @@ def forward(
     tables = torch.empty(tables_size(heap.ranks, setting.experts), dtype=torch.int32, device=x_TD.device)
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_forward_kernel[(grid or setting.programs,)](
-        x_TD, w_up, w_down, *scales_low(low), rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
-        h_RG, a_RF, kept_RD, y_TD, heap.table, tables, sent_WP, b_up, b_down,
+        x_TD, *weights, *scales_low(low), rows.source_R, rows.expert_R, rows.bag, rows.starts, weights_S, rows.counts_E,
+        h_RG, a_RF, kept_RD, y_TD, heap.table, tables, sent_WP, b_up, b_down, *shared_weights,
         x_TD.shape[0], heap.rank, call, capacity // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(columns(f, bn, pair)), BT=m, KIND=activation, PAIR=pair,
-        UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0, EVEN_F=f % bk == 0,
-        CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **options,
+        EVEN_D=d % bk == 0, EVEN_F=f % bk == 0,
+        CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **described, **options,
     )  # fmt: skip
     return y_TD, h_RG, tables, kept_RD
 
@@ -304,13 +338,14 @@ def forward(
 
 
 def compile_setting(
-    target: str, d: int, f: int, dtype: torch.dtype, once: bool, mode: str
+    target: str, d: int, f: int, dtype: torch.dtype, once: bool, mode: str, n: int = 0
 ) -> tuple[Setting, dict[str, Any]]:
     """A setting of 8 ranks and 64 experts, and what a rank of them has, on the meta device. mode: high, or what is of fp8: rows,
-    or products too; or one of the former beside products of other layers, which decide the tile."""
+    or products too; or one of the former beside products of other layers, which decide the tile. n: shared experts."""
     from moesaic.kernels.targets import meta
 
-    ranks, n_experts, tokens, k, tile = 8, 64, 4096, 8, fused_tile(target, "products" in mode)
+    ranks, tokens, k, tile = 8, 4096, 8, fused_tile(target, "products" in mode)
+    e, n_experts = 8, (8 + n) * ranks
     tiles = room(ranks, n_experts, 2 * tokens * k, tile.m)
     shapes = regions(
         ranks, n_experts, d, dtype, tokens * k, tiles, tile.m, most_columns(d, tile), most_columns(f, tile, True), True
@@ -319,7 +354,7 @@ def compile_setting(
     heap = Heap(0, ranks, shapes, meta(starts(shapes)[1], dtype=torch.uint8), [], table)
     index, rows_R = meta(tokens * k, dtype=torch.int64), tiles * tile.m
     rows = Rows(index, index, index, meta(tokens, k, dtype=torch.int64), None, meta(n_experts, dtype=torch.int64))
-    e, coded, x = n_experts // ranks, not mode.startswith("high"), meta(tokens, d, dtype=dtype)
+    coded, x = not mode.startswith("high"), meta(tokens, d, dtype=dtype)
     low = meta_low(e, d, f, rows_R) if mode == "products" else None
     weight = dtype if low is None else e4m3(x.device)
     return Setting(heap, n_experts, tile, once, programs=100), {
@@ -328,18 +363,25 @@ def compile_setting(
         dtype=torch.int64), "h": meta(rows_R, 2 * f, dtype=dtype), "kept": new_kept(x, rows_R, coded),
         "tables": meta(tables_size(ranks, n_experts), dtype=torch.int32), "coded": coded, "low": low,
         "biases": {"b_up": meta(e, 2 * f, dtype=dtype), "b_down": meta(e, d, dtype=dtype)},
+        "shared": (meta(n, 2 * f, d, dtype=dtype), meta(n, d, f, dtype=dtype)) if n else None,
     }  # fmt: skip
 
 
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
-    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str, biased: bool = False) -> None:
-        s, g = compile_setting(target, d, f, dtype, once, mode)
-        rest = dict(keep=not once, coded=g["coded"], low=g["low"], **(g["biases"] if biased else {}))
+    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str, biased: bool = False, n: int = 0) -> None:
+        s, g = compile_setting(target, d, f, dtype, once, mode, n)
+        rest = dict(
+            keep=not once, coded=g["coded"], low=g["low"], shared=g["shared"], **(g["biases"] if biased else {})
+        )
         forward(g["x"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", s, g["sent"], **rest)
 
     tables = compiled(target)
     cases = {name: functools.partial(case, *sizes) for name, sizes in tables.items()}
     name, sizes = next(iter(tables.items()))
-    return cases | {f"{name}, biases": functools.partial(case, *sizes, True)}
+    cases[f"{name}, biases"] = functools.partial(case, *sizes, True)
+    for name, sizes in tables.items():
+        if sizes[-1] == "high":
+            cases[f"{name}, 2 shared experts"] = functools.partial(case, *sizes, n=2)
+    return cases

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moesaic.kernels.experts import dact_quarters
 from moesaic.kernels.fused_bias import bias_scores, bias_sums
-from moesaic.kernels.fused_ep import N_PHASES, Setting, compile_setting, fused_options
+from moesaic.kernels.fused_ep import N_PHASES, Pair, Setting, compile_setting, describe_experts, fused_options, n_shared
 from moesaic.kernels.fused_low import (
     BLOCK,
     Low,
@@ -67,11 +67,11 @@ from moesaic.kernels.fused_tasks import (
     planned,
     raise_ready,
     row_return,
+    rows_by_expert,
     rows_of,
     take,
     wave_task,
 )
-from moesaic.kernels.grouped_gemm import describe, rows_by_weight
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.permute import Rows
 
@@ -127,13 +127,14 @@ def return_grads(parts_RP, more_M, tile, end, FT, run, W: tl.constexpr, BM: tl.c
 def _fused_backward_kernel(
     dy_TD, x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S,
     counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
-    b_down, db_up, db_down, T, me, call, TILES, spins, programs, first,
+    b_down, db_up, db_down, shared_up, shared_down, T, me, call, TILES, spins, programs, first,
     K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, BF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr, WAVE: tl.constexpr,
     KIND: tl.constexpr, PAIR: tl.constexpr, ONCE: tl.constexpr, UP_DESCRIBED: tl.constexpr, DOWN_DESCRIBED: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, TRACE: tl.constexpr,
-    AMD: tl.constexpr, CODE: tl.constexpr, KEPT: tl.constexpr,
+    AMD: tl.constexpr, CODE: tl.constexpr, KEPT: tl.constexpr, SHARED: tl.constexpr, SHARED_UP_DESCRIBED: tl.constexpr,
+    SHARED_DOWN_DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     TYPE: tl.constexpr = x_TD.dtype.element_ty
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
@@ -192,8 +193,9 @@ def _fused_backward_kernel(
                             dy_M1, None, None, w_down, down_scales, j, f, F, D, BM, BN, DOWN_DESCRIBED, CODE
                         )
                     else:
-                        da_MN, _ = rows_by_weight(
-                            dy_M1, w_down, j, f, f, F, D, D * F, F, BM, BN, BK, False, True, DOWN_DESCRIBED, EVEN_D, PRECISION
+                        da_MN, _ = rows_by_expert(
+                            dy_M1, w_down, shared_down, j, f, f, F, D, D * F, F, SHARED, BM, BN, BK, False, True, DOWN_DESCRIBED,
+                            SHARED_DOWN_DESCRIBED, EVEN_D, PRECISION,
                         )  # fmt: skip
                     rows = tl.minimum(tile * BM + tl.arange(0, BM), end - 1)
                     w_M1 = tl.load(address(table, WEIGHT, me, W, tl.float32) + rows, cache_modifier=".cg")[:, None]
@@ -215,9 +217,9 @@ def _fused_backward_kernel(
                             dh_M1, None, None, w_up, up_scales, j, column * BN, D, G, BM, BN, UP_DESCRIBED, CODE
                         )
                     else:
-                        dx_MN, _ = rows_by_weight(
-                            dh_M1, w_up, j, column * BN, column * BN, D, G, G * D, D, BM, BN, BK, False, True, UP_DESCRIBED,
-                            EVEN_G, PRECISION,
+                        dx_MN, _ = rows_by_expert(
+                            dh_M1, w_up, shared_up, j, column * BN, column * BN, D, G, G * D, D, SHARED, BM, BN, BK, False, True,
+                            UP_DESCRIBED, SHARED_UP_DESCRIBED, EVEN_G, PRECISION,
                         )  # fmt: skip
                     if column == 0:
                         more = 0.0
@@ -295,20 +297,20 @@ def backward(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept_RD: Tensor | None, tables: Tensor, weights_S: Tensor, w_up_eGD: Tensor,
     w_down_eDF: Tensor, rows: Rows, activation: str, setting: Setting, sent_WP: Tensor, call: int = 0, first: int = 0,
     grid: int | None = None, coded: bool = False, low: Low | None = None,
-    b_down: Tensor | None = None,
+    b_down: Tensor | None = None, shared: Pair | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """[dx_TD, dweights_S, dw_up_eGD, dw_down_eDF], and with biases [db_up_eG, db_down_eD], of what `forward` took and returned.
-    Every rank of the group calls it."""
+    """[dx_TD, dweights_S, dw_up_eGD, dw_down_eDF], and with biases [db_up_eG, db_down_eD], of what `forward` took and returned;
+    gradients of weights are of all experts, those in `shared` first. Every rank of the group calls it."""
     heap, g, (_, d, f) = setting.heap, w_up_eGD.shape[1], w_down_eDF.shape
-    options = fused_options(setting, dy_TD, w_up_eGD, w_down_eDF)
+    options = fused_options(setting, dy_TD, w_up_eGD, w_down_eDF, *(shared or ()))
     bn, bk, m = options["BN"], options["BK"], options["BM"]
-    dw_up, dw_down = x_TD.new_empty(w_up_eGD.shape), x_TD.new_empty(w_down_eDF.shape)
+    n_experts = w_up_eGD.shape[0] + n_shared(shared)
+    dw_up, dw_down = x_TD.new_empty(n_experts, g, d), x_TD.new_empty(n_experts, d, f)
     bp, bq, block = max(m, bn), bn if x_TD.is_cpu else min(bn, 64), (bk, bn)
     if low is not None:
         w_up_eGD, w_down_eDF, low = transposed(w_up_eGD, w_down_eDF, low)
         bp, block = bq, (bn, BLOCK)
-    w_up, up_described = describe(w_up_eGD, *block)
-    w_down, down_described = describe(w_down_eDF, *block)
+    weights, shared_weights, described = describe_experts((w_up_eGD, w_down_eDF), shared, block, block)
     ft = triton.cdiv(f, bn)
     assert triton.cdiv(d, bn) <= heap.regions["back"][0][2] and ft <= heap.regions["ready"][0][1], heap.regions
     dh_RG, a_RF = torch.empty_like(h_RG), h_RG.new_empty(h_RG.shape[0], f)
@@ -317,13 +319,14 @@ def backward(
     dx_TD, dweights_S = torch.empty_like(x_TD), torch.zeros_like(weights_S)  # unused slots have no gradient
     k = rows.bag.shape[1] if rows.starts is None else 0
     _fused_backward_kernel[(grid or setting.programs,)](
-        dy_TD, x_TD, w_up, w_down, *scales_low(low), h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts,
+        dy_TD, x_TD, *weights, *scales_low(low), h_RG, kept_RD, rows.source_R, rows.expert_R, rows.bag, rows.starts,
         weights_S, rows.counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, heap.table, tables, sent_WP,
-        b_down, *(biases or (None, None)),
+        b_down, *(biases or (None, None)), *shared_weights,
         x_TD.shape[0], heap.rank, call, heap.regions["rows"][0][0] // m, setting.spins, setting.programs, first,
         K=k, D=d, F=f, G=g, BF=triton.next_power_of_2(ft), BT=m, BP=bp, BQ=bq, BR=max(bk, 16), KIND=activation,
-        PAIR=activation != "relu2", UP_DESCRIBED=up_described, DOWN_DESCRIBED=down_described, EVEN_D=d % bk == 0,
-        EVEN_G=g % bk == 0, WHOLE=f % bn == 0, CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d), **options,
+        PAIR=activation != "relu2", EVEN_D=d % bk == 0,
+        EVEN_G=g % bk == 0, WHOLE=f % bn == 0, CODE=code_type(x_TD.device) if coded else None, KEPT=kept_bytes(d),
+        **described, **options,
     )  # fmt: skip
     return [dx_TD, dweights_S, dw_up, dw_down, *biases]
 
@@ -331,14 +334,20 @@ def backward(
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
-    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str, biased: bool = False) -> None:
-        s, g = compile_setting(target, d, f, dtype, once, mode)
+    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str, biased: bool = False, n: int = 0) -> None:
+        s, g = compile_setting(target, d, f, dtype, once, mode, n)
         kept = None if once else g["kept"]
         weights = g["weights"], g["up"], g["down"]
-        rest = dict(coded=g["coded"], low=g["low"], b_down=g["biases"]["b_down"] if biased else None)
+        rest = dict(
+            coded=g["coded"], low=g["low"], b_down=g["biases"]["b_down"] if biased else None, shared=g["shared"]
+        )
         backward(g["x"], g["x"], g["h"], kept, g["tables"], *weights, g["rows"], "swiglu", s, g["sent"], **rest)
 
     tables = compiled(target)
     cases = {name: functools.partial(case, *sizes) for name, sizes in tables.items()}
     name, sizes = next(iter(tables.items()))
-    return cases | {f"{name}, biases": functools.partial(case, *sizes, True)}
+    cases[f"{name}, biases"] = functools.partial(case, *sizes, True)
+    for name, sizes in tables.items():
+        if sizes[-1] == "high":
+            cases[f"{name}, 2 shared experts"] = functools.partial(case, *sizes, n=2)
+    return cases

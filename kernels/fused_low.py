@@ -20,7 +20,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from moesaic.kernels.grouped_gemm import load_rows, load_weight, multiply, rows_by_weight
+from moesaic.kernels.fused_tasks import rows_by_expert
+from moesaic.kernels.grouped_gemm import load_rows, load_weight, multiply
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.scaled_gemm import e4m3
 from moesaic.kernels.tiles import target_name
@@ -257,16 +258,17 @@ def cast_by_weight(
 
 @jit
 def up_product(
-    rows_RD, holder, w_up, scales, j, f, f2, G, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr,
-    BK: tl.constexpr, PAIR: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    CODE: tl.constexpr,
+    rows_RD, holder, w_up, shared, scales, j, f, f2, G, D: tl.constexpr, F: tl.constexpr, SHARED: tl.constexpr,
+    BM: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr, PAIR: tl.constexpr, DESCRIBED: tl.constexpr,
+    SHARED_DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Columns f and f2 of rows that came times W_up of expert j: of the high type, or of codes with `scales`."""
     if CODE is None:
         x_M1 = rows_RD + holder.to(tl.int64)[:, None] * D
-        gate_MN, up_MN = rows_by_weight(
-            x_M1, w_up, j, f, f2, G, D, G * D, D, BM, BU, BK, PAIR, False, DESCRIBED, EVEN, PRECISION
-        )
+        gate_MN, up_MN = rows_by_expert(
+            x_M1, w_up, shared, j, f, f2, G, D, G * D, D, SHARED, BM, BU, BK, PAIR, False, DESCRIBED, SHARED_DESCRIBED, EVEN,
+            PRECISION,
+        )  # fmt: skip
     else:
         TYPE: tl.constexpr = rows_RD.dtype.element_ty
         stride: tl.constexpr = D * TYPE.primitive_bitwidth // 8

@@ -36,6 +36,7 @@ from moesaic.kernels.fused_protocol import (
     wait_for,
     wait_ready,
 )
+from moesaic.kernels.grouped_gemm import rows_by_weight
 from moesaic.kernels.interpret import jit
 
 
@@ -192,6 +193,33 @@ def rows_of(tile, tables, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BW
     j = expert_of(tile, tables, E // W, E, BE)
     rank, rows_of_rank, end = sources_of(tile, j, tables, W, E, BW, BM)
     return j, rank, rows_of_rank, end, tl.minimum(tile * BM + tl.arange(0, BM), end - 1).to(tl.int64)
+
+
+@jit
+def rows_by_expert(
+    x_M1, w, shared, j, n, n2, N, K, stride_e, stride_r, SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIBED: tl.constexpr, SHARED_DESCRIBED: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`rows_by_weight` of a rank's expert j: the first SHARED of them are in `shared`, the others in w."""
+    if SHARED == 0:
+        acc_MN, acc2_MN = rows_by_weight(
+            x_M1, w, j, n, n2, N, K, stride_e, stride_r, BM, BN, BK, PAIR, TRANSPOSED, DESCRIBED, EVEN, PRECISION
+        )
+    elif not (DESCRIBED or SHARED_DESCRIBED):  # one loop: with two, AMD's backward has too few registers
+        w, j = tl.where(j < SHARED, shared, w), tl.where(j < SHARED, j, j - SHARED)
+        acc_MN, acc2_MN = rows_by_weight(
+            x_M1, w, j, n, n2, N, K, stride_e, stride_r, BM, BN, BK, PAIR, TRANSPOSED, False, EVEN, PRECISION
+        )
+    elif j < SHARED:
+        acc_MN, acc2_MN = rows_by_weight(
+            x_M1, shared, j, n, n2, N, K, stride_e, stride_r, BM, BN, BK, PAIR, TRANSPOSED, SHARED_DESCRIBED, EVEN, PRECISION
+        )  # fmt: skip
+    else:
+        acc_MN, acc2_MN = rows_by_weight(
+            x_M1, w, j - SHARED, n, n2, N, K, stride_e, stride_r, BM, BN, BK, PAIR, TRANSPOSED, DESCRIBED, EVEN, PRECISION
+        )  # fmt: skip
+    return acc_MN, acc2_MN
 
 
 @jit

@@ -246,7 +246,7 @@ def describe_search(found: list[Candidate], plan: Plan) -> list[str]:
         )
     lines += ["why the first", *(f"  {line}" for line in reasons(found))]
     for kind in ("fp8", "fp4"):
-        if kind in plan.machine.tflops and plan.precision == "bf16":
+        if kind in plan.machine.tflops and plan.precision == "bf16" and not plan.layout.shared:
             step, best = min(
                 (time_of(plan.config.model, c.layout, plan.machine, kind, efficiency=plan.efficiency).step, i)
                 for i, c in enumerate(fitting) if c.precision == "bf16"

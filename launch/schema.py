@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from moesaic.moe.config import ModelConfig, require
 from moesaic.moe.precision import PrecisionConfig, of_fp8_block
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import ParallelConfig, shared_experts
 
 
 @dataclass
@@ -182,6 +182,15 @@ def _check_fused(p: PrecisionConfig) -> None:
             "parallel.expert_path=fused, whose products read nothing else")  # fmt: skip
 
 
+def _check_fused_shared(p: PrecisionConfig) -> None:
+    """What the kernels have for rows of fp8 is not what a shared expert beside them computes."""
+    told = "with parallel.fused_shared=true"
+    require(p.dispatch == "high", f"precision.dispatch={p.dispatch}: must be high {told}")
+    for part in ("experts", "dense"):
+        require(not p.quantized or part not in p.layers,
+                f"precision.layers={p.layers}: must be without {part} {told}")  # fmt: skip
+
+
 def check(c: Config) -> None:
     """Rules on the knobs of the loop, alone and together. Raises `ValueError` naming the knob, its value and the rule."""
     for name in ("name", "run_dir", "resume", "init_from"):
@@ -234,6 +243,10 @@ def check(c: Config) -> None:
             f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
     if c.parallel.expert_path == "fused":
         _check_fused(c.precision)
+    if c.parallel.fused_shared:
+        _check_fused_shared(c.precision)
+        if not c.model_from_init:
+            shared_experts(c.model, c.parallel)
     require(c.profile in ("none", "collectives"), f"profile={c.profile}: must be one of none, collectives")
     require(c.profile == "none" or (bool(c.profile_steps) and min(c.profile_steps) >= 1),
             f"profile_steps={c.profile_steps}: must hold steps, the first of a launch being 1")  # fmt: skip

@@ -3,7 +3,7 @@
 Letters: T tokens, D model width, S slots.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -18,8 +18,10 @@ class ExpertPath(Protocol):
 
     x_TD and a routing of its T tokens -> y_TD, the sum over a token's used slots of weight * expert(x), in an order that is the
     same every time; `LocalPath` adds in the order of experts on a CPU, of slots elsewhere. In training, `admit` comes first: the
-    routing without what the ranks can't take.
+    routing without what the ranks can't take. `shared`: the layer's shared expert, where the path adds its output too.
     """
+
+    shared: Any
 
     def admit(self, routing: Routing) -> Routing: ...
 
@@ -50,6 +52,8 @@ def slots_by_expert(routing: Routing, experts: Experts, x_TD: Tensor) -> Tensor:
 
 class LocalPath:
     """All experts on this device: nothing travels."""
+
+    shared: Any = None
 
     def admit(self, routing: Routing) -> Routing:
         return routing

@@ -87,7 +87,8 @@ class MoE(nn.Module):
        `run` calls it.
     3. The shared expert, if any, sees every token; the two are added. It and the losses are computed before `path` is called, so
        that backward begins with the experts, and recomputation (moesaic.parallel.remat) can end with them. On CUDA the shared
-       expert computes while rows travel, on a stream of its own, and so does its backward.
+       expert computes while rows travel, on a stream of its own, and so does its backward. A path may add it by itself
+       (`parallel.fused_shared`).
 
     x_TD of `sequences` sequences -> (y_TD, aux). aux: `balance` and `z`, scalars, the unweighted losses over this call's
     tokens; `shares`, fp32 (E,), the sums of the tokens' scores; `counts`, int64 (E,), tokens that chose each expert; `figures`,
@@ -119,6 +120,6 @@ class MoE(nn.Module):
             lost, unrouted = (n.float() for n in (routing.dropped, unrouted_tokens(routing)))
             figures = torch.stack([tokens, entropy, lost, routing.added.float(), padding, unrouted])
             aux |= {"counts": count_rows(routing.chosen_S, routing.counts_E.numel()), "figures": figures}
-        shared = None if self.shared is None else meanwhile(self.shared, x_TD)
+        shared = None if self.shared is None or self.path.shared is not None else meanwhile(self.shared, x_TD)
         y_TD = self.run(self.path, x_TD, routing, self.experts)
         return y_TD if shared is None else y_TD + shared(), aux

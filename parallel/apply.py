@@ -67,6 +67,7 @@ def parallelize(
                 divide_experts(block.ffn.experts, meshes)
             if new_path:
                 block.ffn.path = new_path(f"blocks.{i}.ffn")
+                block.ffn.path.shared = block.ffn.shared if parallel.fused_shared else None
         if fsdp:
             shard_block(block, meshes, policy, RESHARD[parallel.reshard])
         elif isinstance(block.ffn, MoE):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moesaic.moe.config import require
+from moesaic.moe.config import ModelConfig, require
 
 
 @dataclass
@@ -29,6 +29,8 @@ class ParallelConfig:
     overload      what is above it. error: the run ends with a line; drop: rows of the lowest router weights are left out
     fused_once    fused: a row crosses once to each rank that needs it, however many experts it visits there; false: once for each
     fused_keep    fused: rows that came are kept for backward, else they are sent again
+    fused_shared  fused: the shared expert's products are tasks of the same kernels, as experts of width d_expert that each rank
+                  has for its own tokens, before any that waits for rows of others; d_shared must be a multiple of d_expert
     comm_sms      fused: multiprocessors that its persistent kernels leave to the collectives of FSDP (of no effect on a CPU)
     timeout       seconds without the begin or end of a collective, on any rank, after which the run ends and says who waits for
                   whom, see moesaic.parallel.trace
@@ -46,6 +48,7 @@ class ParallelConfig:
     overload: str = "error"
     fused_once: bool = True
     fused_keep: bool = False
+    fused_shared: bool = False
     comm_sms: int = 16
     timeout: float = 600.0
 
@@ -69,6 +72,8 @@ class ParallelConfig:
                 f"parallel.remat={self.remat}: must be one of none, selective, full")  # fmt: skip
         require(path in ("auto", "local", "all_to_all", "two_hop", "fused"),
                 f"parallel.expert_path={path}: must be one of auto, local, all_to_all, two_hop, fused")  # fmt: skip
+        require(path == "fused" or not self.fused_shared,
+                f"parallel.fused_shared=true: must be false with parallel.expert_path={path}")  # fmt: skip
         require(self.comm_sms >= 0, f"parallel.comm_sms={self.comm_sms}: must not be negative")
         node = self.node_size
         require(node == "auto" or (node.isdecimal() and int(node) >= 1),
@@ -86,3 +91,22 @@ class ParallelConfig:
             )
             require(path != "local" or int(expert) == 1,
                     f"parallel.expert={expert}: must be 1 or auto with parallel.expert_path=local")  # fmt: skip
+
+
+def shared_experts(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Experts of width d_expert that the shared expert is in the fused kernels; 0 where it is beside them. Raises ValueError."""
+    if not parallel.fused_shared:
+        return 0
+    wide, each, told = model.d_shared, model.d_expert, "with parallel.fused_shared=true"
+    require(wide > 0, f"model.d_shared={wide}: must be positive {told}")
+    require(wide % each == 0, f"model.d_shared={wide}: must be a multiple of model.d_expert={each} {told}")
+    require(model.activation == "swiglu",
+            f"model.activation={model.activation}: must be swiglu, the shared expert's, {told}")  # fmt: skip
+    return wide // each
+
+
+def check_shared(nodes: int) -> None:
+    """Raises ValueError where an expert group of `nodes` can't have the shared expert in its kernels."""
+    require(nodes == 1,
+            f"parallel.fused_shared=true: must be false where an expert group is in {nodes} nodes, whose ranks compute each "
+            "other's tokens")  # fmt: skip

@@ -136,10 +136,16 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._made(tensor.untyped_storage())
         if func.namespace == "moesaic" and "fused_experts" in func.__name__:
-            # What a launch allocates and lets go: a, and dh in backward (moesaic.kernels.fused_ep, fused_ep_backward).
+            # What a launch allocates and lets go: a, and dh in backward (moesaic.kernels.fused_ep, fused_ep_backward); and the
+            # matrices of a shared expert, side by side.
             back = "backward" in func.__name__
             h, w_down = (args[2], args[7]) if back else (out[1], args[3])
             used = h.shape[0] * (w_down.shape[2] + back * h.shape[1]) * h.element_size()
+            shared = args[-5:-3] if back else args[-2:]
+            if (
+                shared[1] is not None and shared[1].shape[1] > w_down.shape[2]
+            ):  # moesaic.parallel.fused.as_experts copies
+                used += sum(w.nbytes for w in shared)
             self.peak = max(self.peak, self.now + used)
         return out
 

@@ -290,6 +290,8 @@ class AllToAllPath:
     `sent` counts bytes by (hop, phase) since it was last cleared, of calls whose experts are in training mode.
     """
 
+    shared: Any = None
+
     def __init__(
         self,
         group: dist.ProcessGroup,

@@ -15,13 +15,19 @@ moesaic.parallel.two_hop; inside each, by the kernels, which see the node's rank
 `precision=fp8_block` products are of fp8, of a cast of each weight that is made once a forward pass and kept for backward. Other
 recipes are refused with the knobs.
 
+**A shared expert** of width n F (`parallel.fused_shared`) is the sum of n experts of width F that each rank has for its own
+tokens alone: `with_shared` gives each token n more slots, of weight 1, to the first n of the e + n experts of its rank. Dispatch
+and combine of them stay on the rank, and they are the first in its queue after dispatch, before those that wait for rows of
+other ranks. Nothing is told to the kernels but where their matrices are.
+
 **Bytes on the wire** are counted by the kernels, by (rank, phase), and told as those of moesaic.parallel.expert:
 `FusedPath.sent`.
 
-Letters: T tokens of this rank, D model width, E experts that the ranks of a heap have in all, e on this rank, W ranks of a heap,
-S slots, P phases, I rows that came to this rank from all nodes.
+Letters: T tokens of this rank, D model width, E experts that the ranks of a heap have in all, e on this rank, n shared ones on
+each, F width of an expert, W ranks of a heap, S slots, P phases, I rows that came to this rank from all nodes.
 """
 
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable
@@ -29,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.kernels.permute import Rows
@@ -40,7 +47,7 @@ from moesaic.moe.dispatch import sorted_rows
 from moesaic.moe.experts import Experts
 from moesaic.moe.low import LowExperts, Weight
 from moesaic.moe.router import Routing
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import ParallelConfig, check_shared, shared_experts
 from moesaic.parallel.expert import AllToAllPath, Sent
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.overload import Limit, limit_of
@@ -72,7 +79,7 @@ def heap_regions(
     nodes: int = 1,
 ) -> Regions:
     """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks` in `nodes`, of which those
-    of a node share heaps. low: where layers have products of fp8."""
+    of a node share heaps. low: where layers have products of fp8. Rows of shared experts are beside what bounds the others."""
     from moesaic.kernels import fused_ep  # only here: without a GPU it starts Triton's interpreter
     from moesaic.kernels.fused_protocol import regions
 
@@ -83,11 +90,13 @@ def heap_regions(
     if factor is not None:
         rows = min(rows, int(factor * slots) + 1)
     ranks, n_experts = ranks // nodes, config.n_experts // nodes
+    own = tokens * shared_experts(config, parallel)
     if nodes > 1:  # a rank passes on what the ranks of its place in all nodes have for its own
         slots = nodes * min(slots, tokens * n_experts)
-    tiles = fused_ep.room(ranks, n_experts, rows, tile.m)
+    n_experts += ranks * shared_experts(config, parallel)
+    tiles = fused_ep.room(ranks, n_experts, rows + own, tile.m)
     return regions(
-        ranks, n_experts, d, compute, slots, tiles, tile.m, fused_ep.most_columns(d, tile),
+        ranks, n_experts, d, compute, slots + own, tiles, tile.m, fused_ep.most_columns(d, tile),
         fused_ep.most_columns(f, tile, gated), not parallel.fused_keep,
     )  # fmt: skip
 
@@ -114,7 +123,8 @@ class Space:
         self.whole, self.low = whole or group, low
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.nodes = dist.get_world_size(self.whole) // self.ranks
-        self.experts = config.n_experts // self.nodes
+        self.shared = shared_experts(config, parallel)
+        self.experts = config.n_experts // self.nodes + self.ranks * self.shared
         self.programs = grid_programs(device, parallel.comm_sms)
         self.tokens = -1
         self.setting: Any = None  # moesaic.kernels.fused_ep.Setting, when there is room
@@ -256,6 +266,8 @@ class FusedPath(AllToAllPath):
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         self.begin(routing.tokens, experts)
+        if self.shared is not None:
+            routing = with_shared(routing, self.space.shared, self.space.ranks, self.space.rank)
         rows = sorted_rows(routing, experts, x_TD)
         weights_S = routing.weights_S.index_select(0, rows.slot_R)
         return experts(x_TD, weights_S, rows, operation=self.fused)
@@ -267,10 +279,15 @@ class FusedPath(AllToAllPath):
         low: tuple[Tensor | None, ...] = (None,) * 4
         if self.low is not None:
             low = *coded(self.low.up, w_up), *coded(self.low.down, w_down)
+        shared: tuple[Tensor | None, ...] = (None, None)
+        if self.shared is not None:
+            shared = self.shared.w_up.weight, self.shared.w_down.weight
+            if b_up is not None and b_down is not None:
+                b_up, b_down = (F.pad(b, (0, 0, self.space.shared, 0)) for b in (b_up, b_down))
         return _op(
             x_TD.contiguous(), weights_S.float().contiguous(), w_up.contiguous(), w_down.contiguous(), rows.source_R,
             rows.expert_R, rows.bag, rows.starts, rows.counts_E, activation, self.number, self.codec is not None, *low, b_up,
-            b_down,
+            b_down, *shared,
         )[0]  # fmt: skip
 
 
@@ -298,6 +315,44 @@ class TwoHopFusedPath(FusedPath):
         return self.travel(x_TD, routing, experts, self.fused)
 
 
+def with_shared(routing: Routing, n: int, ranks: int, rank: int) -> Routing:
+    """`routing` in which every token visits the n shared experts of its rank as well, of weight 1. Of a rank's experts they are
+    the first, of a token's slots the last."""
+    experts, tokens = routing.counts_E.numel(), routing.tokens
+    counts_We = F.pad(routing.counts_E.view(ranks, -1), (n, 0))
+    counts_We[rank, :n] = tokens
+    each = counts_We.shape[1]
+    expert_S = (routing.expert_S + n * (routing.expert_S // (experts // ranks) + 1)).clamp(max=counts_We.numel())
+    own_Tn = torch.arange(rank * each, rank * each + n, device=expert_S.device).expand(tokens, n)
+    token_Tn = torch.arange(tokens, device=expert_S.device)[:, None].expand(tokens, n)
+    k, weights_Tn = routing.per_token, routing.weights_S.new_ones(tokens, n)
+    if k:
+        pairs = ((routing.token_S, token_Tn), (expert_S, own_Tn), (routing.weights_S, weights_Tn))
+        slots = [torch.cat([routed.view(tokens, k), own], dim=1).flatten() for routed, own in pairs]
+        k += n
+    else:
+        pairs = ((routing.token_S, token_Tn), (expert_S, own_Tn), (routing.weights_S, weights_Tn))
+        slots = [torch.cat([routed, own.flatten()]) for routed, own in pairs]
+    token_S, expert_S, weights_S = slots
+    return dataclasses.replace(
+        routing, token_S=token_S, expert_S=expert_S, weights_S=weights_S, counts_E=counts_We.flatten(), per_token=k
+    )
+
+
+def as_experts(up: Tensor, down: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(w_up_nGD, w_down_nDF) of a shared expert's matrices, (2nF, D) and (D, nF): the same memory if n = 1, unless cast."""
+    n, d = down.shape[1] // width, down.shape[0]
+    up, down = up.to(dtype).view(2, n, width, d).transpose(0, 1), down.to(dtype).view(d, n, width).transpose(0, 1)
+    return up.reshape(n, 2 * width, d), down.contiguous()
+
+
+def as_shared(up_nGD: Tensor, down_nDF: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse, of gradients, in the type of `like`."""
+    n, g, d = up_nGD.shape
+    up, down = up_nGD.view(n, 2, g // 2, d).transpose(0, 1), down_nDF.transpose(0, 1)
+    return up.reshape(n * g, d).to(like.dtype), down.reshape(d, -1).to(like.dtype)
+
+
 @torch.no_grad()
 def coded(weight: Weight, w: Tensor) -> tuple[Tensor, Tensor]:
     """(codes, fp32 scales of their blocks) of an expert matrix, as the device's matrix units take them."""
@@ -321,6 +376,8 @@ def fused_paths(
     group, degree = meshes.experts.get_group("expert"), meshes.expert_parallel
     node = node_ranks(parallel.node_size, degree)
 
+    if parallel.fused_shared:
+        check_shared(degree // node)
     if node == degree:
         space = Space(group, config, parallel, compute, device, low)
     else:
@@ -352,6 +409,11 @@ def _low(up_scales: Tensor | None, down_scales: Tensor | None, a_scales: Tensor)
     return None if up_scales is None or down_scales is None else Low(up_scales, down_scales, a_scales)
 
 
+def _shared(up: Tensor | None, down: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Arranged in forward, and again in backward: kept are the parameters, which FSDP2 lets go between them."""
+    return None if up is None or down is None else as_experts(up, down, like.shape[2], like.dtype)
+
+
 def _new_a_scales(x_TD: Tensor, rows: int, w_down_eDF: Tensor, down_scales: Tensor | None) -> Tensor:
     return x_TD.new_empty(0 if down_scales is None else rows, -(-w_down_eDF.shape[2] // 128), dtype=torch.uint8)
 
@@ -360,7 +422,7 @@ def _forward(
     x_TD: Tensor, weights_S: Tensor, w_up_eGD: Tensor, w_down_eDF: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
     starts: Tensor | None, counts_E: Tensor, activation: str, path: int, coded: bool, up_codes: Tensor | None,
     up_scales: Tensor | None, down_codes: Tensor | None, down_scales: Tensor | None, b_up_eG: Tensor | None,
-    b_down_eD: Tensor | None,
+    b_down_eD: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from moesaic.kernels.fused_ep import forward
 
@@ -373,7 +435,7 @@ def _forward(
     y_TD, h_RG, tables, kept = forward(
         x_TD, weights_S, up, down, _rows(source, expert, bag, starts, counts_E), activation, setting, sent,
         caller.space.parallel.fused_keep, caller.call, coded=coded, low=_low(up_scales, down_scales, a_scales),
-        b_up=b_up_eG, b_down=b_down_eD,
+        b_up=b_up_eG, b_down=b_down_eD, shared=_shared(shared_up, shared_down, w_down_eDF),
     )  # fmt: skip
     caller.space.check(f"forward of {caller.layer}")
     return y_TD, h_RG, tables, x_TD.new_empty(0) if kept is None else kept, a_scales
@@ -382,9 +444,10 @@ def _forward(
 def _backward(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
     up_scales: Tensor | None, down_scales: Tensor | None, a_scales: Tensor, source: Tensor, expert: Tensor, bag: Tensor,
-    starts: Tensor | None, counts_E: Tensor, b_down_eD: Tensor | None, activation: str, path: int, coded: bool,
+    starts: Tensor | None, counts_E: Tensor, b_down_eD: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None,
+    activation: str, path: int, coded: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """up, down: the experts' matrices, or their codes."""
+    """up, down: the experts' matrices, or their codes. Gradients of weights are of shared experts, then of the others."""
     from moesaic.kernels.fused_ep_backward import backward
 
     caller = _paths[path]
@@ -393,6 +456,7 @@ def _backward(
         dy_TD, x_TD, h_RG, kept if kept.numel() else None, tables, weights_S, up, down,
         _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
         caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales), b_down=b_down_eD,
+        shared=_shared(shared_up, shared_down, down),
     )  # fmt: skip
     caller.space.check(f"backward of {caller.layer}")
     return grads
@@ -423,17 +487,17 @@ def _(
     dy_TD: Tensor, x_TD: Tensor, h_RG: Tensor, kept: Tensor, tables: Tensor, weights_S: Tensor, up: Tensor, down: Tensor,
     *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
-    b_down = rest[-4]
-    biases = [] if b_down is None else [b_down.new_empty(up.shape[:2]), torch.empty_like(b_down)]
-    grads = [torch.empty_like(x_TD), torch.empty_like(weights_S), x_TD.new_empty(up.shape), x_TD.new_empty(down.shape)]
-    return [*grads, *biases]
+    b_down, n_experts = rest[-6], up.shape[0] + _paths[rest[-2]].space.shared
+    biases = [] if b_down is None else [b_down.new_empty(n_experts, up.shape[1]), torch.empty_like(b_down)]
+    dw_up, dw_down = (x_TD.new_empty(n_experts, *w.shape[1:]) for w in (up, down))
+    return [torch.empty_like(x_TD), torch.empty_like(weights_S), dw_up, dw_down, *biases]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_TD, weights_S, w_up, w_down, source, expert, bag, starts, counts_E, ctx.activation, ctx.path, ctx.coded, *rest = (
         inputs
     )
-    *low, _, b_down = rest
+    *low, _, b_down, shared_up, shared_down = rest
     _, h_RG, tables, kept, a_scales = output
     up, up_scales, down, down_scales = low if low[0] is not None else (w_up, None, w_down, None)
     ctx.save_for_backward(
@@ -453,13 +517,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         starts,
         counts_E,
         b_down,
+        shared_up,
+        shared_down,
     )
     ctx.mark_non_differentiable(h_RG, tables, kept, a_scales)
 
 
 def _differentiate(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grads = _op_backward(dy_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.path, ctx.coded)
-    return (*grads[:4], *[None] * 12, *(grads[4:] or (None, None)))
+    saved = ctx.saved_tensors
+    dx_TD, dweights_S, dw_up, dw_down, *biases = _op_backward(
+        dy_TD.contiguous(), *saved, ctx.activation, ctx.path, ctx.coded
+    )
+    shared: tuple[Tensor | None, ...] = (None, None)
+    if saved[-1] is not None:
+        n = dw_up.shape[0] - saved[6].shape[0]
+        shared = as_shared(dw_up[:n], dw_down[:n], saved[-1])
+        dw_up, dw_down = dw_up[n:], dw_down[n:]
+    return dx_TD, dweights_S, dw_up, dw_down, *[None] * 12, *(biases or (None, None)), *shared
 
 
 _op.register_autograd(_differentiate, setup_context=_save)

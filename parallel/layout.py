@@ -19,7 +19,7 @@ import torch
 
 from moesaic.moe.config import ModelConfig, RouterConfig, require
 from moesaic.moe.model import Block
-from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.config import ParallelConfig, check_shared, shared_experts
 from moesaic.parallel.mesh import check_degrees, expert_degree
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -37,6 +37,7 @@ class Layout:
     zero          stage of DeepSpeed's ZeRO, which then has the dense parameters; FSDP2 has the experts (None: FSDP2 has all)
     keep, once, limit, target   of the fused path: parallel.fused_keep, fused_once, max_recv_tokens_factor; the key of
                   moesaic.kernels.tiles.TILES, whose tiles decide how much room its heap has
+    shared        experts that the shared one is in the fused kernels, 0 where it is beside them (parallel.fused_shared)
     """
 
     world: int
@@ -58,6 +59,7 @@ class Layout:
     once: bool = True
     limit: float | None = None
     target: str = "sm_90a"
+    shared: int = 0
 
     @property
     def tokens(self) -> int:
@@ -114,11 +116,14 @@ def layout_of(
                 f"parallel.node_size={node}: must divide the expert degree, {expert}, or be a multiple of it")  # fmt: skip
     # Beside ZeRO below stage 3, FSDP2 keeps the experts that it gathered.
     reshard = "never" if parallel.zero_stage in (0, 1, 2) else parallel.reshard
-    return Layout(
+    layout = Layout(
         world, node, expert, parallel.replicate, parallel.expert_path, reshard, parallel.remat, micro_batch,
         micro_batches, seq_len, compute, zero=parallel.zero_stage, keep=parallel.fused_keep, once=parallel.fused_once,
-        limit=parallel.max_recv_tokens_factor,
+        limit=parallel.max_recv_tokens_factor, shared=shared_experts(model, parallel),
     )  # fmt: skip
+    if layout.shared:
+        check_shared(layout.nodes)
+    return layout
 
 
 # ---------------------------------------------------------------- rows
@@ -345,7 +350,12 @@ def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Colle
     if layout.hops == "fused":  # inside a node
         rows, slots = nodes * (load.rows if layout.once else load.slots), nodes * load.slots
         x = sum(row_bytes(layout.dispatch, model.d_model, layout.width))
-        there = [("counts", 4 * e * places), ("dispatch", rows * x), ("slots", 12 * slots), ("combine", slots * row)]
+        there = [
+            ("counts", 4 * (e + layout.shared) * places),
+            ("dispatch", rows * x),
+            ("slots", 12 * slots),
+            ("combine", slots * row),
+        ]
         back = [
             ("dispatch", rows * (row + (0 if layout.keep else x))),
             ("slots", 16 * slots),

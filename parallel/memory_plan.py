@@ -137,7 +137,9 @@ def memory_of(model: ModelConfig, layout: Layout) -> Memory:
 
 def heap_of(model: ModelConfig, layout: Layout) -> Regions:
     """Of the fused path: as much as moesaic.parallel.fused reserves for a micro-batch."""
-    knobs = ParallelConfig(expert_path="fused", fused_keep=layout.keep, max_recv_tokens_factor=layout.limit)
+    knobs = ParallelConfig(
+        expert_path="fused", fused_keep=layout.keep, max_recv_tokens_factor=layout.limit, fused_shared=layout.shared > 0
+    )
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[layout.compute]
     return heap_regions(model, knobs, layout.expert, layout.tokens, compute, layout.target, nodes=layout.nodes)
 
@@ -182,7 +184,7 @@ def kept_by_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
     rest = kept_by_attention(model, layout) + t * (b * d + 4)  # the norm before the feed-forward
     if dense:
         return rest + t * b * (d + 4 * model.d_dense)
-    shared = t * b * (d + 4 * model.d_shared) if model.d_shared else 0
+    shared = t * b * (d + 4 * model.d_shared) if model.d_shared and not layout.shared else 0
     return rest + _kept_by_router(model, layout) + shared + _kept_by_experts(model, layout)
 
 
@@ -224,7 +226,7 @@ def _indices(model: ModelConfig, layout: Layout) -> int:
         sent = load.node_rows * layout.nodes
         return 8 * (2 * sent + 2 * t + t * k + 3 * load.computed + _passed_on(model, layout))
     if layout.hops in ("local", "fused"):
-        return 8 * 2 * t * k
+        return 8 * 2 * t * (k + layout.shared)
     ranks = layout.expert
     sent = 8 * (2 * load.rows * ranks + t * k)
     nodes = 8 * load.node_rows * (ranks // layout.expert_node) * (2 + (layout.hops == "two_hop"))
@@ -241,8 +243,10 @@ def _kept_by_experts(model: ModelConfig, layout: Layout) -> int:
         row = b * model.d_model
         if layout.dispatch == "fp8":  # codes and scales, in whole 16 bytes
             row = -(-sum(row_bytes("fp8", model.d_model, b)) // 16) * 16
-        passed_on = _passed_on(model, layout) * b * model.d_model
-        return room * (b * g + (row if layout.keep else 0)) + passed_on + _indices(model, layout)
+        # The kernel's inputs: in one node this rank's, which a shared expert beside it keeps as well.
+        beside = model.d_shared > 0 and not layout.shared and layout.remat == "none"
+        inputs = (_passed_on(model, layout) or (0 if beside else layout.tokens)) * b * model.d_model
+        return room * (b * g + (row if layout.keep else 0)) + inputs + _indices(model, layout)
     came = 0 if layout.hops == "local" else load.received * b * model.d_model
     return came + load.computed * b * (g + 1) + _indices(model, layout)
 
@@ -267,6 +271,7 @@ def backward_of_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
     if layout.hops == "fused":  # dh, a, parts of dS, the gradients of X and the weights
         room = heap_of(model, layout)["rows"][0][0]
         inputs = _passed_on(model, layout)
+        e += layout.shared * (2 if layout.shared > 1 else 1)  # several are made of a shared expert's matrices by a copy
         return b * (room * (g + f) + 2 * (inputs or t) * d + e * d * (g + f))
     first, second = r * (d + 3 * f + 12 // b * f) + e * d * f, r * (d + g) + e * d * (g + f)
     return b * (max(first, second) + n * d + t * d)

@@ -86,6 +86,8 @@ def search(
                 "remat": remat,
             }
             one = with_batch(dataclasses.replace(layout, **changed), micro, global_batch)
+            if one.shared and one.nodes > 1:  # which parallel.fused_shared is not for
+                continue
             for compute, kinds in itertools.groupby(sorted(precisions), key=lambda kind: kind == "fp32"):
                 one = dataclasses.replace(one, compute="fp32" if compute else "bf16")
                 memory = memory_of(model, one)

@@ -146,9 +146,9 @@ def time_of(
             work: dict[str, float] = defaultdict(float)
             for p in products:
                 one = product_seconds(p, hardware, kinds[p.kind], b, ragged)
-                repeated = (
-                    again if phase == "backward" and not (layout.remat == "selective" and p.kind == "grouped") else 0
-                )
+                in_kernel = layout.shared and p.name.startswith("shared")
+                saved = layout.remat == "selective" and (p.kind == "grouped" or in_kernel)
+                repeated = again if phase == "backward" and not saved else 0
                 work[f"product {p.name}"] += one * ((attention if p.kind == "attention" else times) + repeated)
             for name, size in traffic.items():
                 repeated = again if phase == "backward" else 0
@@ -166,8 +166,8 @@ def time_of(
             shared = sum(s for name, s in work.items() if name.startswith("product shared"))
             hidden = min(shared, exchanged * 0.5) if hardware.target != "cpu" else 0.0
             if stored and hardware.target != "cpu":  # one kernel: tiles are computed while others travel
-                experts = sum(s for name, s in work.items() if name.startswith("product experts"))
-                hidden += min(experts, stored)
+                inside = ("product experts", "product shared") if layout.shared else ("product experts",)
+                hidden += min(sum(s for name, s in work.items() if name.startswith(inside)), stored)
             hidden += overlapped * (exchanges - hidden)
             if exchanged and phase == "forward" and hardware.target != "cpu":
                 work["issuing"] += AFTER_WAIT * launch

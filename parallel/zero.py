@@ -228,8 +228,9 @@ def gather_with_others(model: Transformer, register: Callable[[nn.Module, Tensor
     """Tell ZeRO-3 which modules need weights that are not their own; it gathers a module's before its forward and backward."""
     register(model, model.head.weight)  # the cross entropy is computed in the model's own forward
     for layer in model.moe_layers():
-        for weight in layer.router.parameters():
-            # Hooks on a module's outputs announce its backward, and don't see those of the router inside a record.
+        # Hooks on a module's outputs announce its backward, and don't see those of the router inside a record.
+        others = [layer.router, *([layer.path.shared] if layer.path.shared is not None else [])]
+        for weight in (p for part in others for p in part.parameters()):
             register(layer, weight)
 
 

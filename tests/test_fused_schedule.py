@@ -18,6 +18,7 @@ from benchmarks.fused_schedule import (
     run_phases,
     simulate,
     unfused,
+    with_shared,
 )
 
 SLOW = Machine(workers=1, flops=1.0, copy=np.inf, link=10.0, latency=0.5)
@@ -84,3 +85,23 @@ def test_bytes_of_backward() -> None:
     for keep, copies in ((False, 2), (True, 1)):
         layer = Layer(64, 32, 8, 2, once=False, keep=keep)
         assert crossed(fused(layer, chosen, machine, True)) == pytest.approx((copies + 1) * away)
+
+
+def test_a_shared_expert_stays_on_its_rank() -> None:
+    layer = Layer(64, 32, 8, 2, m=8, n=16)
+    chosen = route(layer, 4, 20, 1.0)
+    more, slots = with_shared(layer, chosen, 3)
+    assert (more.n_experts, more.top_k, slots.shape) == (8 + 4 * 3, 5, (4, 20, 5))
+    own = slots // 5 == np.arange(4)[:, None, None]
+    assert ((slots % 5 < 3).sum(axis=2) == 3).all() and (own | (slots % 5 >= 3)).all()
+    routed = slots[slots % 5 >= 3].reshape(4, 20, 2)
+    assert (routed // 5 * 2 + routed % 5 - 3 == chosen).all()  # both in order of experts
+    machine = Machine(2, 1e9, 1e8, 1e6, 0.0)
+    counts = 4 * 3 * 4.0 * 12  # of 12 more experts, from each of 4 ranks to 3 others
+    for backward in (False, True):
+        beside, inside = fused(layer, chosen, machine, backward), fused(more, slots, machine, backward)
+        assert crossed(inside) == pytest.approx(crossed(beside) + (0 if backward else counts))
+        tiles = [sum(task.kind == "up" for queue in queues for task in queue) for queues in (beside, inside)]
+        assert tiles[1] - tiles[0] == 4 * 3 * 3 * (
+            2 if backward else 4
+        )  # 20 tokens are 3 tiles of rows, F is 2 or 4 of columns

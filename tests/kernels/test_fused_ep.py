@@ -32,8 +32,9 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weights: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None,
-        rows: Rows, activation: str, keep: bool,
+        rows: Rows, activation: str, keep: bool, n: int,
     ) -> Tensor:  # fmt: skip
+        """n: the first experts, given as shared ones."""
         (n_experts, _, d), f, tile = w_up.shape, w_down.shape[2], fused_tile(x.device)
         slots = rows.source_R.numel()
         tiles = fused_ep.room(1, n_experts, slots, tile.m)
@@ -53,29 +54,33 @@ class Fused(torch.autograd.Function):
         ctx.setting = fused_ep.Setting(
             heap, n_experts, tile, not keep, 2_000 if x.is_cpu else 10_000_000, programs, wave=2
         )
+        ctx.shared = (w_up[:n], w_down[:n]) if n else None
+        w_up, w_down = w_up[n:], w_down[n:]
         ctx.rows, ctx.activation, ctx.inputs = rows, activation, (x, weights, w_up, w_down, b_down)
         y, *ctx.kept = fused_ep.forward(
-            x, weights, w_up, w_down, rows, activation, ctx.setting, ctx.sent, keep, b_up=b_up, b_down=b_down
-        )
+            x, weights, w_up, w_down, rows, activation, ctx.setting, ctx.sent, keep, b_up=b_up, b_down=b_down,
+            shared=ctx.shared,
+        )  # fmt: skip
         return failing(ctx.setting, y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x, weights, up, down, b_down), (h, tables, kept) = ctx.inputs, ctx.kept
         grads = backward(
-            dy, x, h, kept, tables, weights, up, down, ctx.rows, ctx.activation, ctx.setting, ctx.sent, b_down=b_down
-        )
+            dy, x, h, kept, tables, weights, up, down, ctx.rows, ctx.activation, ctx.setting, ctx.sent, b_down=b_down,
+            shared=ctx.shared,
+        )  # fmt: skip
         assert not ctx.sent.any()  # nothing goes to another rank
-        return *(failing(ctx.setting, grad) for grad in grads), *[None] * (9 - len(grads))
+        return *(failing(ctx.setting, grad) for grad in grads), *[None] * (10 - len(grads))
 
 
-def run(activation: str, keep: bool, **given: Any) -> Tensor:
+def run(activation: str, keep: bool, n: int = 0, **given: Any) -> Tensor:
     x = given["x"]
     indices = (given[name].to(x.device) for name in ("source_R", "slot_R", "expert_R", "bag"))
     starts = given["starts"]
     rows = Rows(*indices, None if starts is None else starts.to(x.device), given["counts_E"].to(x.device))
     parameters = (given["w_up"], given["w_down"], given.get("b_up"), given.get("b_down"))
-    return Fused.apply(x, given["weights"], *parameters, rows, activation, keep)
+    return Fused.apply(x, given["weights"], *parameters, rows, activation, keep, n)
 
 
 def plain(activation: str, **given: Any) -> Tensor:
@@ -93,10 +98,10 @@ def draw(
     return given | {name: getattr(rows, name) for name in fields}
 
 
-def operation(activation: str, keep: bool, bias: bool, shapes: Any) -> Operation:
+def operation(activation: str, keep: bool, bias: bool, shapes: Any, n: int = 0) -> Operation:
     names = ("x", "weights", "w_up", "w_down", *(("b_up", "b_down") if bias else ()))
     return Operation(
-        f"fused {activation}", functools.partial(run, activation, keep), functools.partial(plain, activation),
+        f"fused {activation}", functools.partial(run, activation, keep, n), functools.partial(plain, activation),
         functools.partial(draw, names, activation), shapes, TOLERANCE, names, (1.0,),
     )  # fmt: skip
 
@@ -107,6 +112,11 @@ def operation(activation: str, keep: bool, bias: bool, shapes: Any) -> Operation
 )
 def test_equals_the_specification(activation: str, keep: bool, bias: bool, shapes: Any, device: str) -> None:
     check(operation(activation, keep, bias, shapes), device)
+
+
+@pytest.mark.parametrize("shape", [SMALL, SMALL | dict(d=32, f=16)])  # read through pointers; and, but for fp32, by TMA
+def test_shared_experts(shape: Any, device: str) -> None:
+    check(operation("swiglu", False, True, (shape,), 2), device)
 
 
 @pytest.mark.gpu

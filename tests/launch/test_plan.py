@@ -116,6 +116,19 @@ def test_both_engines_and_the_fused_path_are_planned(capsys, knobs):
         assert "parallel.engine=deepspeed parallel.zero_stage=1" in first and "reshard" not in first
 
 
+def test_a_shared_expert_in_the_kernels_stays_in_a_node(capsys):
+    """What parallel.fused_shared refuses is no answer of a search: expert groups of several nodes, products of fp8."""
+    knobs = ["parallel.expert_path=fused", "parallel.fused_shared=true", "parallel.max_recv_tokens_factor=1.5"]
+    code, out, err = run(capsys, "recipe=7b_moe", "nodes=2", "parallel.expert=8", *knobs, "search=true")
+    assert (code, err) == (0, "")
+    layouts = [line for line in out.splitlines() if "parallel.expert=" in line]
+    assert layouts and not any("parallel.expert=16" in line or "fp8" in line for line in layouts)
+    code, _, err = run(capsys, "recipe=7b_moe", "nodes=2", "parallel.expert=16", *knobs)
+    assert code == 2 and err.startswith(
+        "error: parallel.fused_shared=true: must be false where an expert group is in 2 nodes"
+    )
+
+
 def advice(gib, *arguments, nodes):
     made = plan.make_plan(
         cli.compose(["recipe=7b_moe", *arguments]), options.parse(plan.PlanOptions, [f"nodes={nodes}"])

@@ -31,6 +31,11 @@ class Layout:
     def expert(self) -> int:
         return int(dict(self.knobs)["expert"])
 
+    @property
+    def shared(self) -> bool:
+        """Whether it needs a shared expert."""
+        return bool(dict(self.knobs).get("fused_shared"))
+
 
 def layout(name: str, world: int, experts: int = 8, **knobs: Any) -> Layout:
     return Layout(name, world, tuple(({"expert": "1"} | knobs).items()), experts)
@@ -55,6 +60,7 @@ LAYOUTS = (
     layout("4 copies, EP 2", 4, expert="2", replicate=4),
     layout("HSDP 2 x 2, EP 4", 4, expert="4", replicate=2),  # two copies of all but the experts
     layout("EP 2, fused", 2, expert="2", expert_path="fused"),
+    layout("EP 2, fused, shared in the queue", 2, expert="2", expert_path="fused", fused_shared=True),  # always has one
     layout("ZeRO-2, EP 2 x FSDP 2, fused", 4, expert="2", expert_path="fused", engine="deepspeed", zero_stage=2),
     layout("EP 4, fused, in two nodes", 4, expert="4", expert_path="fused", node_size="2"),
     *(layout(f"ZeRO-{stage}", 2, engine="deepspeed", zero_stage=stage) for stage in range(4)),
@@ -149,7 +155,7 @@ class Cell:
     def reference(self) -> "Cell":
         """The same for all layouts of as many ranks: what one process computes."""
         return replace(self, layout=Layout("", self.layout.world, (), self.layout.experts), path="auto",
-                       remat="none", reshard="auto")  # fmt: skip
+                       remat="none", reshard="auto", shared=self.shared or self.layout.shared)  # fmt: skip
 
     @property
     def top_k(self) -> int:
@@ -171,10 +177,12 @@ class Cell:
         )  # fmt: skip
         model: dict[str, Any] = dict(
             vocab_size=61, d_model=self.d_model, n_layers=2, n_heads=4, n_experts=self.layout.experts,
-            d_expert=self.d_expert, init_std=0.1, d_shared=24 if self.shared else 0, tie_embeddings=self.tied, router=router,
-        )  # fmt: skip
+            d_expert=self.d_expert, init_std=0.1, tie_embeddings=self.tied, router=router,
+        ) | MODEL[self.model]  # fmt: skip
+        if self.shared or self.layout.shared:
+            model["d_shared"] = 2 * model["d_expert"]
         return Config(
-            model=ModelConfig(**(model | MODEL[self.model])),
+            model=ModelConfig(**model),
             train=TrainConfig(
                 steps=3, seed=self.seed, seq_len=sequence, micro_batch=micro, eval_every=0,
                 global_batch=batch - 1 if self.workload == "an empty remainder" and batch > 1 else batch,
@@ -220,6 +228,8 @@ def refused(values: Mapping[str, Any]) -> str | None:
     layout = get("layout")
     if layout is None:
         return None
+    if layout.shared and get("model") in ("biases", "odd"):
+        return "parallel.fused_shared needs model.activation=swiglu"
     if get("path") == "local" and layout.expert > 1 and "expert_path" not in dict(layout.knobs):
         return "parallel.expert_path=local needs parallel.expert=1"
     if get("reshard", "auto") != "auto" and dict(layout.knobs).get("engine") == "deepspeed":

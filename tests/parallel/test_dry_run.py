@@ -23,6 +23,7 @@ MLA = [
     "model.d_shared=512",
 ]  # fmt: skip
 FUSED = ["parallel.expert_path=fused"]
+QUEUE = ["parallel.fused_shared=true", "parallel.max_recv_tokens_factor=2"]
 TWO_HOP = ["parallel.expert_path=two_hop"]
 # World, ranks of a node, sequences of a micro-batch, overrides.
 CASES = [
@@ -39,6 +40,8 @@ CASES = [
     (16, 8, 1, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=8", *FUSED]),
     (16, 8, 1, ["recipe=olmoe_7b", "model.n_layers=3", "parallel.expert=4", *FUSED, "parallel.fused_keep=true",
                 "parallel.max_recv_tokens_factor=1.5", "parallel.remat=full"]),
+    (16, 8, 1, ["recipe=7b_moe", "model.n_layers=3", "parallel.expert=8", *FUSED, *QUEUE, "parallel.remat=selective"]),
+    (16, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "parallel.expert=8", *FUSED, *QUEUE, "parallel.fused_keep=true"]),
     (32, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "parallel.expert=32", *FUSED, "parallel.max_recv_tokens_factor=2"]),
     (32, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "parallel.expert=16", *FUSED, "parallel.max_recv_tokens_factor=2",
                 "parallel.remat=full"]),

@@ -17,8 +17,11 @@ from moesaic.kernels.testing import launches
 from moesaic.launch.cli import UserError, compose
 from moesaic.moe.config import RouterConfig
 from moesaic.moe.dispatch import LocalPath
+from moesaic.moe.layer import FeedForward
+from moesaic.moe.router import topk_routing
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.fused import FusedPath, Space, most_slots
+from moesaic.parallel.fused import FusedPath, Space, as_experts, as_shared, fused_paths, most_slots, with_shared
+from moesaic.parallel.layout import layout_of
 from tests.parallel.pool import Pool, RanksFailed
 from tests.parallel.test_expert import (
     CONFIG,
@@ -26,6 +29,7 @@ from tests.parallel.test_expert import (
     ROUTERS,
     WORKLOADS,
     D,
+    F,
     K,
     difference,
     experts_of,
@@ -125,6 +129,153 @@ def test_most_slots() -> None:
     assert most_slots(CONFIG, 10, 16) == 10 * K
 
 
+# ---------------------------------------------------------------- the shared expert in the queue
+
+
+def shared_of(n: int) -> FeedForward:
+    torch.manual_seed(7)
+    shared = FeedForward(D, n * F)
+    for parameter in shared.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return shared
+
+
+class Beside:
+    """A path, and the shared expert outside of it."""
+
+    def __init__(self, path: Any, shared: FeedForward) -> None:
+        self.path, self.beside = path, shared
+
+    def __call__(self, x: Tensor, routing: Any, experts: Any) -> Tensor:
+        return self.path(x, routing, experts) + self.beside(x)
+
+
+def shared_run(path: Any, shared: FeedForward, part: Any, name: str, rank: int) -> dict[str, Tensor]:
+    shared.zero_grad()
+    got = run(path, part, name, rank)
+    return got | {f"shared {n}": p.grad.clone() for n, p in shared.named_parameters()}
+
+
+def compare_shared(names: list[str]) -> list[dict[str, Any]]:
+    """As `compare`, with a shared expert as wide as n experts: in the kernels, and beside the local path."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cases = [(1, dict(fused_once=True, fused_keep=False)), (3, dict(fused_once=False, fused_keep=True)),
+             (2, dict(fused_once=True, fused_keep=True))]  # fmt: skip
+    paths = [make_path(dataclasses.replace(WIDE, d_shared=n * F), fused_shared=True, **knobs) for n, knobs in cases]
+    results = []
+    for i, name in enumerate(names):
+        (n, knobs), path = cases[i % 3], paths[i % 3]
+        shared, whole, part = shared_of(n), experts_of(i % 2 == 1), experts_of(i % 2 == 1, world, rank)
+        want = shared_run(Beside(LocalPath(), shared), shared, whole, name, rank)
+        for key, parameter in whole.named_parameters():
+            dist.all_reduce(parameter.grad)
+            want[key] = parameter.grad.chunk(world)[rank]
+        path.shared = shared
+        first = shared_run(path, shared, part, name, rank)
+        path.sent.clear()
+        got = shared_run(path, shared, part, name, rank)
+        sent = Counter({key: count for key, count in path.sent.items() if key != ("intra", "flags")})
+        expected = predicted(name, rank, world, knobs["fused_once"], knobs["fused_keep"])
+        expected["intra", "counts"] += (world - 1) * 4 * n * world  # no row of it leaves the rank
+        errors: dict[str, Any] = {key: difference(got[key], want[key]) for key in want}
+        errors |= {f"{key} again": 1.0 for key in want if not torch.equal(first[key], got[key])}
+        errors["bytes"] = 0.0 if sent == expected else f"{sent} {expected}"
+        results.append(errors)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("world", "names"),
+    [(1, ["uniform", "single_token"]), (2, WORKLOADS), (4, ["zipf", "no_tokens", "unused_slots"])],
+)
+def test_shared_expert_in_the_queue_equals_beside(world: int, names: list[str]) -> None:
+    with Pool(world, timeout=300) as pool:
+        for rank, results in enumerate(pool.run(compare_shared, names)):
+            for name, errors in zip(names, results, strict=True):
+                wrong = {key: error for key, error in errors.items() if isinstance(error, str) or not error < 2e-6}
+                assert not wrong, (rank, name, wrong)
+
+
+def test_shared_slots_by_hand() -> None:
+    """2 ranks of 2 experts, this one the second; of 1 shared expert: experts 0 and 3 are shared, 1 2 and 4 5 routed."""
+    ids, weights = torch.tensor([[3, 0], [1, 2]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])
+    routing = with_shared(topk_routing(ids, weights, 4), 1, 2, 1)
+    assert routing.expert_S.tolist() == [5, 1, 3, 2, 4, 3] and routing.per_token == 3
+    assert routing.token_S.tolist() == [0, 0, 0, 1, 1, 1]
+    assert routing.counts_E.tolist() == [0, 1, 1, 2, 1, 1]
+    assert torch.equal(routing.weights_S, torch.tensor([0.7, 0.3, 1.0, 0.6, 0.4, 1.0]))
+    unused = dataclasses.replace(topk_routing(ids, weights, 4), expert_S=torch.tensor([3, 4, 4, 2]), per_token=0)
+    unused = with_shared(dataclasses.replace(unused, counts_E=torch.tensor([0, 0, 1, 1])), 2, 2, 0)
+    assert unused.expert_S.tolist() == [7, 8, 8, 6, 0, 1, 0, 1]  # 8 for none
+    assert unused.token_S.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert unused.counts_E.tolist() == [2, 2, 0, 0, 0, 0, 1, 1]
+    up, down = torch.randn(2 * 3 * F, D), torch.randn(D, 3 * F)
+    back = as_shared(*as_experts(up, down, F, torch.float32), up)
+    assert torch.equal(back[0], up) and torch.equal(back[1], down)
+    up_1, _ = as_experts(up[: 2 * F], down[:, :F].contiguous(), F, torch.float32)
+    assert up_1.data_ptr() == up.data_ptr()  # as wide as one expert: nothing is copied
+
+
+def shared_rows_are_beside_the_limit() -> str:
+    """All routed rows go to rank 1: with room for an even load of them it is still too few, and never because of shared rows."""
+    config = dataclasses.replace(CONFIG, d_shared=2 * F)
+    path = make_path(config, tokens=60, max_recv_tokens_factor=1.0, fused_shared=True)
+    path.shared = shared_of(2)
+    rank, part = dist.get_rank(), experts_of(False, 2, dist.get_rank())
+    x, weights = torch.randn(60, D), torch.rand(60, EXPERTS)
+    path(x, all_to(60, [0, 4], weights), part)  # an even load
+    with pytest.raises(RuntimeError) as failed:
+        path(x, all_to(60, [4, 5], weights), part)
+    return f"{rank}: {failed.value}"
+
+
+def test_a_limit_bounds_routed_rows_and_leaves_shared_ones() -> None:
+    with Pool(2) as pool:
+        for line in pool.run(shared_rows_are_beside_the_limit):
+            assert "has no room: " in line and "tiles of rows come to rank 1" in line
+
+
+QUEUE = ["recipe=tiny_moe", "parallel.expert_path=fused", "parallel.fused_shared=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["parallel.expert_path=all_to_all"], "parallel.fused_shared=true: must be false with parallel.expert_path=all_to_all"),
+        (["model.d_shared=0"], "model.d_shared=0: must be positive with parallel.fused_shared=true"),
+        (["model.d_shared=100", "model.d_expert=48"],
+         "model.d_shared=100: must be a multiple of model.d_expert=48 with parallel.fused_shared=true"),
+        (["model.activation=geglu"],
+         "model.activation=geglu: must be swiglu, the shared expert's, with parallel.fused_shared=true"),
+        (["precision.dispatch=fp8"], "precision.dispatch=fp8: must be high with parallel.fused_shared=true"),
+        (["precision=fp8_block", "precision.dispatch=high", "precision.layers=[attention,dense]"],
+         "precision.layers=['attention', 'dense']: must be without dense with parallel.fused_shared=true"),
+    ],
+)  # fmt: skip
+def test_where_a_shared_expert_cannot_be_in_the_queue(overrides: list[str], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compose([*QUEUE, "model.d_shared=192", *overrides])
+    assert str(refused.value) == line
+
+
+def test_a_shared_expert_is_not_in_the_queue_of_several_nodes() -> None:
+    config = compose([*QUEUE, "model.d_shared=192", "parallel.expert=4", "parallel.node_size=2"])
+    with pytest.raises(ValueError) as refused:
+        layout_of(config.model, config.parallel, 4, 4, 1, 1, 8, "fp32")
+    assert str(refused.value) == (
+        "parallel.fused_shared=true: must be false where an expert group is in 2 nodes, whose ranks compute each other's tokens"
+    )
+    with pytest.raises(ValueError, match="must be false where an expert group is in 2 nodes"):
+        fused_paths(
+            config.model,
+            config.parallel,
+            SimpleNamespace(expert_parallel=4, experts=MagicMock()),
+            torch.float32,
+            CPU,
+            None,
+        )
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -217,8 +368,6 @@ def beyond_the_room() -> dict[str, Any]:
 
 
 def all_to(tokens: int, experts: list[int], weights: Tensor) -> Any:
-    from moesaic.moe.router import topk_routing
-
     ids = torch.tensor([experts]).repeat(tokens, 1)
     return topk_routing(ids, weights.gather(1, ids), EXPERTS)
 
@@ -313,15 +462,20 @@ def check_operation() -> None:
     from moesaic.moe.dispatch import sorted_rows
     from moesaic.parallel import fused
 
-    for keep in (False, True):
-        path, part = make_path(CONFIG, tokens=7, fused_keep=keep), experts_of(keep)
+    for keep, n in ((False, 0), (True, 0), (False, 2)):
+        config = dataclasses.replace(CONFIG, d_shared=n * F)
+        path, part = make_path(config, tokens=7, fused_keep=keep, fused_shared=n > 0), experts_of(keep)
         x, weights = torch.randn(7, D), torch.rand(7, EXPERTS)
         routing = routing_of("uniform", 0, x, weights)
+        shared = [None, None]
+        if n:
+            routing = with_shared(routing, n, 1, 0)
+            shared = [torch.randn(2 * n * F, D, requires_grad=True), torch.randn(D, n * F, requires_grad=True)]
         rows = sorted_rows(routing, part, x)
         w_up, w_down, *biases = [p.detach().requires_grad_() for p in part.parameters()]
         arguments = (
             x.requires_grad_(), routing.weights_S[rows.slot_R], w_up, w_down, rows.source_R, rows.expert_R, rows.bag, rows.starts,
-            rows.counts_E, "swiglu", path.number, False, *[None] * 4, *(biases or [None] * 2),
+            rows.counts_E, "swiglu", path.number, False, *[None] * 4, *(biases or [None] * 2), *shared,
         )  # fmt: skip
         opcheck(fused._op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
