@@ -4,8 +4,9 @@
 
 Router, experts and combination of the same weights on the same input; fp32, two threads. The peer is the fastest of transformers'
 expert implementations. A second line a shape gives the layer's FLOP/s (18 T K D F, a multiply-add counts 2, of the experts alone)
-as a part of what a square matrix product reaches in the same run; then the time of the router alone, plain and with token
-rounding (tile 128), beside the whole layer's. Where outputs or input gradients differ, nothing is timed.
+as a part of what a square matrix product reaches in the same run, by torch.mm and, where ours uses it (moesaic.kernels.products),
+by oneDNN; then the time of the router alone, plain and with token rounding (tile 128), beside the whole layer's. Where outputs or
+input gradients differ, nothing is timed.
 """
 
 import copy
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
+from moesaic.kernels.products import by_onednn, mm
 from moesaic.moe.config import ModelConfig, RouterConfig
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import initialize
@@ -96,15 +98,19 @@ def main() -> None:
                 if error > 1e-4:
                     raise SystemExit(f"outputs or gradients of {name} differ by {error}; nothing is timed")
         routers = {rule: router_runner(ours, x, rule) for rule in ("none", "nearest", "score")}
-        seconds = compare.alternate(sides | routers | {"dense": lambda: torch.mm(a, b)}, ROUNDS)
+        dense = {"torch.mm": lambda: torch.mm(a, b)}
+        if by_onednn():
+            dense["oneDNN"] = lambda: mm(a, b)
+        seconds = compare.alternate(sides | routers | dense, ROUNDS)
         case = f"T {tokens}, D {d}, F {f}, E {experts}, K {k}, fp32, {THREADS} threads, forward + backward"
         best = min(EXPERTS, key=lambda name: seconds[name])
         peer_name = f"transformers {transformers.__version__} OLMoE block, {best} experts"
         rates = {name: tokens / value for name, value in seconds.items()}
         compare.report("moe_layer", case, rates["ours"], rates[best], peer_name, "tokens/s", more_is_better=True)
         reached = 18 * tokens * k * d * f / seconds["ours"] / 1e9
-        dense = 2 * DENSE**3 / seconds["dense"] / 1e9
-        compare.report("moe_layer", case, reached, dense, f"{DENSE}^3 matrix product", "GFLOP/s", more_is_better=True)
+        for library in dense:
+            rate, name = 2 * DENSE**3 / seconds[library] / 1e9, f"{DENSE}^3 matrix product, {library}"
+            compare.report("moe_layer", case, reached, rate, name, "GFLOP/s", more_is_better=True)
         for rule in routers:
             name = f"{case}; router alone, rounding={rule}"
             mine, whole = 1e3 * seconds[rule], 1e3 * seconds["ours"]

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.kernels.products import mm, mtm
+
 CHUNK_BYTES_CPU = (
     16 * 2**20
 )  # of logits: they stay in the last cache, and their memory is used again instead of mapped again
@@ -85,11 +87,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if needed else None
         # fp32 whatever the weights are in: it sums over chunks.
         dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed else None
-        # One buffer for the logits of every chunk: fresh memory each time would cost its page faults again.
-        logits = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0])
         for start in range(0, x_ND.shape[0], rows):
             x_nD, target_n1 = x_ND[start : start + rows], targets_N[start : start + rows, None]
-            z_nV = torch.mm(x_nD, weight_VD.T, out=logits[: x_nD.shape[0]]).float()
+            z_nV = mm(x_nD, weight_VD.T).float()
             real_n1 = (target_n1 != ignored).float()
             target_n1 = target_n1.clamp(min=0)
             largest_n1 = z_nV.amax(dim=1, keepdim=True)
@@ -98,11 +98,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             each_N[start : start + rows] = (real_n1 * (largest_n1 + sum_n1.log() - chosen_n1))[:, 0]
             if dx_ND is not None and dw_VD is not None:
                 g_nV = z_nV.mul_(real_n1 / sum_n1).scatter_add_(1, target_n1, -real_n1).to(x_nD.dtype)
-                torch.mm(g_nV, weight_VD, out=dx_ND[start : start + rows])
-                if dw_VD.dtype is g_nV.dtype:
-                    dw_VD.addmm_(g_nV.T, x_nD)
-                else:
-                    dw_VD += g_nV.T @ x_nD
+                mm(g_nV, weight_VD, out=dx_ND[start : start + rows])
+                dw_VD += mtm(g_nV, x_nD)
+                del g_nV
+            del z_nV  # before there are the next chunk's
         if dw_VD is not None:
             ctx.save_for_backward(dx_ND, dw_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(each_N)

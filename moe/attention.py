@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from moesaic.kernels.products import Linear, bmm
 from moesaic.kernels.rms_norm import RMSNorm
 from moesaic.moe.config import ModelConfig, YarnConfig
 
 LATENT_EPS = 1e-6  # of the norms of MLA's latents, in every published model, whatever the other norms have
 BLOCK = 128  # positions of a block of `block_mask`
-QUERIES = 64  # of a block of causal attention on a CPU
+QUERIES = 128  # of a block of causal attention on a CPU
 KEPT = 1024  # positions of a sequence up to which its probabilities are kept for backward
 
 # Who sees whom: tokens all that stand before them (None), or those of their document, which is given by the lengths of
@@ -214,9 +215,7 @@ class _CausalOnCPU(torch.autograd.Function):
         for start in range(0, q_NGSC.shape[2], QUERIES):
             q_NGQC = q_NGSC[:, :, start : start + QUERIES]
             p_NRE = _probabilities(q_NGQC, k_NSC, start)
-            y_NGSC[:, :, start : start + QUERIES] = torch.bmm(p_NRE, v_NSC[:, : p_NRE.shape[2]]).unflatten(
-                1, q_NGQC.shape[1:3]
-            )
+            bmm(p_NRE, v_NSC[:, : p_NRE.shape[2]], y_NGSC[:, :, start : start + QUERIES])
             if q_NGSC.shape[2] <= KEPT:
                 kept.append(p_NRE)
         ctx.save_for_backward(q_NGSC, k_NSC, v_NSC, *kept)
@@ -232,11 +231,11 @@ class _CausalOnCPU(torch.autograd.Function):
             q_NGQC, dy_NRC = q_NGSC[:, :, start : start + QUERIES], dy_NGSC[:, :, start : start + QUERIES].flatten(1, 2)
             p_NRE = kept[start // QUERIES] if kept else _probabilities(q_NGQC, k_NSC, start)
             end = p_NRE.shape[2]
-            dv_NSC[:, :end] += torch.bmm(p_NRE.mT, dy_NRC)
-            dp_NRE = torch.bmm(dy_NRC, v_NSC[:, :end].mT)
+            bmm(p_NRE.mT, dy_NRC, dv_NSC[:, :end], add=True)
+            dp_NRE = bmm(dy_NRC, v_NSC[:, :end].mT)
             ds_NRE = torch.ops.aten._softmax_backward_data(dp_NRE, p_NRE, -1, p_NRE.dtype)
-            dk_NSC[:, :end] += torch.bmm(ds_NRE.mT, q_NGQC.flatten(1, 2))
-            dq_NGSC[:, :, start:end] = torch.bmm(ds_NRE, k_NSC[:, :end]).unflatten(1, q_NGQC.shape[1:3])
+            bmm(ds_NRE.mT, q_NGQC.flatten(1, 2), dk_NSC[:, :end], add=True)
+            bmm(ds_NRE, k_NSC[:, :end], dq_NGSC[:, :, start:end])
         dq, dk, dv = (_by_position(x, ctx.batch) for x in (dq_NGSC.mul_(ctx.scale), dk_NSC[:, None], dv_NSC[:, None]))
         return dq, dk, dv, None
 
@@ -255,7 +254,7 @@ def _by_position(x_NGSC: Tensor, batch: int) -> Tensor:
 def _probabilities(q_NGQC: Tensor, k_NSC: Tensor, start: int) -> Tensor:
     """(N, G * Q, E): of a block of queries, of which the first stands at `start`, over the keys up to its end."""
     heads, queries = q_NGQC.shape[1:3]
-    scores = torch.bmm(q_NGQC.flatten(1, 2), k_NSC[:, : start + queries].mT)
+    scores = bmm(q_NGQC.flatten(1, 2), k_NSC[:, : start + queries].mT)
     own = scores.unflatten(1, (heads, queries))[..., start:]
     own += torch.full((queries, queries), -math.inf, dtype=scores.dtype).triu_(1)
     return torch.softmax(scores, dim=-1)
@@ -301,8 +300,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.width = config.n_heads, config.kv_heads, config.head_width
         self.cache: KVCache | None = None
         self.qk_norm = config.qk_norm
-        self.wqkv = nn.Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.width, bias=False)
-        self.wo = nn.Linear(self.heads * self.width, config.d_model, bias=False)
+        self.wqkv = Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.width)
+        self.wo = Linear(self.heads * self.width, config.d_model)
         if self.qk_norm != "none":
             per_head = self.qk_norm == "head"
             self.q_norm = RMSNorm(self.width * (1 if per_head else self.heads), config.norm_eps)
@@ -342,15 +341,15 @@ class LatentAttention(nn.Module):
         self.heads = config.n_heads
         self.scale = mla.qk_head_dim**-0.5 * _magnitude(config.yarn, config.yarn.mscale_all_dim) ** 2
         if mla.q_lora_rank is None:
-            self.wq = nn.Linear(config.d_model, self.heads * mla.qk_head_dim, bias=False)
+            self.wq = Linear(config.d_model, self.heads * mla.qk_head_dim)
         else:
-            self.wq_a = nn.Linear(config.d_model, mla.q_lora_rank, bias=False)
+            self.wq_a = Linear(config.d_model, mla.q_lora_rank)
             self.q_norm = RMSNorm(mla.q_lora_rank, LATENT_EPS)
-            self.wq_b = nn.Linear(mla.q_lora_rank, self.heads * mla.qk_head_dim, bias=False)
-        self.wkv_a = nn.Linear(config.d_model, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
+            self.wq_b = Linear(mla.q_lora_rank, self.heads * mla.qk_head_dim)
+        self.wkv_a = Linear(config.d_model, mla.kv_lora_rank + mla.qk_rope_head_dim)
         self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_EPS)
-        self.wkv_b = nn.Linear(mla.kv_lora_rank, self.heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
-        self.wo = nn.Linear(self.heads * mla.v_head_dim, config.d_model, bias=False)
+        self.wkv_b = Linear(mla.kv_lora_rank, self.heads * (mla.qk_nope_head_dim + mla.v_head_dim))
+        self.wo = Linear(self.heads * mla.v_head_dim, config.d_model)
 
     def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor, mask: Mask = None) -> Tensor:
         mla = self.mla

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.kernels.permute import Rows, sum_bags
+from moesaic.kernels.products import mtm, rounded, rows_mm, slices
 from moesaic.kernels.tiles import known_tile
 from moesaic.moe.config import ModelConfig
 
@@ -155,17 +156,18 @@ def _forward_loop(
     # Views of all experts at once: indexing each weight in turn takes Python as long as some of the products.
     ups, downs = w_up.mT.unbind(), w_down.mT.unbind()
     for experts, part, own in groups:
+        each = slices(own)
         x, h = x_rD[: part.stop - part.start], h_RG[part]
         torch.index_select(x_ND, 0, rows.source_R[part], out=x)
-        for up, x_j, h_j in zip(ups[experts], x.split(own), h.split(own), strict=True):
-            torch.mm(x_j, up, out=h_j)
+        for up, one, h_j in zip(ups[experts], each, h.split(own), strict=True):
+            rows_mm(x_rD, one, up, h_j)
         if b_up is not None:
             for b, h_j in zip(b_up[experts], h.split(own), strict=True):
                 h_j += b
-        a = activate(activation, h, g_rF[: x.shape[0]], a_rF[: x.shape[0]]).mul_(weights_R[part, None])
+        activate(activation, h, g_rF[: x.shape[0]], a_rF[: x.shape[0]]).mul_(weights_R[part, None])
         y = x  # whose rows are not needed any more
-        for down, a_j, y_j in zip(downs[experts], a.split(own), y.split(own), strict=True):
-            torch.mm(a_j, down, out=y_j)
+        for down, one, y_j in zip(downs[experts], each, y.split(own), strict=True):
+            rows_mm(a_rF, one, down, y_j)
         y_ND.index_add_(0, rows.source_R[part], y.to(y_ND.dtype))
     y_ND = y_ND.to(x_ND.dtype)
     return h_RG, y_ND if b_down is None else y_ND + _biases(b_down, weights_R, rows)
@@ -191,7 +193,7 @@ def _groups(counts: list[int]) -> list[Group]:
 
 
 def _largest(groups: list[Group]) -> int:
-    return max(part.stop - part.start for _, part, _ in groups)
+    return rounded(max(part.stop - part.start for _, part, _ in groups))
 
 
 def _sums(like_ND: Tensor) -> Tensor:
@@ -226,16 +228,19 @@ def _backward_loop(
     x_rD, g_rF, a_rF, da_rF, dh_rG = _scratch(x_ND, _largest(groups), d, f, f, f, g)
     ups, downs, dups, ddowns = w_up.unbind(), w_down.unbind(), dw_up.unbind(), dw_down.unbind()
     for experts, part, own in groups:
+        each = slices(own)
         n, w, h = part.stop - part.start, weights_R[part, None], h_RG[part]
+        for rows_after in (x_rD[n:], a_rF[n:], dh_rG[n:]):  # `mtm` reads some
+            rows_after[: n // 16 + 1] = 0
         dy = torch.index_select(dy_ND, 0, rows.source_R[part], out=x_rD[:n])
         a, da = activate(activation, h, g_rF[:n], a_rF[:n]), da_rF[:n]
-        for down, dy_j, da_j in zip(downs[experts], dy.split(own), da.split(own), strict=True):
-            torch.mm(dy_j, down, out=da_j)
+        for down, one, da_j in zip(downs[experts], each, da.split(own), strict=True):
+            rows_mm(x_rD, one, down, da_j)
         torch.linalg.vecdot(da, a, out=dweights_R[part])
         a.mul_(w)
-        for ddown, dy_j, a_j in zip(ddowns[experts], dy.T.split(own, dim=1), a.split(own), strict=True):
+        for ddown, one in zip(ddowns[experts], each, strict=True):
             # An expert without rows gets zeros, as the product over no rows gives: never None, never what was in memory.
-            torch.mm(dy_j, a_j, out=ddown)
+            mtm(x_rD, a_rF, one, ddown)
         if b_down is not None and db_down is not None:
             biases, own_weights = zip(b_down[experts], db_down[experts], strict=True), weights_R[part].split(own)
             for (b, db), dy_j, w_j, dw_j in zip(
@@ -245,14 +250,14 @@ def _backward_loop(
                 dw_j += dy_j @ b
         dh = activate_backward(activation, da.mul_(w), h, g_rF[:n], dh_rG[:n])
         x = torch.index_select(x_ND, 0, rows.source_R[part], out=x_rD[:n])
-        for dup, dh_j, x_j in zip(dups[experts], dh.T.split(own, dim=1), x.split(own), strict=True):
-            torch.mm(dh_j, x_j, out=dup)
+        for dup, one in zip(dups[experts], each, strict=True):
+            mtm(dh_rG, x_rD, one, dup)
         if db_up is not None:
             for db, dh_j in zip(db_up[experts], dh.split(own), strict=True):
                 torch.sum(dh_j, dim=0, out=db)
         dx = x  # whose rows are not needed any more
-        for up, dh_j, dx_j in zip(ups[experts], dh.split(own), dx.split(own), strict=True):
-            torch.mm(dh_j, up, out=dx_j)
+        for up, one, dx_j in zip(ups[experts], each, dx.split(own), strict=True):
+            rows_mm(dh_rG, one, up, dx_j)
         dx_ND.index_add_(0, rows.source_R[part], dx.to(dx_ND.dtype))
     return dx_ND.to(x_ND.dtype), dweights_R, dw_up, dw_down, db_up, db_down
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.kernels.products import Linear
 from moesaic.kernels.tiles import known_tile
 from moesaic.moe.balance import balance_loss, z_loss
 from moesaic.moe.config import ModelConfig
@@ -69,8 +70,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
-        self.w_up = nn.Linear(d_model, 2 * width, bias=False)
-        self.w_down = nn.Linear(width, d_model, bias=False)
+        self.w_up = Linear(d_model, 2 * width)
+        self.w_down = Linear(width, d_model)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate, up = self.w_up(x_TD).chunk(2, dim=-1)

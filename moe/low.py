@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from moesaic.kernels.hadamard import rotate, rotate_back
 from moesaic.kernels.permute import Rows, sum_bags
+from moesaic.kernels.products import linear, mm, rows_mm, slices
 from moesaic.kernels.quantize import Format, Packed, Quantized, key_of, pack, quantize, quantize_each, random_signs
 from moesaic.moe.config import require
 from moesaic.moe.experts import Experts, activate, activate_backward
@@ -129,7 +130,7 @@ def full(low: Low) -> Tensor:
 
 def multiply(left: Low, right: Low) -> Tensor:
     """(M, K) and (N, K) -> (M, N)."""
-    return scaled(left.values @ right.values.mT, left.factor, right.factor)
+    return scaled(mm(left.values, right.values.mT), left.factor, right.factor)
 
 
 def scaled(product: Tensor, *factors: Tensor | None) -> Tensor:
@@ -223,7 +224,7 @@ class LowLinear(torch.autograd.Function):
 def low_linear(module: nn.Linear, weight: Weight, x: Tensor) -> Tensor:
     precision = weight.precision
     if precision.high:
-        return F.linear(x, module.weight.to(x.dtype))
+        return linear(x, module.weight.to(x.dtype))
     numbers = precision.numbers(x.shape[:-1].numel(), x.device)
     if precision.native(x.device):
         # Only here: where there is no GPU, it starts Triton's interpreter.
@@ -313,8 +314,8 @@ class _LowExperts(torch.autograd.Function):
 def grouped(values_RK: Tensor, factor: Tensor | None, weights: Low, counts: list[int], expert_R: Tensor) -> Tensor:
     """(R, N): each row with its expert's matrix of weights (E, N, K)."""
     out = values_RK.new_empty(values_RK.shape[0], weights.values.shape[1])
-    for part, w, o in zip(values_RK.split(counts), weights.values.mT.unbind(), out.split(counts), strict=True):
-        torch.mm(part, w, out=o)
+    for rows, w, o in zip(slices(counts), weights.values.mT.unbind(), out.split(counts), strict=True):
+        rows_mm(values_RK, rows, w, o)
     return scaled(out, factor, None if weights.factor is None else weights.factor[expert_R, None])
 
 
@@ -338,7 +339,7 @@ def weight_gradient(
     right = weight.again("wgrad", "x", again, columns=ids_P)
     out = dy_RN.new_empty(len(counts), left.values.shape[0], right.values.shape[0])
     for j, (a, b) in enumerate(zip(left.values.split(padded, 1), right.values.split(padded, 1), strict=True)):
-        torch.mm(a, b.T, out=out[j])
+        mm(a, b.T, out=out[j])
     return weight.straight_back(scaled(out, left.factor, right.factor), "wgrad", "x", trusted, columns)
 
 
