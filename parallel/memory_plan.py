@@ -273,12 +273,11 @@ def _kept_by_head(model: ModelConfig, layout: Layout) -> int:
 
 
 def _at_head(model: ModelConfig, layout: Layout) -> int:
-    """Of a chunk its logits, these in fp32, and their gradient; of the chunk before the last two still, or a part of the weight's
-    gradient; the normed input; the weight's gradient in fp32, less what is counted as kept."""
+    """Of a chunk its logits in fp32 and as they are computed, or their gradient; the chunk's part of the weight's gradient, and
+    that in fp32, less what is counted as kept; the normed input."""
     t, b, d, v = layout.tokens, layout.width, model.d_model, model.vocab_size
     rows = min(t, max(LEAST_ROWS, CHUNK_BYTES // (4 * v)))
-    chunk = 4 * rows * v if b == 4 else (8 * rows + max(4 * min(rows, t - rows), b * d)) * v
-    return chunk + b * t * d + (4 - b) * v * d
+    return (8 - b) * rows * v + 4 * v * d + b * t * d
 
 
 def kept_by_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
