@@ -2,10 +2,11 @@
 
     python benchmarks/plan_cpu.py
 
-What the planner must know of the machine is measured first, in the two ranks at once, and by itself: the rate of matrix
-products, the bandwidth of memory, latency and bandwidth of an exchange. Nothing is fitted to a step. Then each layout trains
-a few steps; the least time counts, for other programs only add to it. A line for each layout, the predicted time as the peer,
-and one for the rank correlation of all.
+What the planner must know of the machine is measured first, in the two ranks at once, and by itself: the products of a block,
+the bandwidth of memory, latency and bandwidth of an exchange, and with 16 tokens a sequence, so that little else is computed,
+what an operation takes and what FSDP2 adds for its gathering, and for sums over copies. Nothing is fitted to a step that is
+predicted. Then each layout trains a few steps; the least time counts, for other programs only add to it. A line for each layout,
+the predicted time as the peer, and one for the rank correlation of all. On a busy machine `--cpu-time` tells processors' seconds.
 """
 
 import dataclasses
@@ -77,7 +78,9 @@ def measure_machine() -> hardware.Hardware:
     alone = [measure_step(FEW, FEW, shape, copies=0) for shape in (NARROW, WIDE)]
     config = cli.compose([*SHAPE, *NARROW])
     layout = layout_of(config.model, config.parallel, RANKS, RANKS, FEW, 1, 16, "fp32")
-    issued = config.model.n_layers * sum(launches(layout, phase, cpu=True) for phase in ("forward", "backward"))
+    issued = config.model.n_layers * sum(
+        launches(config.model, layout, phase, cpu=True) for phase in ("forward", "backward")
+    )
     gathers, sums = (fsdp_link(copies, alone) for copies in (1, RANKS))
     return dataclasses.replace(
         hardware.load("cpu"), name="here", tflops={"fp32": product_rate()}, memory_gb_s=bandwidth / MEMORY / 1e9,
@@ -142,7 +145,7 @@ def measure_step(sequences: int, micro: int, overrides: list[str], copies: int |
         else:
             engine.optimizer.zero_grad(set_to_none=True)
 
-    return least(step, STEPS)
+    return least(step, STEPS if copies is None else 3 * STEPS)
 
 
 def rank_main(rank: int, meeting: str, results: Connection) -> None:
@@ -179,8 +182,9 @@ def main() -> None:
         config = cli.compose([*SHAPE, *overrides])
         layout = layout_of(config.model, config.parallel, RANKS, RANKS, micro, sequences // micro, SEQ, "fp32")
         planned[name] = time_of(config.model, layout, machine, "fp32").step
+        kind = "seconds" if clock is time.perf_counter else "processor's seconds"
         compare.report(
-            "plan_cpu", f"{name}, seconds of a step, simulated", measured[name], planned[name], "planned", "s", False
+            "plan_cpu", f"{name}, {kind} of a step, simulated", measured[name], planned[name], "planned", "s", False
         )
 
     def ranked(times: dict[str, float]) -> list[float]:

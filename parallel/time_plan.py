@@ -19,6 +19,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from moesaic.kernels.tiles import TILES
+from moesaic.moe.attention import QUERIES
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.flops import flops_per_token
 from moesaic.moe.work import Product, block_products, block_traffic, head_product, head_traffic
@@ -32,8 +33,8 @@ EFFICIENCY = {"cpu": 1.0, "gpu": 0.62}
 PRODUCT = {"fp32": 0.9, "tf32": 0.75, "bf16": 0.8, "fp8": 0.7, "fp4": 0.6}
 ATTENTION, MEMORY = 0.55, 0.8
 LAUNCHES = {"forward": 120, "backward": 110}  # operations that a block issues, views left out: counted
-# On a CPU, and more for each sequence, whose heads are multiplied one by one; and more where rows travel.
-ON_CPU, TRAVELLING = {"forward": (150, 50), "backward": (200, 105)}, 95
+# On a CPU, and more for each head of a sequence and block of its queries, multiplied one by one; and more where rows travel.
+ON_CPU, TRAVELLING = {"forward": (150, 4.0), "backward": (200, 8.5)}, 95
 AFTER_WAIT = 20  # those that the device waits for after the host waited for it, as it does for the sizes of an exchange
 SENDING = (
     0.15  # of a device that copies for a collective while it computes: 20 of 132 processors (arXiv 2505.09343, 4.4)
@@ -92,14 +93,16 @@ def product_seconds(p: Product, hardware: Hardware, precision: str, width: int, 
     return max(2 * waves * hardware.processors * tile.m * tile.n * p.k / rate, moved)
 
 
-def launches(layout: Layout, phase: str, cpu: bool, dense: bool = False) -> float:
+def launches(model: ModelConfig, layout: Layout, phase: str, cpu: bool, dense: bool = False) -> float:
     """Operations that the host issues for a block."""
     if not cpu:
         return LAUNCHES[phase]
     fixed, each = ON_CPU[phase]
-    again = launches(layout, "forward", cpu, dense) if phase == "backward" and layout.remat != "none" else 0
+    heads = model.n_heads if model.attention == "mla" else model.kv_heads
+    each *= layout.micro_batch * heads * math.ceil(layout.seq_len / QUERIES)
+    again = launches(model, layout, "forward", cpu, dense) if phase == "backward" and layout.remat != "none" else 0
     travelling = TRAVELLING if phase == "forward" and layout.hops != "local" and not dense else 0
-    return fixed + each * layout.micro_batch + travelling + again
+    return fixed + each + travelling + again
 
 
 def collective_seconds(c: Collective, hardware: Hardware) -> float:
@@ -174,7 +177,7 @@ def time_of(
                 work[name] /= efficiency
             launch = hardware.launch_us * 1e-6 / efficiency
             cpu = hardware.target == "cpu"
-            issue, busy = launches(layout, phase, cpu, dense) * launch, sum(work.values())
+            issue, busy = launches(model, layout, phase, cpu, dense) * launch, sum(work.values())
             if hardware.target == "cpu":
                 work["issuing"] = issue
             elif issue > busy:
