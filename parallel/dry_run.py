@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -173,6 +174,12 @@ def dry_run(model: ModelConfig, layout: Layout, parallel: ParallelConfig) -> Cou
         layout.zero is None,
         "parallel.engine=deepspeed: a dry run needs fsdp; DeepSpeed takes no tensors without memory",
     )
+    slots, ranks = layout.tokens * model.router.top_k, layout.expert
+    even = layout.hops in ("local", "fused") or slots % ranks == 0
+    require(
+        even,
+        f"train.seq_len={layout.seq_len}: a dry run needs tokens * top_k, {slots}, to be a multiple of parallel.expert={ranks}",
+    )
     require(not dist.is_initialized(), "dry_run: needs a process without a process group")
     model = dataclasses.replace(model, experts_backend="torch")
     parallel = dataclasses.replace(parallel, expert=str(layout.expert), node_size=str(layout.node))
@@ -266,9 +273,9 @@ class _FlashAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, _, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        inputs = ctx.saved_tensors  # all of them, to the end
+        return tuple(torch.empty_like(x) for x in inputs[:3])
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -360,4 +367,7 @@ def as_a_gpu(load: Load, layout: Layout) -> Iterator[None]:
         replace(fused, nodes_mesh=_with_values(two_hop.nodes_mesh))
         # What a mesh says of its ranks are values.
         replace(DeviceMesh, __init__=_with_values(DeviceMesh.__init__))
+        # Once an operation, it learns a DTensor's shape from fake tensors of the whole: of all experts, which no rank has.
+        meta = ShardingPropagator._propagate_tensor_meta_non_cached
+        replace(ShardingPropagator, _propagate_tensor_meta_non_cached=_with_values(meta))
         yield

@@ -521,6 +521,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         shared_down,
     )
     ctx.mark_non_differentiable(h_RG, tables, kept, a_scales)
+    ctx.set_materialize_grads(False)  # else backward is given zeros as large as h and kept
 
 
 def _differentiate(ctx: Any, dy_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -67,6 +67,8 @@ class Hardware:
     hops         the links, by hop: intra, inside a domain, and inter, to another one
     launch_us    microseconds that the host needs to issue one operation: PyTorch's dispatch, autograd, and the launch, 2.3 of
                  them (arXiv 2504.11750)
+    gathers      of weights and gradients as FSDP2 moves them, its part on the host included; sums: of an all_reduce between its
+                 copies. Both in the place of the hops, where they were measured by themselves (none: not)
     """
 
     name: str
@@ -80,6 +82,8 @@ class Hardware:
     domain: int
     hops: dict[str, Link]
     launch_us: float = 10.0
+    gathers: Link | None = None
+    sums: Link | None = None
 
     def __post_init__(self) -> None:
         what = f"hardware={self.name}"
@@ -96,10 +100,13 @@ class Hardware:
             require(name in PRECISIONS, f"{what}: tflops.{name}: must be one of {', '.join(PRECISIONS)}")
             require(_positive(rate), f"{what}: tflops.{name}={rate}: must be positive")
         require(set(self.hops) == set(HOPS), f"{what}: hops: must be {' and '.join(HOPS)}, not {', '.join(self.hops)}")
-        for hop, link in self.hops.items():
-            require(_positive(link.gb_s), f"{what}: hops.{hop}.gb_s={link.gb_s}: must be positive")
-            require(link.us >= 0, f"{what}: hops.{hop}.us={link.us}: must not be negative")
-            require(0 < link.efficiency <= 1, f"{what}: hops.{hop}.efficiency={link.efficiency}: must lie in 0..1")
+        links = {f"hops.{hop}": link for hop, link in self.hops.items()} | {"gathers": self.gathers, "sums": self.sums}
+        for hop, link in links.items():
+            if link is None:
+                continue
+            require(_positive(link.gb_s), f"{what}: {hop}.gb_s={link.gb_s}: must be positive")
+            require(link.us >= 0, f"{what}: {hop}.us={link.us}: must not be negative")
+            require(0 < link.efficiency <= 1, f"{what}: {hop}.efficiency={link.efficiency}: must lie in 0..1")
 
     def rate(self, precision: str) -> float:
         """Operations a second at the peak. Raises ValueError where the device has no unit for `precision`."""
@@ -146,7 +153,9 @@ def load(name: str) -> Hardware:
     hops = values.get("hops")
     require(isinstance(hops, dict), f"hardware={name}: hops: must hold {' and '.join(HOPS)}")
     links = {hop: _made(Link, link, f"hardware={name}: hops.{hop}") for hop, link in hops.items()}
-    made: Hardware = _made(Hardware, {"name": path.stem} | values | {"hops": links}, f"hardware={name}")
+    own = {key: _made(Link, values[key], f"hardware={name}: {key}") for key in ("gathers", "sums") if values.get(key)}
+    read = {"name": path.stem} | values | {"hops": links} | own
+    made: Hardware = _made(Hardware, read, f"hardware={name}")
     return made
 
 

@@ -11,6 +11,7 @@ Letters: T tokens of a micro-batch on a rank, K experts per token, E experts in 
 nodes of one, L of its ranks in a node, D model width.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -189,14 +190,19 @@ class Group:
     compute: str
     experts: bool = False
 
-    @property
+    @functools.cached_property
+    def dims(self) -> list[int]:
+        """The dimension along which each is cut."""
+        divides = ([d for d, size in enumerate(shape) if size % self.ranks == 0] for shape in self.shapes)
+        return [next(iter(found), 0) if self.experts else 0 for found in divides]
+
+    @functools.cached_property
     def padded(self) -> int:
         """Numbers of the whole group, as gathered."""
-        total = 0
-        for shape in self.shapes:
-            dim = next((d for d, size in enumerate(shape) if size % self.ranks == 0), 0) if self.experts else 0
-            total += -(-shape[dim] // self.ranks) * self.ranks * math.prod(shape) // shape[dim]
-        return total
+        return sum(
+            -(-shape[dim] // self.ranks) * self.ranks * math.prod(shape) // shape[dim]
+            for shape, dim in zip(self.shapes, self.dims, strict=True)
+        )
 
     @property
     def held(self) -> int:
@@ -206,7 +212,7 @@ class Group:
 
 def block_groups(model: ModelConfig, layout: Layout, layer: int) -> list[Group]:
     """The groups of a block in the order of gathering: its own, the router's where it needs another type, the experts'."""
-    own, name = _shapes(repr(model), layer < model.n_dense_layers, model).copy(), f"layer {layer}"
+    own, name = shapes_of_block(model, layer < model.n_dense_layers).copy(), f"layer {layer}"
     groups = []
     experts = [own.pop(n) for n in list(own) if n.startswith("ffn.experts.")]
     if experts:
@@ -232,13 +238,14 @@ def _dense_group(name: str, shapes: tuple[tuple[int, ...], ...], layout: Layout)
 _SHAPES: dict[tuple[str, bool], dict[str, tuple[int, ...]]] = {}
 
 
-def _shapes(key: str, dense: bool, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def shapes_of_block(model: ModelConfig, dense: bool) -> dict[str, tuple[int, ...]]:
     """Of the parameters of a block, by name: of the real one, on the meta device."""
-    if (key, dense) not in _SHAPES:
+    key = repr(model), dense
+    if key not in _SHAPES:
         with torch.device("meta"):
             block = Block(model, 0 if dense else model.n_dense_layers)
-        _SHAPES[key, dense] = {name: tuple(p.shape) for name, p in block.named_parameters()}
-    return _SHAPES[key, dense]
+        _SHAPES[key] = {name: tuple(p.shape) for name, p in block.named_parameters()}
+    return _SHAPES[key]
 
 
 def groups_by_kind(model: ModelConfig, layout: Layout) -> dict[bool, list[Group]]:

@@ -10,6 +10,8 @@ experts, e on a rank, H heads, J key-value heads, C width of a head, V vocabular
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,7 @@ from moesaic.parallel.layout import (
     load_of,
     root_group,
     row_bytes,
+    shapes_of_block,
 )
 
 # Of what is allocated, memory that no tensor uses: torch's allocator rounds up and splits. An allowance, not measured here.
@@ -52,6 +55,7 @@ class Memory:
     gradients: int
     moments: int
     kept: tuple[int, ...]
+    live: int
     head: int
     gathered: int
     temporary: int
@@ -64,7 +68,7 @@ class Memory:
 
     @property
     def fragmentation(self) -> int:
-        parts = (self.weights, self.gradients, self.moments, sum(self.kept), self.head, self.gathered, self.temporary)
+        parts = (self.weights, self.gradients, self.moments, self.live, self.head, self.gathered, self.temporary)
         return round(FRAGMENTATION * sum(parts))
 
     @property
@@ -73,66 +77,174 @@ class Memory:
 
     def categories(self) -> dict[str, int]:
         return {
-            "weights": self.weights, "gradients": self.gradients, "optimizer": self.moments, "activations": sum(self.kept),
+            "weights": self.weights, "gradients": self.gradients, "optimizer": self.moments, "activations": self.live,
             "embedding and head": self.head, "gathered weights": self.gathered, "temporary": self.temporary,
             "symmetric heap": self.heap, "fragmentation": self.fragmentation,
         }  # fmt: skip
 
 
 def memory_of(model: ModelConfig, layout: Layout) -> Memory:
-    heap = starts(heap_of(model, layout))[1] if layout.hops == "fused" else 0
-    dense_layers, groups = model.n_dense_layers, groups_by_kind(model, layout)
-    root = root_group(model, layout)
-    layers = [layer < dense_layers for layer in range(model.n_layers)]
+    moe = model.n_dense_layers < model.n_layers
+    heap = starts(heap_of(model, layout))[1] if layout.hops == "fused" and moe else 0
+    groups, root = groups_by_kind(model, layout), root_group(model, layout)
+    layers = [layer < model.n_dense_layers for layer in range(model.n_layers)]
     held = root.held + sum(g.held for dense in layers for g in groups[dense])
     kept_by_kind = {dense: kept_by_block(model, layout, dense) for dense in groups}
     kept = [kept_by_kind[dense] for dense in layers]
-
-    never, last = layout.reshard == "never", layers[-1]
-    stay = 0 if layout.reshard == "always" else _whole([root])
-    stay += sum(_whole(groups[dense]) for dense in layers) if never else 0
-    # Of blocks: the one that computes, and the next, whose weights are on their way.
-    pair = 0 if never else sum(_whole(groups[dense]) for dense in layers[-2:])
-    # Gradients of all micro-batches but the first add up in those that are there already.
-    gradients = 4 * held if layout.micro_batches > 1 else 0
-    again, work = kept_again(model, layout, last), backward_of_block(model, layout, last)
-    summed = _whole(groups[last], 4)
-    experts = 0 if last or layout.remat == "full" else _kept_by_experts(model, layout)
-    # FSDP2 keeps the buffer in which the last group arrived, until another comes.
-    buffer = _whole([g for g in groups[last][-1:] if g.ranks > 1])
-    if layout.reshard == "always":
-        stay += _whole([root])
-    ended = _whole(groups[last])  # whose weights are let go before their gradients are summed
-    again_first = 0 if layout.remat == "selective" and not last else again  # the experts' backward comes first
-    places = {
-        "head": (stay, _at_head(model, layout) + buffer),
-        "block": (stay + pair, max(again_first + work, again)),
-        "sum": (stay + pair - ended, again - experts + _whole(groups[last], layout.width) + summed),
-        "next": (
-            stay + pair - (ended if never else 0),
-            max(again_first + work, again) + summed - kept[-1] + sum(4 * g.held for g in groups[last]),
-        ),
-    }
-    if root.ranks > 1:  # at the end of backward: the embedding's gradient, and that of the root on its way, in fp32
-        made = (0 if model.tie_embeddings else layout.width * model.vocab_size * model.d_model) + 4 * root.padded
-        blocks = 0 if layout.micro_batches > 1 else 4 * (held - root.held)
-        places["root"] = (0, made + blocks - sum(kept))
-    gathered, temporary = max(places.values(), key=sum)
+    most = max(_moments(model, layout, kept), key=lambda moment: moment.size)
     head = _kept_by_head(model, layout)
     if layout.zero is None:
-        return Memory(4 * held, gradients, 8 * held, tuple(kept), head, gathered, temporary, heap)
+        made = most.gradients if layout.micro_batches == 1 else 4 * held
+        return Memory(4 * held, made, 8 * held, tuple(kept), most.kept, head, most.gathered, most.temporary, heap)
     # At stage 3 `dense` is this rank's share, below it all; ZeRO updates a copy of the share, and reduces by buckets.
     dense = dense_held(model, layout)
     stage, share = layout.zero, -(-dense // (1 if layout.zero in (0, 3) else layout.world))
     copy = share if stage else 0
     grads = (dense if stage < 2 else 0) + copy
-    if stage == 3:
-        gathered += 4 * min(dense * layout.world, ZERO_LIVE)
-    temporary += 4 * (BUCKET if stage == 3 else min(BUCKET, dense))
+    gathered = most.gathered + (4 * min(dense * layout.world, ZERO_LIVE) if stage == 3 else 0)
+    temporary = most.temporary + 4 * (BUCKET if stage == 3 else min(BUCKET, dense))
     experts = held - dense
     return Memory(
-        4 * (held + copy), 4 * (experts + grads), 8 * (experts + share), tuple(kept), head, gathered, temporary, heap
-    )
+        4 * (held + copy), 4 * (experts + grads), 8 * (experts + share), tuple(kept), most.kept, head, gathered, temporary,
+        heap,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes at one place of a micro-batch. gradients: shards that it made so far; kept: of the layers, for backward."""
+
+    where: str
+    gradients: int
+    kept: int
+    gathered: int
+    temporary: int
+
+    @property
+    def size(self) -> int:
+        return self.gradients + self.kept + self.gathered + self.temporary
+
+
+def _moments(model: ModelConfig, layout: Layout, kept: list[int]) -> Iterator[_Moment]:
+    """The places where memory may be most: the output head, and backward block by block, as FSDP2 goes there with the order of
+    moesaic.parallel.fsdp.prefetch (torch 2.13):
+
+    1. At its start, a block's own group is copied out of the buffer in which it came. Then the block before is asked for:
+       buffers for all its groups. The experts are copied out where they are first used.
+    2. A group whose gradients are there lets its weights go. Then the buffer goes in which the group before it was summed, and
+       its own is taken, in fp32, for the gradients that are there in the type of compute. So in a dense block the sum of the
+       block after it stays to the end, beside weights and gradients of its own; in a MoE block until the experts have theirs.
+    3. What the sum leaves on this rank stays: gradients.
+
+    The gradient of a block's output is in the place of what the head kept, and that of the head's weight, too.
+    """
+    groups, root = groups_by_kind(model, layout), root_group(model, layout)
+    kinds = [groups[layer < model.n_dense_layers] for layer in range(model.n_layers)]
+    works = {dense: _work_of(model, layout, dense) for dense in groups}
+    never, stay = layout.reshard == "never", _whole([root])
+    # Gradients of all micro-batches but the first are added to those that are there already, and so are all of ZeRO's.
+    first = layout.micro_batches == 1 and layout.zero is None
+
+    def shards(*of: Group) -> int:
+        return 4 * sum(g.held for g in of) if first else 0
+
+    def summed(where: str, group: Group, gradients: int, kept: int, gathered: int, rest: int) -> _Moment:
+        """fp32 sums beside gradients in their own type, or beside the sums' shard and what FSDP2 keeps longer than it needs: of
+        several ranks the last gradient, of one a copy that is divided by 1. Gradients not cut along dimension 0 are copied."""
+        sums, own = _whole([group], 4), _whole([group], layout.width)
+        last = layout.width * math.prod(group.shapes[-1])
+        late = last if group.ranks > 1 else sums
+        shard = 0 if first else 4 * group.held
+        more = max(own + last * (group.dims[-1] > 0) - shards(group), shard + late)
+        return _Moment(where, gradients + shards(group), kept, gathered, rest + sums + more)
+
+    buffer = _whole(_sent(kinds[-1][-1:]))  # in which the last group came: it goes when another comes
+    whole = sum(map(_whole, kinds)) if never else 0
+    yield _Moment("head", 0, sum(kept), stay + whole, _at_head(model, layout) + buffer)
+
+    made = sums = 0
+    for i in reversed(range(model.n_layers)):
+        if [id(kind) for kind in kinds[max(0, i - 2) : i + 3]] == [id(kinds[i])] * 5:
+            made += shards(*kinds[i])  # among equals, where memory rises or falls evenly: the ends have the most
+            continue
+        work, (own, *inner) = works[i < model.n_dense_layers], kinds[i]
+        below, hold = sum(kept[:i]), stay + _whole([own])
+        ahead = sum(map(_whole, kinds[:i])) if never else _whole(_sent(kinds[i - 1])) if i else 0
+        came = _whole(inner) if never else _whole(_sent([own, *inner]))
+        yield _Moment(f"start {i}", made, below + work.start, hold + came, sums)
+        if inner:
+            experts, all_here = inner[-1], hold + ahead + _whole(inner)
+            copy = 0 if never else _whole(_sent([experts]))
+            yield _Moment(f"experts {i}", made, below + work.whole, all_here, sums + max(work.experts, copy))
+            through, others = below + work.whole - work.kept, all_here - _whole([experts])
+            yield summed(f"experts' sum {i}", experts, made, through, others, work.rows)
+            made, sums = made + shards(experts), _whole([experts], 4)
+        yield _Moment(f"feed-forward {i}", made, below + work.rest, hold + ahead, sums + work.feed_forward)
+        if inner:
+            made, sums = made + shards(*inner[:-1]), _whole(inner[:1], 4)
+        yield _Moment(f"attention {i}", made, below + work.attended, hold + ahead, sums + work.attention)
+        yield _Moment(f"end {i}", made, below, hold + ahead, sums + _whole([own], layout.width))
+        yield summed(f"sum {i}", own, made, below, stay + ahead, 0)
+        made, sums = made + shards(own), _whole([own], 4)
+
+    output, table = layout.width * layout.tokens * model.d_model, layout.width * model.vocab_size * model.d_model
+    # A tied weight has two gradients and their sum; the head's is counted there.
+    twice = table * (2 if model.tie_embeddings else 1)
+    yield _Moment("embedding", made, 0, stay, sums + twice - output)
+    yield summed("root", root, made, 0, 0, -table - 2 * output)  # of what the head kept, nothing is left
+
+
+def _sent(groups: list[Group]) -> list[Group]:
+    """Those that come from other ranks, in a buffer."""
+    return [g for g in groups if g.ranks > 1]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Bytes of a block in backward, its output and weights left out. What is there of what it kept or makes again: at the
+    `start`; in the experts, `whole`, of which they let a part go, `kept`; in the `rest` before attention; in attention,
+    `attended`. Temporary: in the `experts`, and their `rows` that go back; in the `feed_forward`, dense or shared; in
+    `attention`."""
+
+    start: int
+    whole: int
+    kept: int
+    rest: int
+    attended: int
+    experts: int
+    rows: int
+    feed_forward: int
+    attention: int
+
+
+def _work_of(model: ModelConfig, layout: Layout, dense: bool) -> _Work:
+    t, b, d = layout.tokens, layout.width, model.d_model
+    own = shapes_of_block(model, dense)
+    output = t * b * d
+    start = kept_by_block(model, layout, dense) - output
+    whole = kept_by_block(model, dataclasses.replace(layout, remat="none"), dense) - output
+    experts = 0 if dense else _kept_by_experts(model, layout)
+    rest = whole - experts
+    if layout.remat == "selective" and not dense:  # the experts' backward comes first
+        experts += output * _stay(layout)
+        rest, whole = rest + start - experts, start
+    elif layout.remat != "none":
+        rest, whole = rest + start, whole + start
+    # Gradients of weights that are made before attention's: of the feed-forward and of attention's output.
+    weights = sum(math.prod(shape) for name, shape in own.items() if re.match(r"ffn\.(shared\.)?w_", name))
+    mla, h, c, m = model.attention == "mla", model.n_heads, model.head_width, model.mla
+    queries, out = (h * m.qk_head_dim, h * m.v_head_dim) if mla else (h * c, h * c)
+    others = queries + out if mla else 2 * model.kv_heads * c  # keys and values
+    width = model.d_dense if dense else model.d_shared * (not layout.shared)
+    # Of latent attention made again, the queries before they are rotated live as long as the others.
+    again = t * queries if mla and layout.remat != "none" else 0
+    return _Work(
+        start=start, whole=whole, kept=experts, rest=rest, attended=kept_by_attention(model, layout) - output,
+        experts=0 if dense else backward_of_experts(model, layout),
+        rows=0 if layout.hops in ("local", "fused") else b * load_of(model, layout).received * d,
+        feed_forward=b * max(2 * t * width + weights // 3, again),
+        attention=b * (t * (queries + others + out) + weights + math.prod(own["attention.wo.weight"])),
+    )  # fmt: skip
 
 
 def heap_of(model: ModelConfig, layout: Layout) -> Regions:
@@ -163,28 +275,29 @@ def _kept_by_head(model: ModelConfig, layout: Layout) -> int:
 
 
 def _at_head(model: ModelConfig, layout: Layout) -> int:
-    """Of a chunk its logits, these in fp32, and their gradient; of the chunk before the last two still, or a part of the weight's
-    gradient; the normed input; the weight's gradient in fp32, less what is counted as kept."""
+    """Of a chunk its logits in fp32 and as they are computed, or their gradient; the chunk's part of the weight's gradient, and
+    that in fp32, less what is counted as kept; the normed input."""
     t, b, d, v = layout.tokens, layout.width, model.d_model, model.vocab_size
     rows = min(t, max(LEAST_ROWS, CHUNK_BYTES // (4 * v)))
-    chunk = 4 * rows * v if b == 4 else (8 * rows + max(4 * min(rows, t - rows), b * d)) * v
-    return chunk + b * t * d + (4 - b) * v * d
+    return (8 - b) * rows * v + 4 * v * d + b * t * d
 
 
 def kept_by_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
     """Bytes that a block keeps for backward. Its input is the output of the block before, and is counted there."""
     t, b, d = layout.tokens, layout.width, model.d_model
     if layout.remat == "full":
-        indices = 0 if dense or (layout.hops == "fused" and layout.nodes == 1) else _indices(model, layout)
+        indices = 0 if dense or _stay(layout) else _indices(model, layout)
         return t * b * d + (0 if dense else _decided(model, layout)) + indices
     if layout.remat == "selective" and not dense:
-        return t * b * d + _decided(model, layout) + _kept_by_experts(model, layout)
+        inputs = t * b * d if _stay(layout) else 0  # of the experts; rows that travelled are counted with the rest
+        return t * b * d + inputs + _decided(model, layout) + _kept_by_experts(model, layout)
     if layout.remat == "selective":
         return t * b * d
     rest = kept_by_attention(model, layout) + t * (b * d + 4)  # the norm before the feed-forward
     if dense:
         return rest + t * b * (d + 4 * model.d_dense)
-    shared = t * b * (d + 4 * model.d_shared) if model.d_shared and not layout.shared else 0
+    beside = model.d_shared > 0 and not layout.shared
+    shared = t * b * (d + 4 * model.d_shared) if beside else t * b * d * _stay(layout)
     return rest + _kept_by_router(model, layout) + shared + _kept_by_experts(model, layout)
 
 
@@ -210,11 +323,15 @@ def _kept_by_router(model: ModelConfig, layout: Layout) -> int:
     return layout.tokens * (wide + 8 * model.n_experts + 12 * k + 4 * sums)
 
 
+def _stay(layout: Layout) -> bool:
+    """Whether the experts' inputs are this rank's own tokens."""
+    return layout.hops == "local" or (layout.hops == "fused" and layout.nodes == 1)
+
+
 def _decided(model: ModelConfig, layout: Layout) -> int:
     """What recomputation keeps of a layer's choices beside the numbers of rows: experts, and of slots that came, theirs, and
     their weights."""
-    stays = layout.hops == "local" or (layout.hops == "fused" and layout.nodes == 1)
-    came = 0 if stays else 12 * load_of(model, layout).computed
+    came = 0 if _stay(layout) else 12 * load_of(model, layout).computed
     again = 2 if layout.hops == "two_hop" else 1
     return layout.tokens * 8 * model.router.top_k * again + came
 
@@ -225,8 +342,8 @@ def _indices(model: ModelConfig, layout: Layout) -> int:
     if layout.hops == "fused" and layout.nodes > 1:
         sent = load.node_rows * layout.nodes
         return 8 * (2 * sent + 2 * t + t * k + 3 * load.computed + _passed_on(model, layout))
-    if layout.hops in ("local", "fused"):
-        return 8 * 2 * t * (k + layout.shared)
+    if _stay(layout):
+        return t * (k + layout.shared) * (24 if layout.hops == "local" else 36)
     ranks = layout.expert
     sent = 8 * (2 * load.rows * ranks + t * k)
     nodes = 8 * load.node_rows * (ranks // layout.expert_node) * (2 + (layout.hops == "two_hop"))
@@ -243,28 +360,16 @@ def _kept_by_experts(model: ModelConfig, layout: Layout) -> int:
         row = b * model.d_model
         if layout.dispatch == "fp8":  # codes and scales, in whole 16 bytes
             row = -(-sum(row_bytes("fp8", model.d_model, b)) // 16) * 16
-        # The kernel's inputs: in one node this rank's, which a shared expert beside it keeps as well.
-        beside = model.d_shared > 0 and not layout.shared and layout.remat == "none"
-        inputs = (_passed_on(model, layout) or (0 if beside else layout.tokens)) * b * model.d_model
-        return room * (b * g + (row if layout.keep else 0)) + inputs + _indices(model, layout)
+        passed_on = _passed_on(model, layout) * b * model.d_model
+        return room * (b * g + (row if layout.keep else 0)) + passed_on + _indices(model, layout)
     came = 0 if layout.hops == "local" else load.received * b * model.d_model
     return came + load.computed * b * (g + 1) + _indices(model, layout)
 
 
-def kept_again(model: ModelConfig, layout: Layout, dense: bool) -> int:
-    """What one block holds while its activations are made again."""
-    if layout.remat == "none":
-        return 0
-    whole = kept_by_block(model, dataclasses.replace(layout, remat="none"), dense)
-    return whole - (_kept_by_experts(model, layout) if layout.remat == "selective" and not dense else 0)
-
-
-def backward_of_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
-    """Temporaries of a block's backward where they are most: in a dense feed-forward, or in the experts', beside the gradients
-    that come in: the rows' gradients and tensors as wide as an expert, three of them fp32, or the rows and the gradient of h."""
+def backward_of_experts(model: ModelConfig, layout: Layout) -> int:
+    """Temporaries of the experts' backward, beside the gradients of their outputs: of slots the row's gradient and tensors as
+    wide as an expert, three of them fp32, or that of h and the second weight's gradient; then what h's gradient makes."""
     t, b, d, f = layout.tokens, layout.width, model.d_model, model.d_expert
-    if dense:
-        return b * t * (3 * d + 5 * model.d_dense)
     load = load_of(model, layout)
     g = f * (1 if model.activation == "relu2" else 2)
     r, n, e = load.computed, load.received, model.n_experts // layout.expert
@@ -272,6 +377,11 @@ def backward_of_block(model: ModelConfig, layout: Layout, dense: bool) -> int:
         room = heap_of(model, layout)["rows"][0][0]
         inputs = _passed_on(model, layout)
         e += layout.shared * (2 if layout.shared > 1 else 1)  # several are made of a shared expert's matrices by a copy
-        return b * (room * (g + f) + 2 * (inputs or t) * d + e * d * (g + f))
-    first, second = r * (d + 3 * f + 12 // b * f) + e * d * f, r * (d + g) + e * d * (g + f)
-    return b * (max(first, second) + n * d + t * d)
+        return b * (room * (g + f) + 2 * (inputs or t) * d - t * d + e * d * (g + f))
+    # A result is made in chunks of columns of the rows, added up for each input, and joined where there are several.
+    chunk = min(r * d, model.chunk_mib * 2**20 // b)
+    made = max(chunk + n * d, 2 * n * d if chunk < r * d else 0)
+    first = max(r * (d + 3 * f + 12 // b * f), r * (d + 4 * f + g) + e * d * f)
+    second = r * g + e * d * (g + f) + max(r * d, made)
+    again = r * f + made if layout.remat == "full" else 0  # the experts' output, before their backward
+    return b * (max(first, second, again) + n * d)

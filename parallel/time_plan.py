@@ -19,6 +19,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from moesaic.kernels.tiles import TILES
+from moesaic.moe.attention import QUERIES
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.flops import flops_per_token
 from moesaic.moe.work import Product, block_products, block_traffic, head_product, head_traffic
@@ -32,6 +33,8 @@ EFFICIENCY = {"cpu": 1.0, "gpu": 0.62}
 PRODUCT = {"fp32": 0.9, "tf32": 0.75, "bf16": 0.8, "fp8": 0.7, "fp4": 0.6}
 ATTENTION, MEMORY = 0.55, 0.8
 LAUNCHES = {"forward": 120, "backward": 110}  # operations that a block issues, views left out: counted
+# On a CPU, and more for each head of a sequence and block of its queries, multiplied one by one; and more where rows travel.
+ON_CPU, TRAVELLING = {"forward": (150, 4.0), "backward": (200, 8.5)}, 95
 AFTER_WAIT = 20  # those that the device waits for after the host waited for it, as it does for the sizes of an exchange
 SENDING = (
     0.15  # of a device that copies for a collective while it computes: 20 of 132 processors (arXiv 2505.09343, 4.4)
@@ -90,6 +93,18 @@ def product_seconds(p: Product, hardware: Hardware, precision: str, width: int, 
     return max(2 * waves * hardware.processors * tile.m * tile.n * p.k / rate, moved)
 
 
+def launches(model: ModelConfig, layout: Layout, phase: str, cpu: bool, dense: bool = False) -> float:
+    """Operations that the host issues for a block."""
+    if not cpu:
+        return LAUNCHES[phase]
+    fixed, each = ON_CPU[phase]
+    heads = model.n_heads if model.attention == "mla" else model.kv_heads
+    each *= layout.micro_batch * heads * math.ceil(layout.seq_len / QUERIES)
+    again = launches(model, layout, "forward", cpu, dense) if phase == "backward" and layout.remat != "none" else 0
+    travelling = TRAVELLING if phase == "forward" and layout.hops != "local" and not dense else 0
+    return fixed + each + travelling + again
+
+
 def collective_seconds(c: Collective, hardware: Hardware) -> float:
     """The ranks of a group are `stride` apart: `near` of them share a domain, each with a link of its own to other domains."""
     near = min(c.ranks, max(1, hardware.domain // c.stride))
@@ -98,6 +113,11 @@ def collective_seconds(c: Collective, hardware: Hardware) -> float:
     domains = c.ranks // near
     intra, inter = hardware.hops["intra"], hardware.hops["inter"]
     twice = 2 if c.operation == "all_reduce" else 1
+    own = {"all_reduce": hardware.sums, "all_gather": hardware.gathers, "reduce_scatter": hardware.gathers}.get(
+        c.operation
+    )
+    if own is not None:
+        return twice * own.seconds(c.size * (c.ranks - 1) / c.ranks, math.ceil(math.log2(c.ranks)))
     if c.operation in ("all_to_all", "fused"):
         inside, outside = c.size * (near - 1) / c.ranks, c.size * (c.ranks - near) / c.ranks
     else:
@@ -156,7 +176,8 @@ def time_of(
             for name in work:
                 work[name] /= efficiency
             launch = hardware.launch_us * 1e-6 / efficiency
-            issue, busy = LAUNCHES[phase] * launch, sum(work.values())
+            cpu = hardware.target == "cpu"
+            issue, busy = launches(model, layout, phase, cpu, dense) * launch, sum(work.values())
             if hardware.target == "cpu":
                 work["issuing"] = issue
             elif issue > busy:
@@ -190,9 +211,10 @@ def time_of(
     )
     stages = pipeline.stages
     timing.micro_batch, timing.batches = sum(timing.parts.values()) / stages, layout.micro_batches
-    # The norm, and weights, moments and gradients in and out. Half of a micro-batch hides the sums.
+    # The norm, and weights, moments and gradients in and out. Half of a micro-batch hides the sums, of a CPU nothing.
     optimizer = 32 * held / stages / (hardware.bandwidth * MEMORY) / efficiency
-    exposed = max(0.0, once / stages * sums / 4 - timing.micro_batch / 2)
+    hides = 0.0 if hardware.target == "cpu" else timing.micro_batch / 2
+    exposed = max(0.0, once / stages * sums / 4 - hides)
     timing.once = optimizer + exposed
     timing.parts["step", "optimizer", "memory optimizer"] = optimizer
     timing.parts["step", "optimizer", "exposed sums over copies"] = exposed

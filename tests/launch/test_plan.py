@@ -56,9 +56,9 @@ def test_json_says_that_it_is_simulated(capsys):
     told = json.loads(out)
     assert code == 0 and told["simulated"] is True
     assert told["fits"] is True and told["step_s"] == pytest.approx(sum(told["parts_s"].values()))
-    assert len(told["kept_by_layer"]) == 4 and sum(told["kept_by_layer"]) == pytest.approx(
-        told["memory"]["activations"]
-    )
+    # At the peak, in the last layer's experts, its output is there no more.
+    assert len(told["kept_by_layer"]) == 4
+    assert told["memory"]["activations"] == sum(told["kept_by_layer"]) - 4 * 192 * 4 * 256
     assert told["largest_micro_batch"] >= told["layout"]["micro_batch"] and told["sent_bytes"]["all_to_all"] > 0
 
 
@@ -138,10 +138,10 @@ def advice(gib, *arguments, nodes):
 
 
 def test_advice_needs_no_more_memory_than_there_is():
-    """16 ranks in two nodes; experts on every rank are fastest, and take 44.4 GiB."""
+    """16 ranks in two nodes; experts on every rank are fastest, and take 44.0 GiB."""
     told, made = advice(45, nodes=2)
     assert told[0] == "parallel.expert=1" and made.memory.total > 45 * 2**30
-    told, _ = advice(44, nodes=2)
+    told, _ = advice(43, nodes=2)
     assert told and "parallel.expert=1" not in told
 
 

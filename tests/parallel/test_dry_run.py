@@ -3,6 +3,8 @@ within 5%."""
 
 import dataclasses
 import math
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -25,6 +27,7 @@ MLA = [
 FUSED = ["parallel.expert_path=fused"]
 QUEUE = ["parallel.fused_shared=true", "parallel.max_recv_tokens_factor=2"]
 TWO_HOP = ["parallel.expert_path=two_hop"]
+DENSE = ["recipe=olmoe_7b", "model.d_dense=32768", "train.seq_len=512"]
 # World, ranks of a node, sequences of a micro-batch, overrides.
 CASES = [
     (1024, 8, 2, ["recipe=7b_moe", "model.n_layers=2"]),
@@ -46,6 +49,25 @@ CASES = [
     (32, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "parallel.expert=16", *FUSED, "parallel.max_recv_tokens_factor=2",
                 "parallel.remat=full"]),
     (32, 8, 1, ["recipe=7b_moe", "model.n_layers=2", "precision.dispatch=fp8", "precision.combine=bf16", "parallel.remat=full"]),
+    # Dense layers larger than what a rank has of a MoE one: most in their attention's backward, or at its end.
+    (64, 8, 1, ["recipe=deepseek_v3", "model.n_layers=6", "parallel.remat=full", "parallel.expert=64"]),
+    (64, 8, 1, ["recipe=deepseek_v3", "model.n_layers=4", "parallel.expert=8"]),
+    (32, 8, 1, [*DENSE, "model.n_layers=8", "model.n_dense_layers=6", "parallel.expert=8"]),
+    (32, 8, 1, [*DENSE, "model.n_layers=5", "model.n_dense_layers=1", "parallel.expert=8", "parallel.replicate=4",
+                "parallel.remat=selective"]),
+    # All experts on a rank: most at the sum of their gradients; cut within each, these are copied first.
+    (32, 8, 1, ["recipe=qwen3_235b", "model.n_layers=3", "parallel.expert=1"]),
+    (16, 4, 4, [*DENSE, "model.n_layers=4", "model.n_dense_layers=2", "model.d_dense=8192", "parallel.expert=8",
+                "parallel.remat=full", "parallel.reshard=always"]),
+    # Most in the embedding's gradient, at the root's sum in copies, and on one rank alone.
+    (16, 8, 1, [*DENSE, "model.n_layers=4", "model.n_dense_layers=1", "model.d_dense=2048", "parallel.expert=16",
+                "parallel.remat=full", "model.tie_embeddings=true"]),
+    (8, 8, 1, [*DENSE, "model.n_layers=3", "model.n_dense_layers=3", "model.d_dense=512", "parallel.expert=8",
+               "parallel.replicate=4", "parallel.remat=full"]),
+    (1, 1, 1, [*DENSE, "model.n_layers=4", "model.n_dense_layers=2", "parallel.expert=1", "parallel.remat=full"]),
+    # Narrow experts, made again: the joined output is most.
+    (64, 2, 2, ["recipe=qwen3_235b", "model.n_layers=3", "model.d_expert=128", "model.vocab_size=1024", "parallel.expert=32",
+                *TWO_HOP, "parallel.remat=full"]),
 ]  # fmt: skip
 
 
@@ -63,8 +85,22 @@ def test_plan_and_dry_run_agree(world, node, micro, overrides):
     assert (memory.weights, memory.moments) == (counted.weights, counted.moments)
     assert counted.gradients == memory.weights and counted.heap == memory.heap
     assert memory.kept == pytest.approx(counted.kept, rel=0.02)
-    assert memory.tensors == pytest.approx(counted.peak, rel=0.05)
+    assert memory.tensors == pytest.approx(counted.peak, rel=0.03)
     assert not dist.is_initialized()
+
+
+def test_the_first_dry_run_of_a_process_counts_as_the_next():
+    """torch learns a DTensor's shapes once a process, from a fake tensor of the whole: all experts, which no rank has."""
+    program = """if True:
+        from moesaic.launch import cli
+        from moesaic.parallel.dry_run import dry_run
+        from moesaic.parallel.layout import layout_of
+        config = cli.compose(["recipe=olmoe_7b", "model.n_layers=1", "model.vocab_size=1024", "parallel.expert=64"])
+        layout = layout_of(config.model, config.parallel, 64, 8, 1, 1, 256, "bf16")
+        print(*(dry_run(config.model, layout, config.parallel).peak for _ in range(2)))"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = run.stdout.split()
+    assert first == second
 
 
 def test_the_ledger_sees_what_lives():
@@ -142,6 +178,13 @@ def test_a_layout_that_cannot_be(overrides, line):
     config = cli.compose(["recipe=7b_moe", *overrides])
     with pytest.raises(ValueError, match=line):
         layout_of(config.model, config.parallel, 64, 8, 1, 1, 4096, "bf16")
+
+
+def test_a_dry_run_needs_slots_that_divide():
+    config = cli.compose(["recipe=7b_moe"])
+    layout = layout_of(config.model, config.parallel, 128, 8, 1, 1, 1000, "bf16")
+    with pytest.raises(ValueError, match=r"train.seq_len=1000: .* 8000, to be a multiple of parallel.expert=128"):
+        dry_run(config.model, layout, config.parallel)
 
 
 def test_a_dry_run_needs_bf16():

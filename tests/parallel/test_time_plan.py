@@ -4,12 +4,17 @@ import dataclasses
 import math
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from moesaic.kernels.products import by_onednn
 from moesaic.launch import cli
+from moesaic.moe.model import Transformer, initialize
 from moesaic.moe.work import Product
 from moesaic.parallel import hardware
+from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.hardware import Link
-from moesaic.parallel.layout import Collective, layout_of
+from moesaic.parallel.layout import Collective, collectives, layout_of
 from moesaic.parallel.memory_plan import memory_of
 from moesaic.parallel.plan_search import divisors, largest_batch, reasons, search, with_batch
 from moesaic.parallel.time_plan import (
@@ -18,6 +23,7 @@ from moesaic.parallel.time_plan import (
     SENDING,
     Pipeline,
     collective_seconds,
+    launches,
     product_seconds,
     seconds_by_kind,
     time_of,
@@ -33,6 +39,55 @@ def layout(*overrides, world=64, micro=2, batches=4):
 
 def collective(operation, ranks, stride, size):
     return Collective(0, "forward", "", operation, ranks, stride, size)
+
+
+def test_collectives_of_fsdp_and_sums_have_links_of_their_own():
+    """4 ranks, 4 MB: 3 of 4 go over 1 GB/s after two calls of 500 us, twice for a sum, over 2 GB/s after 30 us each."""
+    cpu = dataclasses.replace(hardware.load("cpu"), gathers=Link(1, 500), sums=Link(2, 30))
+    took = {name: collective_seconds(collective(name, 4, 1, 4e6), cpu)
+            for name in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")}  # fmt: skip
+    assert took["all_gather"] == took["reduce_scatter"] == pytest.approx(2 * 500e-6 + 3e6 / 1e9)
+    assert took["all_reduce"] == pytest.approx(2 * (2 * 30e-6 + 3e6 / 2e9))
+    assert took["all_to_all"] == collective_seconds(collective("all_to_all", 4, 1, 4e6), hardware.load("cpu"))
+
+
+def test_nothing_hides_sums_over_copies_on_a_cpu():
+    config = cli.compose(["recipe=tiny_moe", "parallel.expert=1", "parallel.replicate=2"])
+    cpu = dataclasses.replace(hardware.load("cpu"), sums=Link(1, 0))
+    copies = layout_of(config.model, config.parallel, 2, 2, 4, 1, 256, "fp32")
+    sent = sum(c.sent for c in collectives(config.model, copies) if c.operation == "all_reduce")
+    parts = time_of(config.model, copies, cpu, "fp32").parts
+    assert parts["step", "optimizer", "exposed sums over copies"] == pytest.approx(sent / 1e9) and sent > 0
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that are no views."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += not function.is_view and function.__name__ not in ("_unsafe_view.default", "detach.default")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not by_onednn(), reason="elsewhere the heads of all sequences are one product")
+@pytest.mark.parametrize(("sequences", "length"), [(1, 256), (4, 256), (4, 64)])
+def test_operations_of_a_block_on_a_cpu(sequences, length):
+    """Counted of the real model: two layers more."""
+    counted = {"forward": 0, "backward": 0}
+    for layers, sign in ((3, 1), (1, -1)):
+        config = cli.compose(["recipe=tiny_moe", f"model.n_layers={layers}"])
+        model, tokens = Transformer(config.model), torch.zeros(sequences, length, dtype=torch.int64)
+        initialize(model, "", config.model, 0, torch.device("cpu"))
+        with Operations() as forward:
+            out = model(tokens, tokens)
+        with Operations() as backward:
+            (out.loss + out.aux).backward()
+        counted["forward"] += sign * forward.n / 2
+        counted["backward"] += sign * backward.n / 2
+    local = layout_of(config.model, ParallelConfig(expert_path="local"), 1, 1, sequences, 1, length, "fp32")
+    planned = {phase: launches(config.model, local, phase, cpu=True) for phase in counted}
+    assert planned == pytest.approx(counted, rel=0.1)
 
 
 def test_volume_of_deepseek_v3():
