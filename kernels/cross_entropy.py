@@ -22,7 +22,7 @@ from moesaic.kernels.products import mm, mtm
 
 CHUNK_BYTES_CPU = (
     16 * 2**20
-)  # of logits: they stay in the last cache, and their memory is used again instead of mapped again
+)  # of logits: they stay in the last cache, and malloc uses their memory again instead of mapping it anew
 CHUNK_BYTES = 512 * 2**20  # elsewhere: products of over a thousand rows, also with a large vocabulary
 LEAST_ROWS = 256  # fewer reread a large weight too often: at V 32768, 128 take 9% longer
 

@@ -326,12 +326,11 @@ def with_shared(routing: Routing, n: int, ranks: int, rank: int) -> Routing:
     own_Tn = torch.arange(rank * each, rank * each + n, device=expert_S.device).expand(tokens, n)
     token_Tn = torch.arange(tokens, device=expert_S.device)[:, None].expand(tokens, n)
     k, weights_Tn = routing.per_token, routing.weights_S.new_ones(tokens, n)
+    pairs = ((routing.token_S, token_Tn), (expert_S, own_Tn), (routing.weights_S, weights_Tn))
     if k:
-        pairs = ((routing.token_S, token_Tn), (expert_S, own_Tn), (routing.weights_S, weights_Tn))
         slots = [torch.cat([routed.view(tokens, k), own], dim=1).flatten() for routed, own in pairs]
         k += n
     else:
-        pairs = ((routing.token_S, token_Tn), (expert_S, own_Tn), (routing.weights_S, weights_Tn))
         slots = [torch.cat([routed, own.flatten()]) for routed, own in pairs]
     token_S, expert_S, weights_S = slots
     return dataclasses.replace(
