@@ -18,6 +18,7 @@ integers, and multiplies and adds those. Here, every conversion and every produc
 What the interpreter cannot show: what happens at the same time. It runs the programs of a grid one after another.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -202,6 +203,43 @@ def _quietly(original: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _make_fast() -> None:
+    """Without work whose result nobody sees: of every integer sum, difference and product Triton computes whether it overflows,
+    for an assertion that only `debug` makes; with every value, it makes anew numpy's table of types, and its shape."""
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    types, pointer = {}, np.dtype(np.uint64)
+    find = interpreter._get_np_dtype
+
+    def numpy_type(kind: tl.dtype) -> Any:
+        scalar = kind.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return pointer
+        if scalar.name not in types:
+            types[scalar.name] = find(scalar)
+        return types[scalar.name]
+
+    interpreter._get_np_dtype = numpy_type
+    shapes: dict[Any, tuple[Any, tl.constexpr]] = {}  # of sizes
+
+    def tensor(self: tl.tensor, handle: TensorHandle, kind: tl.dtype) -> None:
+        sizes = tuple(kind.shape.values) if kind.is_block() else ()
+        if sizes not in shapes:
+            shapes[sizes] = (tl.tuple([tl.constexpr(n) for n in sizes]), tl.constexpr(math.prod(sizes)))
+        self.shape, self.numel = shapes[sizes]
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+
+    tl.tensor.__init__ = tensor
+    blocks: dict[tuple[Any, str], tl.block_type] = {}
+
+    def with_element_ty(self: tl.block_type, scalar: tl.dtype) -> tl.block_type:
+        key = (tuple(self.shape.values), scalar.name)
+        if key not in blocks:
+            blocks[key] = tl.block_type(scalar, self.shape)
+        return blocks[key]
+
+    tl.block_type.with_element_ty = with_element_ty
+
+
 def _make_exact() -> None:
     for name in "si_to_fp ui_to_fp fp_to_si fp_to_ui fp_ext fp_trunc fp_to_fp".split():
         setattr(InterpreterBuilder, f"create_{name}", _cast)
@@ -218,6 +256,7 @@ def _make_exact() -> None:
 if INTERPRET:
     _interpret_library()
     _make_exact()
+    _make_fast()
 
 
 def _rest() -> None:
