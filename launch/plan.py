@@ -97,7 +97,8 @@ def make_plan(config: Config, chosen: PlanOptions) -> Plan:
     machine.rate(precision)
     layout = layout_of(config.model, config.parallel, world, machine.node, micro, 1, train.seq_len, compute)
     layout = dataclasses.replace(with_batch(layout, micro, train.global_batch), imbalance=chosen.imbalance,
-                                 dispatch=low.dispatch, combine=low.combine, target=machine.target)  # fmt: skip
+                                 dispatch=low.dispatch, combine=low.combine, target=machine.target,
+                                 low=low.quantized and "experts" in low.layers)  # fmt: skip
     efficiency = chosen.efficiency or EFFICIENCY["cpu" if machine.target == "cpu" else "gpu"]
     timing = time_of(config.model, layout, machine, precision, efficiency=efficiency)
     return Plan(config, machine, layout, precision, efficiency, memory_of(config.model, layout), timing)
@@ -260,7 +261,7 @@ def describe_dry_run(plan: Plan) -> list[str]:
     """The real model without memory, beside the formulas."""
     from moesaic.parallel.dry_run import dry_run  # torch's distributed parts take seconds to import
 
-    layout = dataclasses.replace(plan.layout, micro_batches=1)
+    layout = dataclasses.replace(plan.layout, micro_batches=1, low=False)  # its products are bf16
     counted, planned = dry_run(plan.config.model, layout, plan.config.parallel), memory_of(plan.config.model, layout)
     want = Counter((c.phase, c.operation, c.ranks, c.size) for c in collectives(plan.config.model, layout)
                    if c.operation != "fused")  # fmt: skip

@@ -39,6 +39,7 @@ class Layout:
     keep, once, limit, target   of the fused path: parallel.fused_keep, fused_once, max_recv_tokens_factor; the key of
                   moesaic.kernels.tiles.TILES, whose tiles decide how much room its heap has
     shared        experts that the shared one is in the fused kernels, 0 where it is beside them (parallel.fused_shared)
+    low           whether the fused kernels' products are of fp8, which have other tiles
     """
 
     world: int
@@ -61,6 +62,7 @@ class Layout:
     limit: float | None = None
     target: str = "sm_90a"
     shared: int = 0
+    low: bool = False
 
     @property
     def tokens(self) -> int:

@@ -253,7 +253,7 @@ def heap_of(model: ModelConfig, layout: Layout) -> Regions:
         expert_path="fused", fused_keep=layout.keep, max_recv_tokens_factor=layout.limit, fused_shared=layout.shared > 0
     )
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[layout.compute]
-    return heap_regions(model, knobs, layout.expert, layout.tokens, compute, layout.target, nodes=layout.nodes)
+    return heap_regions(model, knobs, layout.expert, layout.tokens, compute, layout.target, layout.low, layout.nodes)
 
 
 def _passed_on(model: ModelConfig, layout: Layout) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.launch import cli, options, plan
+from moesaic.parallel.memory_plan import heap_of
 
 
 def run(capsys, *arguments):
@@ -127,6 +128,20 @@ def test_a_shared_expert_in_the_kernels_stays_in_a_node(capsys):
     assert code == 2 and err.startswith(
         "error: parallel.fused_shared=true: must be false where an expert group is in 2 nodes"
     )
+
+
+def test_heap_of_fp8_products_has_their_tiles():
+    """An expert's rows end in whole tiles of 64, not 128."""
+    knobs = ["parallel.expert_path=fused", "parallel.max_recv_tokens_factor=1.5", "parallel.expert=8", "precision=fp8_block"]
+    rows = {}
+    for layers in ("[attention]", "[attention,experts]"):
+        made = plan.make_plan(
+            cli.compose(["recipe=7b_moe", *knobs, "precision.dispatch=fp8", f"precision.layers={layers}"]),
+            options.parse(plan.PlanOptions, ["nodes=1"]),
+        )
+        rows[layers] = heap_of(made.config.model, made.layout)["rows"][0][0]
+    own = rows["[attention]"] - rows["[attention,experts]"]
+    assert own == 64 * made.config.model.n_experts // 8
 
 
 def advice(gib, *arguments, nodes):
