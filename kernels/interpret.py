@@ -229,15 +229,17 @@ def _make_fast() -> None:
         self.handle, self.type, self.dtype = handle, kind, kind.scalar
 
     tl.tensor.__init__ = tensor
-    blocks: dict[tuple[Any, str], tl.block_type] = {}
+    blocks: dict[Any, dict[str, Any]] = {}
+    make = tl.block_type.__init__
 
-    def with_element_ty(self: tl.block_type, scalar: tl.dtype) -> tl.block_type:
-        key = (tuple(self.shape.values), scalar.name)
+    def block(self: tl.block_type, scalar: tl.dtype, shape: Any) -> None:
+        key = (scalar.name, *(getattr(n, "value", n) for n in shape))
         if key not in blocks:
-            blocks[key] = tl.block_type(scalar, self.shape)
-        return blocks[key]
+            make(self, scalar, shape)
+            blocks[key] = vars(self)
+        self.__dict__ = blocks[key]
 
-    tl.block_type.with_element_ty = with_element_ty
+    tl.block_type.__init__ = block
 
 
 def _make_exact() -> None:
