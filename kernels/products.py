@@ -46,6 +46,8 @@ def _taken(a: Tensor, b: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
+    if not (b.is_contiguous() or b.mT.is_contiguous()):
+        b = b.mT.contiguous().mT  # a slice of columns: oneDNN would take its reference, a thousand times slower
     out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
     return out
 

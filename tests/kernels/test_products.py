@@ -52,6 +52,17 @@ def test_mm(m: int, k: int, n: int, turned: int) -> None:
     close(out, want)
 
 
+@pytest.mark.parametrize("turned", range(4))
+def test_slices_of_columns(library: bool, turned: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """By fast code too: oneDNN has none for a second operand whose columns or rows are not side by side, and says so."""
+    a, b = (drawn(40, 90, turned=bool(turned & bit))[:, 8:72] for bit in (1, 2))
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        got = products.mm(a, b.T)
+    close(got, a.double() @ b.double().T)
+    told = [line for line in capfd.readouterr().out.splitlines() if "exec" in line and "inner_product" in line]
+    assert bool(told) == library and not any(",ref" in line for line in told), told
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_are_torchs(dtype: torch.dtype) -> None:
     a, b = torch.randn(20, 30).to(dtype), torch.randn(30, 40).to(dtype)
