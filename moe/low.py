@@ -177,13 +177,14 @@ def kept(
 
 def pack_bits(flags: Tensor) -> Tensor:
     """Eight a byte."""
-    flags = F.pad(flags.flatten(), (0, -flags.numel() % 8)).view(-1, 8).to(torch.uint8)
-    return (flags << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(dim=1, dtype=torch.uint8)
+    eights = F.pad(flags.flatten(), (0, -flags.numel() % 8)).view(torch.int64)
+    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # bit 8i of eight bytes becomes bit 56 + i
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    flags = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return flags.flatten()[: torch.Size(shape).numel()].view(shape).bool()
+    byte, bit = (torch.arange(n, dtype=torch.uint8, device=packed.device) for n in (256, 8))
+    flags = (byte[:, None] >> bit & 1).view(torch.int64)[:, 0].index_select(0, packed.int()).view(torch.bool)
+    return flags[: torch.Size(shape).numel()].view(shape)
 
 
 # ---------------------------------------------------------------- linear
