@@ -35,7 +35,6 @@ columns) of a block as fp32, e8m0 or e4m3, not transposed, as `tl.dot_scaled` wa
 Letters: N rows, K columns, along which a product adds up; n x k blocks.
 """
 
-import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -81,6 +80,7 @@ BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.i
 CLIPS = ("floor", "even", "quest")  # rules under which a value may exceed the largest
 E4M3_HEADROOM = 17 / 16  # an e4m3 scale rounds down by 1/17 at most
 EDEN_SCALE = 0.93  # of Quartet II: clipping a little costs less than coarser codes
+TOGETHER = 2**22  # values of matrices with factors that are cast at once; more take memory, one at a time takes as long
 GAUSSIAN_CLIP = 2.92247856  # of E2M1, in standard deviations
 
 
@@ -161,7 +161,6 @@ def _fraction(bits: Tensor) -> Tensor:
     return bits.bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
 
 
-@functools.lru_cache(8)  # the operands of a step's products share them
 def random_signs(key: int, count: int, device: torch.device) -> Tensor:
     """fp32 (count,), +1 or -1."""
     return torch.where(random_bits(key, torch.zeros(1, dtype=torch.int64, device=device), count)[0] < 0, -1.0, 1.0)
@@ -264,7 +263,8 @@ def quantize_each(x_ENK: Tensor, form: Format, key: int = 0, rows_EN: Tensor | N
     """Each of E matrices by itself, with a factor of its own: codes (E, N, K), scales (E, ...), factor (E,)."""
     e, n, _ = x_ENK.shape
     rows_EN = torch.arange(e * n, device=x_ENK.device).view(e, n) if rows_EN is None else rows_EN
-    if n % form.block[0] == 0 and e:  # no block has rows of two
+    together = form.scale != "e4m3" or x_ENK.numel() <= TOGETHER
+    if n % form.block[0] == 0 and e and together:  # no block has rows of two
         q = _quantize(x_ENK.flatten(0, 1), form, key, rows_EN.flatten(), None, run, parts=e)
         trusted = None if q.trusted_NK is None else q.trusted_NK.view(x_ENK.shape)
         return Quantized(form, q.codes_NK.view(x_ENK.shape), q.scales.unflatten(0, (e, -1)), q.factor, trusted)

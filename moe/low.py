@@ -97,8 +97,11 @@ class Weight:
         p = self.precision.products[product]
         if p.signs == "none":
             return None
-        step = self.precision.step if p.signs == "step" else -1
-        return random_signs(key_of(self.precision.seed, "signs", product, step), p.rotation, device)
+        step, drawn = self.precision.step if p.signs == "step" else -1, self.precision.signs
+        if (product, step, device) not in drawn:
+            key = key_of(self.precision.seed, "signs", product, step)
+            drawn[product, step, device] = random_signs(key, p.rotation, device)
+        return drawn[product, step, device]
 
     def reads_fprop(self, product: str, side: str) -> bool:
         return self.precision.products[product].sides[side].source == "fprop"
