@@ -340,12 +340,12 @@ def _two_levels(
     largest_scale = 256.0 if eden or form.rule == "four_six" else 448.0
     room = {"even": 1.0, "stochastic": E4M3_HEADROOM, "eden": E4M3_HEADROOM * EDEN_SCALE}[form.rounding]
     factor = torch.where(amax.isfinite(), _not_zero(amax * room / (kind.largest * largest_scale)), torch.nan)
-    x_NK, block = (
-        torch.div(
-            t.unflatten(0, (len(amax), -1)), factor[:, None, None], out=out.unflatten(0, (len(amax), -1))
-        ).flatten(0, 1)
-        for t, out in ((x_NK, scratch_NK), (block, block))
-    )
+
+    def divided(x: Tensor, out: Tensor) -> Tensor:  # by the factor of its part
+        x, out = (t.unflatten(0, (len(amax), -1)) for t in (x, out))
+        return torch.div(x, factor[:, None, None], out=out).flatten(0, 1)
+
+    x_NK, block = divided(x_NK, scratch_NK), divided(block, block)
     scales = cast(block * (room / kind.largest), "e4m3")
     if form.rule == "four_six":
         codes_NK, scales = _four_six(x_NK, form, scales, cast(block / 4, "e4m3"))
