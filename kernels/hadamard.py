@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.kernels.products import mm
+
 SIZES = (16, 32, 64, 128)
 
 
@@ -38,11 +40,13 @@ def rotation(size: int, signs_n: Tensor | None, device: torch.device) -> Tensor:
 
 
 def rotate(x_NK: Tensor, size: int, signs_n: Tensor | None = None) -> Tensor:
-    """The rotated x, fp32, its columns first padded with zeros to a multiple of n: the padding takes part in the product."""
-    x_NK = F.pad(x_NK, (0, -x_NK.shape[-1] % size))
-    return (x_NK.reshape(-1, size) @ rotation(size, signs_n, x_NK.device)).view_as(x_NK)
+    """The rotated x, fp32, its columns first padded with zeros to a multiple of n: the padding takes part in the product. No
+    gradient."""
+    if x_NK.shape[-1] % size:
+        x_NK = F.pad(x_NK, (0, -x_NK.shape[-1] % size))
+    return mm(x_NK.reshape(-1, size), rotation(size, signs_n, x_NK.device)).view(x_NK.shape)
 
 
 def rotate_back(y_NK: Tensor, size: int, signs_n: Tensor | None, columns: int) -> Tensor:
     """The x of which `rotate` made y, or the gradient of x from that of y; without the padding."""
-    return (y_NK.reshape(-1, size) @ rotation(size, signs_n, y_NK.device).T).view_as(y_NK)[..., :columns]
+    return mm(y_NK.reshape(-1, size), rotation(size, signs_n, y_NK.device).T).view(y_NK.shape)[..., :columns]

@@ -38,7 +38,7 @@ Letters: N rows, K columns, along which a product adds up; n x k blocks.
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,7 @@ BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.i
 CLIPS = ("floor", "even", "quest")  # rules under which a value may exceed the largest
 E4M3_HEADROOM = 17 / 16  # an e4m3 scale rounds down by 1/17 at most
 EDEN_SCALE = 0.93  # of Quartet II: clipping a little costs less than coarser codes
+TOGETHER = 2**22  # values of matrices with factors that are cast at once; more take memory, one at a time takes as long
 GAUSSIAN_CLIP = 2.92247856  # of E2M1, in standard deviations
 
 
@@ -156,7 +157,8 @@ def uniform(key: int, rows_N: Tensor, columns_K: Tensor | int) -> Tensor:
 
 
 def _fraction(bits: Tensor) -> Tensor:
-    return (bits >> 8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
+    bits >>= 8
+    return bits.bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
 
 
 def random_signs(key: int, count: int, device: torch.device) -> Tensor:
@@ -209,6 +211,9 @@ def per_block(
 ) -> Tensor:  # fmt: skip
     """operation(x, the scale of its block) of each value of x, (N, K) or (E, N, K)."""
     (n, k), (rows, columns) = block, x.shape[-2:]
+    if n == 1 and columns % k == 0:
+        blocks = None if out is None else out.unflatten(-1, (-1, k))
+        return operation(x.unflatten(-1, (-1, k)), scales.unsqueeze(-1), out=blocks).flatten(-2)
     scales = scales.repeat_interleave(k, -1)[..., :columns]
     if n > 1 and rows % n == 0:
         blocks = None if out is None else out.unflatten(-2, (-1, n))
@@ -224,36 +229,23 @@ def blocks_of(x_NK: Tensor, block: tuple[int, int]) -> Tensor:
     return x_NK.reshape(-(-rows // n), n, -(-columns // k), k)
 
 
-def block_amax(x_NK: Tensor, block: tuple[int, int]) -> Tensor:
+def block_amax(magnitudes_NK: Tensor, block: tuple[int, int]) -> Tensor:
     """The largest magnitude of each block; NaN where one is in it."""
     # Bits of magnitudes are ordered as these are, NaN above all; torch's loop over 16 values of fp32 is slow.
-    bits = x_NK.abs().view(torch.int32) if block[1] == 16 else x_NK.abs()
-    return _amax(blocks_of(bits, block)).view(torch.float32)
-
-
-def _amax(blocks: Tensor) -> Tensor:
-    return (blocks[:, 0] if blocks.shape[1] == 1 else blocks.amax(dim=1)).amax(dim=2)
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent within the range of e8m0, whole exponents as int32; exact, also where fp32 is subnormal."""
-    exponent = exponent.clamp(-127, 127)
-    half = exponent >> 1
-    return ((half + 127) << 23).view(torch.float32) * ((exponent - half + 127) << 23).view(torch.float32)
+    x = blocks_of(magnitudes_NK.view(torch.int32) if block[1] == 16 else magnitudes_NK, block)
+    return (x[:, 0] if block[0] == 1 else x.amax(dim=1)).amax(dim=2).view(torch.float32)
 
 
 def power_scales(amax: Tensor, rule: str, kind: Element) -> Tensor:
-    """A power of two for each block, by one of the rules of scale `pow2` (but quest)."""
+    """A power of two for each block, by one of the rules of scale `pow2` (but quest): at least 2^-127."""
     if rule == "rceil":
-        amax = amax / kind.largest
-    if rule == "even":
-        drop = 23 - (kind.mantissa if kind.mantissa is not None else kind.bits - 2)
-        bits = amax.view(torch.int32)  # half up, as in torchao: ties of amax are rare
-        amax = (bits + (1 << (drop - 1)) & -(1 << drop)).view(torch.float32)
-    mantissa, exponent = torch.frexp(amax)  # mantissa in [1/2, 1)
-    up = (mantissa > 0.5).int() if rule in ("ceil", "rceil") else 0
-    exponent = exponent - 1 + up - (0 if rule == "rceil" else kind.exponent)
-    return power_of_two(exponent.masked_fill(amax == 0, -127))
+        amax = F.threshold(amax / kind.largest, 2.0**-127, 0.0)
+    bits, exponent = amax.view(torch.int32), 0 if rule == "rceil" else kind.exponent
+    if rule in ("ceil", "rceil"):
+        bits = bits + 0x7FFFFF
+    if rule == "even":  # half up, as in torchao: ties of amax are rare
+        bits = bits + (1 << 22 - (kind.mantissa if kind.mantissa is not None else kind.bits - 2))
+    return ((bits & 0x7F800000) - (exponent << 23)).clamp_(min=0x400000).view(torch.float32)
 
 
 def quantize(
@@ -263,37 +255,49 @@ def quantize(
     """`x_NK`, of any floating type, in the format. Chance is drawn by `key` and the global numbers of rows and columns (default:
     from 0). run: columns rotated together, for eden. amax: scalar, the largest magnitude that the factor is to be made for
     (default: that of x)."""
-    x_NK, kind = x_NK.float(), ELEMENTS[form.element]
-    rows_N = torch.arange(x_NK.shape[0], device=x_NK.device) if rows_N is None else rows_N
-    columns_K = torch.arange(x_NK.shape[1], device=x_NK.device) if columns_K is None else columns_K
-    if form.rule == "quest":
-        return _quest(x_NK, form)
-    block = block_amax(x_NK, form.block)
-    if form.scale == "e4m3":
-        return _two_levels(x_NK, form, block, key, rows_N, columns_K, run, amax)
-    scales = _not_zero(block / kind.largest) if form.scale == "fp32" else power_scales(block, form.rule, kind)
-    scales = torch.where(block.isfinite(), scales, torch.nan)
-    scaled = per_block(torch.div, x_NK, scales, form.block)
-    if form.rule == "shrink":
-        scaled *= 0.75
-    random = uniform(key, rows_N, columns_K) if form.rounding == "stochastic" else None
-    factor = torch.full((), 4 / 3 if form.rule == "shrink" else 1.0, device=x_NK.device)
-    return Quantized(form, _cast_(scaled, kind, random), scales, factor)
+    q = _quantize(x_NK, form, key, rows_N, columns_K, run, None if amax is None else amax.view(1))
+    return replace(q, factor=q.factor[0])
 
 
 def quantize_each(x_ENK: Tensor, form: Format, key: int = 0, rows_EN: Tensor | None = None, run: int = 0) -> Quantized:
     """Each of E matrices by itself, with a factor of its own: codes (E, N, K), scales (E, ...), factor (E,)."""
     e, n, _ = x_ENK.shape
     rows_EN = torch.arange(e * n, device=x_ENK.device).view(e, n) if rows_EN is None else rows_EN
-    if form.scale != "e4m3" and n % form.block[0] == 0 and e:  # no block has rows of two, and nothing else joins them
-        q = quantize(x_ENK.flatten(0, 1), form, key, rows_EN.flatten(), run=run)
-        codes, scales = q.codes_NK.view(x_ENK.shape), q.scales.unflatten(0, (e, -1))
+    together = form.scale != "e4m3" or x_ENK.numel() <= TOGETHER
+    if n % form.block[0] == 0 and e and together:  # no block has rows of two
+        q = _quantize(x_ENK.flatten(0, 1), form, key, rows_EN.flatten(), None, run, parts=e)
         trusted = None if q.trusted_NK is None else q.trusted_NK.view(x_ENK.shape)
-        return Quantized(form, codes, scales, q.factor.expand(e), trusted)
+        return Quantized(form, q.codes_NK.view(x_ENK.shape), q.scales.unflatten(0, (e, -1)), q.factor, trusted)
     parts = [quantize(x, form, key, rows, run=run) for x, rows in zip(x_ENK, rows_EN, strict=True)]
     codes, scales, factor = (torch.stack([getattr(q, f) for q in parts]) for f in ("codes_NK", "scales", "factor"))
     told = [q.trusted_NK for q in parts if q.trusted_NK is not None]
     return Quantized(form, codes, scales, factor, torch.stack(told) if told else None)
+
+
+def _quantize(
+    x_NK: Tensor, form: Format, key: int, rows_N: Tensor | None, columns_K: Tensor | None, run: int, amax: Tensor | None = None,
+    parts: int = 1,
+) -> Quantized:  # fmt: skip
+    """Of `parts` matrices below each other: factor (parts,)."""
+    x_NK, kind = x_NK.float(), ELEMENTS[form.element]
+    rows_N = torch.arange(x_NK.shape[0], device=x_NK.device) if rows_N is None else rows_N
+    columns_K = torch.arange(x_NK.shape[1], device=x_NK.device) if columns_K is None else columns_K
+    if form.rule == "quest":
+        return _quest(x_NK, form, parts)
+    scratch_NK = x_NK.abs()
+    block = block_amax(scratch_NK, form.block)
+    if form.scale == "e4m3":
+        if amax is None:
+            amax = block.view(parts, -1).amax(dim=1) if block.numel() else block.new_zeros(parts)
+        return _two_levels(x_NK, form, block, key, rows_N, columns_K, run, amax, scratch_NK)
+    scales = _not_zero(block / kind.largest) if form.scale == "fp32" else power_scales(block, form.rule, kind)
+    scales = torch.where(block < torch.inf, scales, torch.nan)
+    scaled = per_block(torch.div, x_NK, scales, form.block, out=scratch_NK)
+    if form.rule == "shrink":
+        scaled *= 0.75
+    random = uniform(key, rows_N, columns_K) if form.rounding == "stochastic" else None
+    factor = torch.full((parts,), 4 / 3 if form.rule == "shrink" else 1.0, device=x_NK.device)
+    return Quantized(form, _cast_(scaled, kind, random), scales, factor)
 
 
 def _not_zero(x: Tensor) -> Tensor:
@@ -301,7 +305,7 @@ def _not_zero(x: Tensor) -> Tensor:
     return torch.where(x == 0, 1.0, x)
 
 
-def _quest(x_NK: Tensor, form: Format) -> Quantized:
+def _quest(x_NK: Tensor, form: Format, parts: int) -> Quantized:
     # The padding of the last block is no value: its mean square is over those that are there.
     (n, k), (rows, columns), kind = form.block, x_NK.shape, ELEMENTS[form.element]
     x = blocks_of(x_NK, (n, k))
@@ -312,11 +316,11 @@ def _quest(x_NK: Tensor, form: Format) -> Quantized:
     count = there[0][:, None] * there[1]
     mean, square = x.sum(dim=(1, 3)) / count, x.square().sum(dim=(1, 3)) / count
     std = (square - mean.square()).clamp(min=0).sqrt()
-    _, exponent = torch.frexp(GAUSSIAN_CLIP / kind.largest * std + 1e-8)
-    scales = torch.where(std.isfinite(), power_of_two(exponent - 1), torch.nan)
+    bits = (GAUSSIAN_CLIP / kind.largest * std + 1e-8).view(torch.int32)
+    scales = torch.where(std < torch.inf, (bits & 0x7F800000).view(torch.float32), torch.nan)
     scaled = per_block(torch.div, x_NK, scales, form.block)
     trusted = scaled.abs() < kind.largest
-    return Quantized(form, _cast_(scaled, kind, None), scales, torch.ones((), device=x_NK.device), trusted)
+    return Quantized(form, _cast_(scaled, kind, None), scales, torch.ones(parts, device=x_NK.device), trusted)
 
 
 def _two_levels(
@@ -327,19 +331,24 @@ def _two_levels(
     rows_N: Tensor,
     columns_K: Tensor,
     run: int,
-    amax: Tensor | None,
+    amax: Tensor,
+    scratch_NK: Tensor,
 ) -> Quantized:
-    """e4m3 scales over the tensor's factor (NVFP4)."""
+    """e4m3 scales over the tensor's factor (NVFP4), of the parts of which `amax` is."""
     kind, eden = ELEMENTS[form.element], form.rounding == "eden"
     # Room to multiply a scale by 6 / 4, or by eden's correction, within e4m3.
     largest_scale = 256.0 if eden or form.rule == "four_six" else 448.0
     room = {"even": 1.0, "stochastic": E4M3_HEADROOM, "eden": E4M3_HEADROOM * EDEN_SCALE}[form.rounding]
-    amax = block.amax() if amax is None and block.numel() else amax if amax is not None else block.new_zeros(())
     factor = torch.where(amax.isfinite(), _not_zero(amax * room / (kind.largest * largest_scale)), torch.nan)
-    x_NK = x_NK / factor
-    scales = cast(block / factor * (room / kind.largest), "e4m3")
+
+    def divided(x: Tensor, out: Tensor) -> Tensor:  # by the factor of its part
+        x, out = (t.unflatten(0, (len(amax), -1)) for t in (x, out))
+        return torch.div(x, factor[:, None, None], out=out).flatten(0, 1)
+
+    x_NK, block = divided(x_NK, scratch_NK), divided(block, block)
+    scales = cast(block * (room / kind.largest), "e4m3")
     if form.rule == "four_six":
-        codes_NK, scales = _four_six(x_NK, form, scales, cast(block / factor / 4, "e4m3"))
+        codes_NK, scales = _four_six(x_NK, form, scales, cast(block / 4, "e4m3"))
         return Quantized(form, codes_NK, scales, factor)
     scaled = per_block(torch.div, x_NK, _not_zero(scales), form.block, out=None if eden else x_NK)
     if not eden:

@@ -97,8 +97,11 @@ class Weight:
         p = self.precision.products[product]
         if p.signs == "none":
             return None
-        step = self.precision.step if p.signs == "step" else -1
-        return random_signs(key_of(self.precision.seed, "signs", product, step), p.rotation, device)
+        step, drawn = self.precision.step if p.signs == "step" else -1, self.precision.signs
+        if (product, step, device) not in drawn:
+            key = key_of(self.precision.seed, "signs", product, step)
+            drawn[product, step, device] = random_signs(key, p.rotation, device)
+        return drawn[product, step, device]
 
     def reads_fprop(self, product: str, side: str) -> bool:
         return self.precision.products[product].sides[side].source == "fprop"
@@ -177,13 +180,14 @@ def kept(
 
 def pack_bits(flags: Tensor) -> Tensor:
     """Eight a byte."""
-    flags = F.pad(flags.flatten(), (0, -flags.numel() % 8)).view(-1, 8).to(torch.uint8)
-    return (flags << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(dim=1, dtype=torch.uint8)
+    eights = F.pad(flags.flatten(), (0, -flags.numel() % 8)).view(torch.int64)
+    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # bit 8i of eight bytes becomes bit 56 + i
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    flags = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return flags.flatten()[: torch.Size(shape).numel()].view(shape).bool()
+    byte, bit = (torch.arange(n, dtype=torch.uint8, device=packed.device) for n in (256, 8))
+    flags = (byte[:, None] >> bit & 1).view(torch.int64)[:, 0].index_select(0, packed.int()).view(torch.bool)
+    return flags[: torch.Size(shape).numel()].view(shape)
 
 
 # ---------------------------------------------------------------- linear

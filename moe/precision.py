@@ -330,6 +330,7 @@ class Precision:
         # The last two casts of inputs, for others that read them: a shared expert has two before the routed ones cast, MLA's
         # queries two before its latent. See moesaic.moe.low.
         self.casts: list[Any] = []
+        self.signs: dict[Any, Tensor] = {}  # those of this step's rotations; all layers share them
         self.weights: dict[
             str, Any
         ] = {}  # moesaic.moe.low.Weight of each parameter that is cast, by its name in the model
@@ -358,7 +359,7 @@ class Precision:
 
     def begin(self, step: int, steps: int) -> None:
         """Step `step` of `steps`, from 0, begins."""
-        self.step, self.casts = step, []
+        self.step, self.casts, self.signs = step, [], {}
         tail = step >= round((1 - self.config.high_tail) * steps)
         self.high = tail or not self.config.quantized
         if tail != self.tail:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.kernels import quantize as quantize_module
 from moesaic.kernels.hadamard import SIZES, hadamard, rotate, rotate_back
 from moesaic.kernels.quantize import (
     BLOCKS,
@@ -23,6 +24,7 @@ from moesaic.kernels.quantize import (
     pack,
     power_scales,
     quantize,
+    quantize_each,
     random_bits,
     random_signs,
     uniform,
@@ -134,6 +136,24 @@ def test_scales_by_hand() -> None:
 
 
 @pytest.mark.parametrize("element", ELEMENTS)
+def test_scales_over_all_of_fp32(element: str) -> None:
+    """Subnormal numbers and both ends of every binade among them, against numpy's frexp in fp64."""
+    powers = torch.arange(255, dtype=torch.int32) << 23
+    subnormal = 1 << torch.arange(23, dtype=torch.int32)
+    bits = torch.cat(
+        (*(p + i for p in (powers, subnormal) for i in (-1, 0, 1)), torch.arange(1, 0x7F800000, 49_999).int())
+    )
+    amax, kind = bits[(bits > 0) & (bits < 0x7F800000)].view(torch.float32), ELEMENTS[element]
+    for rule in ("floor", "ceil", "rceil"):
+        x = amax / kind.largest if rule == "rceil" else amax
+        mantissa, exponent = np.frexp(x.double().numpy())
+        up = mantissa > 0.5 if rule != "floor" else 0
+        exponent = exponent - 1 + up - (0 if rule == "rceil" else kind.exponent)
+        expected = np.where(x.numpy() == 0, -127, np.clip(exponent, -127, 127))
+        assert np.array_equal(np.log2(power_scales(amax, rule, kind).double().numpy()), expected), rule
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
 def test_rules_that_never_clip(element: str) -> None:
     x = gaussian(512, 32, 5) * torch.logspace(-3, 3, 512)[:, None]
     for rule in ("ceil", "rceil", "shrink"):
@@ -195,11 +215,29 @@ def test_quest_tells_what_it_clips() -> None:
     assert torch.equal(q.trusted_NK, (x / q.scales.repeat_interleave(32, 1)).abs() < 6)
 
 
-@pytest.mark.parametrize("form", [
+FORMS = [
     Format("e4m3", (1, 128), "fp32", "amax"), Format("e4m3", (128, 128), "pow2", "rceil"), TSENG, MX4, NV4,
     Format("e5m2", (1, 32), "e8m0", "floor"), Format("int8", (1, 32), "e8m0", "rceil"), Format("int4", (1, 16), "e4m3", "amax"),
     Format("e2m1", (16, 16), "e4m3", "amax"),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [*FORMS, NV4_STOCHASTIC, NV4_EDEN, Format("e2m1", (1, 16), "e4m3", "four_six")])
+def test_each_matrix_is_cast_by_itself(form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, rows = (
+        gaussian(3 * 128, 256, 33).view(3, 128, 256) * torch.tensor([1, 0.01, 30])[:, None, None],
+        torch.arange(7, 391),
+    )
+    alone = [quantize(a, form, key_of(5), r, run=128) for a, r in zip(x, rows.split(128), strict=True)]
+    for most in (2**22, 0):  # all at once, one at a time
+        monkeypatch.setattr(quantize_module, "TOGETHER", most)
+        together = quantize_each(x, form, key_of(5), rows.view(3, 128), run=128)
+        for what in ("codes_NK", "scales", "factor"):
+            assert torch.equal(getattr(together, what), torch.stack([getattr(q, what) for q in alone])), what
+        assert torch.equal(together.dequantize(), torch.stack([q.dequantize() for q in alone]))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_packing_loses_nothing(form: Format) -> None:
     x = gaussian(37, 75, 15)
     q = quantize(x, form)
