@@ -307,12 +307,13 @@ def _values(x_NK, x_scales, x_factor, weights_N, places, rows, ks, inside, strid
     else:
         x = tl.load(x_NK + places * stride + ks, mask=inside, other=0.0).to(tl.float32)
     if x_scales is not None:
-        scale = tl.load(x_scales + places * stride_s + ks // GX, mask=inside, other=0)
+        blocks = x_scales + places * stride_s + ks // GX
         if x_scales.dtype.element_ty == tl.uint8:  # e8m0
-            power = tl.where(scale == 0, 1 << 22, scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-            x *= tl.where(scale == 255, float("nan"), power)
+            byte = tl.load(blocks, mask=inside, other=0).to(tl.int32)
+            # 255, NaN, becomes infinite: what is under it is 0 or NaN, and NaN after.
+            x *= tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True)
         else:
-            x *= scale.to(tl.float32)
+            x *= tl.load(blocks, mask=inside, other=0.0).to(tl.float32)
         if x_factor is not None:
             x *= tl.load(x_factor)
     if weights_N is not None:
