@@ -32,7 +32,6 @@ from moesaic.kernels.hadamard import rotation
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.quantize import (
     ELEMENTS,
-    GAUSSIAN_CLIP,
     SCALES,
     Format,
     Packed,
@@ -41,258 +40,11 @@ from moesaic.kernels.quantize import (
     line_hash,
     room_of,
 )
+from moesaic.kernels.quantize_tile import as_bytes, cast_rows, coarse_cast, codes_of, fine_cast, rotated
 from moesaic.kernels.scaled_formats import STORED, TARGETS_OF
 from moesaic.kernels.tiles import product_precision, target_name
 
 TILE = 128  # rows of one program, and at most its columns
-INFINITE = tl.constexpr(0x7F800000)  # the bits of fp32's infinity; NaN's are larger
-CLIP = tl.constexpr(GAUSSIAN_CLIP)
-
-
-@jit
-def on_grid(x, bits, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """`quantize.cast`: fp32 x on the grid of an element; `bits`: a random int32 for each. NaN stays."""
-    nan = x != x
-    x = tl.minimum(tl.maximum(tl.where(nan, 0.0, x), -LARGEST), LARGEST)
-    power = (x.to(tl.int32, bitcast=True) & INFINITE).to(tl.float32, bitcast=True)
-    power = tl.maximum(power, 2.0**LEAST)
-    x *= ((254 << 23) - power.to(tl.int32, bitcast=True)).to(
-        tl.float32, bitcast=True
-    ) * 2.0**MANTISSA  # exact, as 1 / power is
-    negative = x.to(tl.int32, bitcast=True) < 0
-    if STOCHASTIC:
-        low = tl.floor(x)
-        x = low + ((bits >> 8 & 0xFFFFFF).to(tl.float32) * 2.0**-24 < x - low).to(tl.float32)
-        negative = x < 0
-    else:
-        x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23, where fp32 has whole numbers: to the nearest, ties to even
-    value = (tl.abs(x) * power * 2.0**-MANTISSA).to(tl.int32, bitcast=True) | (negative.to(tl.int32) << 31)
-    return tl.where(nan, float("nan"), value.to(tl.float32, bitcast=True))
-
-
-@jit
-def codes_of(
-    x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, NAN: tl.constexpr, SIGNED_ZERO: tl.constexpr, PACK: tl.constexpr
-):  # fmt: skip
-    """uint8: the codes of fp32 x on the grid; PACK neighbours a byte."""
-    nan, negative = x != x, x.to(tl.int32, bitcast=True) < 0
-    value = tl.where(nan, 0.0, tl.abs(x))
-    # Of a normal number fp32's exponent and first bits, less the difference in bias; of a subnormal one the multiple of the step.
-    normal = (value.to(tl.int32, bitcast=True) >> (23 - MANTISSA)) - (126 + LEAST << MANTISSA)
-    subnormal = (value * 2.0 ** (MANTISSA - LEAST)).to(tl.int32)
-    sign = negative.to(tl.int32) * (64 if NAN else 4) * 2
-    code = tl.where(value >= 2.0**LEAST, normal, subnormal)
-    code |= sign if SIGNED_ZERO else tl.where(code == 0, 0, sign)
-    code = tl.where(nan, NAN, code).to(tl.uint8)
-    if PACK == 2:
-        first, second = tl.split(code.reshape(x.shape[0], x.shape[1] // 2, 2))
-        code = first | (second << 4)
-    return code
-
-
-# ---------------------------------------------------------------- scales
-
-
-@jit
-def sums(x_MK, COUNT: tl.constexpr):
-    """COUNT sums of each row: of neighbours, then of neighbouring sums, as `quantize.block_sums`."""
-    for _ in tl.static_range(7):
-        if x_MK.shape[1] > COUNT:
-            first, second = tl.split(x_MK.reshape(x_MK.shape[0], x_MK.shape[1] // 2, 2))
-            x_MK = first + second
-    return x_MK
-
-
-@jit
-def square_sums(x_MK, SIDE: tl.constexpr, G: tl.constexpr):
-    """The sum of squares of each block of SIDE x G."""
-    total = sums(x_MK * x_MK, x_MK.shape[1] // G)
-    if SIDE > 1:
-        total = tl.trans(sums(tl.trans(total), x_MK.shape[0] // SIDE))
-    return total
-
-
-@jit
-def spread(scale, SIDE: tl.constexpr, G: tl.constexpr):
-    """The scale of its block, SIDE x G, for each value."""
-    R: tl.constexpr = scale.shape[0]
-    B: tl.constexpr = scale.shape[1]
-    if SIDE == 1:
-        each = tl.broadcast_to(scale[:, :, None], (R, B, G))
-    else:
-        each = tl.broadcast_to(scale[:, None, :, None], (R, SIDE, B, G))
-    return each.reshape(R * SIDE, B * G)
-
-
-@jit
-def scales_of(
-    amax, RULE: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, BYTES: tl.constexpr
-):  # fmt: skip
-    """(fp32: of rule amax the scales, else their inverses; the scales as they are stored) of blocks of which amax has
-    the bits of the largest magnitude; of rule quest, of what is to be rounded down to a power of two."""
-    finite = amax < INFINITE
-    value = amax.to(tl.float32, bitcast=True)
-    if RULE == "amax":
-        scale = tl.where(amax == 0, 1.0, tl.div_rn(value, LARGEST))
-        scale = tl.where(scale == 0, 1.0, scale)
-        by, byte = scale, amax
-    else:
-        bits = amax
-        if RULE == "rceil":
-            bits = tl.div_rn(value, LARGEST).to(tl.int32, bitcast=True)
-        elif RULE == "even":
-            bits += 1 << (22 - MANTISSA)
-        byte = bits >> 23
-        if RULE == "rceil" or RULE == "ceil":
-            rest = bits & 0x7FFFFF
-            byte += tl.where(byte == 0, rest > 0x400000, rest != 0).to(tl.int32)
-        if RULE != "rceil" and RULE != "quest":
-            byte -= EXPONENT
-        byte = tl.minimum(tl.maximum(byte, 0), 254)
-        scale = tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True)
-        by = tl.where(byte == 254, 1 << 22, (254 - byte) << 23).to(tl.float32, bitcast=True)
-    stored = tl.where(finite, byte, 255).to(tl.uint8) if BYTES else tl.where(finite, scale, float("nan"))
-    return tl.where(finite, by, float("nan")), stored
-
-
-@jit
-def gaussian_clip(x_MK, column, depth, G: tl.constexpr, LARGEST: tl.constexpr):
-    """The bits of quest's clip over the largest element, of each G of a row from `column`; there are `depth` columns."""
-    B: tl.constexpr = x_MK.shape[1] // G
-    count = tl.minimum(tl.maximum(depth - column - tl.arange(0, B) * G, 1), G).to(tl.float32)[None, :]
-    mean, square = tl.div_rn(sums(x_MK, B), count), tl.div_rn(square_sums(x_MK, 1, G), count)
-    variance = square - mean * mean
-    std = tl.sqrt_rn(tl.where(variance < 0, 0.0, variance))  # NaN stays
-    return (std * (CLIP / LARGEST) + 1e-8).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@jit
-def fine(x):
-    """Rounded to e4m3, saturated, as fp32."""
-    return tl.where(x != x, x, tl.minimum(x, 448.0)).to(tl.float8e4nv).to(tl.float32)
-
-
-@jit
-def over_scale(x, scale, SIDE: tl.constexpr, G: tl.constexpr):
-    """x over the scale of its block; a scale of 0 divides as 1."""
-    return tl.div_rn(x, spread(tl.where(scale == 0, 1.0, scale), SIDE, G))
-
-
-@jit
-def fine_cast(
-    x, amax, bits, one, SIDE: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr, MANTISSA: tl.constexpr,
-    LEAST: tl.constexpr, LARGEST: tl.constexpr, SHARE: tl.constexpr,
-):  # fmt: skip
-    """(x on the grid, scales on that of e4m3, x) over a factor (NVFP4): a scale is amax times SHARE; of four_six, a fourth of amax
-    where that errs less."""
-    x, amax = tl.div_rn(x, one), tl.div_rn(amax.to(tl.float32, bitcast=True), one)
-    scale = fine(amax * SHARE)
-    value = on_grid(over_scale(x, scale, SIDE, G), bits, MANTISSA, LEAST, LARGEST, STOCHASTIC)
-    if RULE == "four_six":
-        four = fine(amax * 0.25)
-        other = on_grid(over_scale(x, four, SIDE, G), bits, MANTISSA, LEAST, LARGEST, STOCHASTIC)
-        error = square_sums(value * spread(scale, SIDE, G) - x, SIDE, G)
-        less = square_sums(other * spread(four, SIDE, G) - x, SIDE, G) < error
-        scale = tl.where(less, four, scale)
-        value = tl.where(spread(less.to(tl.int32), SIDE, G) != 0, other, value)
-    return value, scale, x
-
-
-@jit
-def coarse_cast(
-    x, amax, bits, SIDE: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, BYTES: tl.constexpr, STOCHASTIC: tl.constexpr,
-    EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr,
-):  # fmt: skip
-    """(x on the grid, scales as they are stored, x over its scale)."""
-    by, stored = scales_of(amax, RULE, EXPONENT, MANTISSA, LARGEST, BYTES)
-    by = spread(by, SIDE, G)
-    x = tl.div_rn(x, by) if RULE == "amax" else x * by
-    if RULE == "shrink":
-        x *= 0.75
-    return on_grid(x, bits, MANTISSA, LEAST, LARGEST, STOCHASTIC), stored, x
-
-
-@jit
-def as_bytes(scale):
-    """Of scales on the grid of e4m3."""
-    return scale.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-
-
-@jit
-def corrected(scale, value, x, bits, SIZE: tl.constexpr, G: tl.constexpr):
-    """Scales times eden's correction of their run of SIZE, <x, x> / <x, its cast>, rounded stochastically to e4m3."""
-    R: tl.constexpr = x.shape[1] // SIZE
-    under, over = sums(value * spread(scale, 1, G) * x, R), square_sums(x, 1, SIZE)
-    correction = tl.where(under > 0, tl.div_rn(over, under), 1.0)
-    return on_grid(scale * spread(correction, 1, SIZE // G), bits, 3, -6, 448.0, True)
-
-
-@jit
-def random_bits(row_hash_M, column_hash_K):
-    """int32 (M, K) of the hashes of rows and columns."""
-    mixed = (row_hash_M[:, None] + column_hash_K[None, :]).to(tl.uint32, bitcast=True)
-    mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
-    mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
-    return (mixed ^ (mixed >> 16)).to(tl.int32, bitcast=True)
-
-
-# ---------------------------------------------------------------- tiles
-
-
-@jit
-def rotated(x_MK, rotation_nn, BM: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """Runs of SIZE columns times the matrix."""
-    if SIZE:
-        n = tl.arange(0, SIZE)
-        matrix = tl.load(rotation_nn + n[:, None] * SIZE + n[None, :])
-        x_MK = tl.dot(x_MK.reshape(BM * BK // SIZE, SIZE), matrix, input_precision=PRECISION).reshape(BM, BK)
-    return x_MK
-
-
-@jit
-def cast_rows(
-    x_MK, row_hash_M, column_hash_K, rotation_nn, codes, scales, places_M, real_M, column, C, B, BM: tl.constexpr,
-    BK: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, BYTES: tl.constexpr, ROUNDING: tl.constexpr,
-    SIZE: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr,
-    NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr, SIGNED_ZERO: tl.constexpr = True, SHARE: tl.constexpr = 0.0,
-    factor=None, trusted=None, depth=0,
-):  # fmt: skip
-    """Casts a tile along its rows, and writes it at rows places_M, from `column`; C bytes and B scales a row. column_hash_K: of each
-    column; of rounding eden, of each block. factor: of scales e4m3, points to the tensor's. trusted: of rule quest, what was not
-    clipped; `depth` columns are there."""
-    x_MK = rotated(x_MK, rotation_nn, BM, BK, SIZE, PRECISION)
-    if RULE == "quest":
-        amax = gaussian_clip(x_MK, column, depth, G, LARGEST)
-    else:
-        magnitude = x_MK.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        amax = tl.max(magnitude.reshape(BM, BK // G, G), axis=2)
-    bits = 0
-    if ROUNDING != "even":
-        bits = random_bits(row_hash_M, column_hash_K)
-    STOCHASTIC: tl.constexpr = ROUNDING == "stochastic"
-    if factor is not None:
-        value, scale, x_MK = fine_cast(
-            x_MK, amax, bits, tl.load(factor), 1, G, RULE, STOCHASTIC, MANTISSA, LEAST, LARGEST, SHARE
-        )
-        if ROUNDING == "eden":
-            scale = corrected(scale, value, x_MK, bits, SIZE, G)
-        stored = as_bytes(scale)
-    else:
-        value, stored, x_MK = coarse_cast(
-            x_MK, amax, bits, 1, G, RULE, BYTES, STOCHASTIC, EXPONENT, MANTISSA, LEAST, LARGEST
-        )
-    cs = column // PACK + tl.arange(0, BK // PACK)
-    code = codes_of(value, MANTISSA, LEAST, NAN, SIGNED_ZERO, PACK)
-    tl.store(codes + places_M[:, None] * C + cs[None, :], code, mask=real_M[:, None] & (cs < C)[None, :])
-    bs = column // G + tl.arange(0, BK // G)
-    tl.store(scales + places_M[:, None] * B + bs[None, :], stored, mask=real_M[:, None] & (bs < B)[None, :])
-    if trusted is not None:
-        kept = (tl.abs(x_MK) < LARGEST) & (column + tl.arange(0, BK) < depth)[None, :]
-        byte = tl.sum(kept.to(tl.int32).reshape(BM, BK // 8, 8) << tl.arange(0, 8)[None, None, :], axis=2)
-        bs, T = column // 8 + tl.arange(0, BK // 8), tl.cdiv(depth, 8)
-        tl.store(
-            trusted + places_M[:, None] * T + bs[None, :], byte.to(tl.uint8), mask=real_M[:, None] & (bs < T)[None, :]
-        )
 
 
 @jit
@@ -518,8 +270,9 @@ def quantize_squares(w_ENK: Tensor, form: Format) -> Packed:
         if form.scale == "e4m3"
         else None
     )
-    _squares_kernel[triton.cdiv(n, TILE) * triton.cdiv(k, TILE), e](
-        w_ENK, factor_E, codes, scales, n, k, w_ENK.stride(0), w_ENK.stride(1), codes.shape[2], *scales.shape[1:], BN=TILE,
+    side = TILE // 2 if form.rule == "four_six" else TILE  # registers hold no more
+    _squares_kernel[triton.cdiv(n, side) * triton.cdiv(k, side), e](
+        w_ENK, factor_E, codes, scales, n, k, w_ENK.stride(0), w_ENK.stride(1), codes.shape[2], *scales.shape[1:], BN=side,
         num_warps=8, enable_fp_fusion=False, **constants,
     )  # fmt: skip
     packed = packed_like(form, codes, scales, k, factor_E)
@@ -614,7 +367,8 @@ def quantize_tiles(
             *by_column[:4], matrix, *by_column[4:], plan.counts_E, plan.starts_E, plan.tile_ends_E, n_experts, n, k,
             x_NK.stride(0), 0 if x_scales is None else x_scales.stride(0), GX=gx, BE=triton.next_power_of_2(n_experts), BM=TILE,
             BK=width, ROWS=rows, COLUMNS=columns, MATRICES=first is not None, SIZE=size, ROUNDING=form.rounding, num_warps=8,
-            PRECISION=product_precision(device, torch.float32), enable_fp_fusion=False, **cast_constants(form, device),
+            num_stages=2 if size == 128 else 3, PRECISION=product_precision(device, torch.float32), enable_fp_fusion=False,
+            **cast_constants(form, device),
         )  # fmt: skip
 
     factor = None
@@ -634,41 +388,62 @@ def quantize_tiles(
 
 
 def compile_cases(target: str) -> Any:
-    """What moesaic.kernels.targets compiles: casts along rows and columns of 8 x 24576 rows of 128 experts, D 1536."""
+    """What moesaic.kernels.targets compiles: casts along rows and columns of 24576 inputs and 8 times as many rows, D 1536, and
+    of the weights of 128 experts, F 512."""
     from moesaic.kernels.targets import meta
 
-    def case(form: Format, size: int) -> None:
-        plan = schedule(meta(128, dtype=torch.int64), TILE)
-        quantize_tiles(meta(8 * 24576, 1536), form, plan, columns=True, size=size)
+    x, source, w = meta(24576, 1536), meta(8 * 24576, dtype=torch.int64), meta(128, 512, 1536, dtype=torch.float32)
 
-    def again(form: Format) -> None:
-        plan, source = schedule(meta(128, dtype=torch.int64), TILE), meta(8 * 24576, dtype=torch.int64)
-        x = Packed(
-            form, meta(24576, 1536, dtype=torch.float8_e4m3fn), meta(24576, 12, dtype=torch.float32), meta(), 1536
-        )
-        quantize_tiles(x, form, plan, rows=False, columns=True, source_N=source)
+    def plan(n_experts: int = 128) -> Schedule:
+        return schedule(meta(n_experts, dtype=torch.int64), TILE)
+
+    def case(form: Format, size: int) -> None:
+        quantize_tiles(meta(8 * 24576, 1536), form, plan(), columns=True, size=size)
+
+    def forward(form: Format, size: int = 0) -> None:
+        quantize_tiles(x, form, plan(1), size=size)
+        quantize_tiles(w.flatten(0, 1), form, plan(), size=size, first=0)
+
+    def codes(form: Format, rows: int, *lead: int) -> Packed:
+        pack = 1 if form.element == "e4m3" else 2
+        kind = torch.float8_e4m3fn if pack == 1 else torch.uint8
+        scales = meta(rows, 1536 // form.block[1], dtype=STORED[form.scale])
+        return Packed(form, meta(rows, 1536 // pack, dtype=kind), scales, meta(*lead, dtype=torch.float32), 1536)
+
+    def again(first: Format, form: Format, size: int) -> None:
+        quantize_tiles(codes(first, 24576), form, plan(), rows=False, columns=True, source_N=source, size=size)
+        if size:
+            quantize_tiles(codes(first, 128 * 512, 128), form, plan(), rows=False, columns=True, size=size, first=0)
+
+    def weighted(form: Format) -> None:
         weights = meta(8 * 24576, dtype=torch.float32)
-        quantize_tiles(meta(24576, 1536), form, plan, rows=False, columns=True, source_N=source, weights_N=weights)
+        quantize_tiles(x, form, plan(), rows=False, columns=True, source_N=source, weights_N=weights)
+
+    def squares(*form: Any) -> Any:
+        return lambda: quantize_squares(w, Format(*form))
 
     fp8, fine = Format("e4m3", (1, 128), "pow2", "rceil"), Format("e2m1", (1, 16), "e4m3", "amax", "stochastic")
+    four_six, eden = (dataclasses.replace(fine, rule=a, rounding=b) for a, b in (("four_six", "even"), ("amax", "eden")))
+    mx, quest = Format("e2m1", (1, 32), "e8m0", "shrink", "stochastic"), Format("e2m1", (1, 32), "e8m0", "quest")
     nvfp4: Any = {} if target not in TARGETS_OF["nvfp4"] else {
         "nvfp4, rotated, stochastic": functools.partial(case, fine, 16),
-        "nvfp4, 16 x 16": lambda: quantize_squares(
-            meta(128, 512, 1536, dtype=torch.float32), Format("e2m1", (16, 16), "e4m3", "amax")
-        ),
+        "nvfp4, 4 or 6": functools.partial(forward, four_six),
+        "nvfp4, MS-EDEN": functools.partial(case, eden, 128),
+        "nvfp4, MS-EDEN, of codes": functools.partial(again, four_six, eden, 128),
+        "nvfp4, 16 x 16": squares("e2m1", (16, 16), "e4m3", "amax"),
+        "nvfp4, 4 or 6, 16 x 16": squares("e2m1", (16, 16), "e4m3", "four_six"),
     }  # fmt: skip
-    return nvfp4 | {
+    mxfp4: Any = {} if target not in TARGETS_OF["mxfp4"] else {
+        "mxfp4, QuEST, rotated": functools.partial(forward, quest, 32),
+        "mxfp4, of codes, rotated, stochastic": functools.partial(again, quest, mx, 32),
+    }  # fmt: skip
+    return nvfp4 | mxfp4 | {
         "fp8, fp32 scales": functools.partial(case, Format("e4m3", (1, 128), "fp32", "amax"), 0),
         "fp8": functools.partial(case, fp8, 0),
-        "fp8, of codes; of weighted rows": functools.partial(again, fp8),
+        "fp8, of codes": functools.partial(again, fp8, fp8, 0),
+        "fp8, of weighted rows": functools.partial(weighted, fp8),
         "mxfp8": functools.partial(case, Format("e4m3", (1, 32), "e8m0", "rceil"), 0),
-        "mxfp4, rotated, stochastic": functools.partial(
-            case, Format("e2m1", (1, 32), "e8m0", "shrink", "stochastic"), 32
-        ),
-        "fp8, 128 x 128": lambda: quantize_squares(
-            meta(128, 512, 1536, dtype=torch.float32), Format("e4m3", (128, 128), "pow2", "rceil")
-        ),
-        "mxfp4, 32 x 32": lambda: quantize_squares(
-            meta(128, 512, 1536, dtype=torch.float32), Format("e2m1", (32, 32), "e8m0", "even")
-        ),
-    }
+        "mxfp4, rotated, stochastic": functools.partial(case, mx, 32),
+        "fp8, 128 x 128": squares("e4m3", (128, 128), "pow2", "rceil"),
+        "mxfp4, 32 x 32": squares("e2m1", (32, 32), "e8m0", "even"),
+    }  # fmt: skip

@@ -24,7 +24,8 @@ from moesaic.kernels.experts import ACTIVATIONS, _activation, dact_quarters
 from moesaic.kernels.grouped_gemm import Schedule, describe, find_tile, first_tile, load_rows, row_pointers, schedule
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.quantize import Format, Packed
-from moesaic.kernels.quantize_triton import TILE, cast_constants, cast_rows, packed_like, scale_bytes, supported
+from moesaic.kernels.quantize_tile import cast_rows
+from moesaic.kernels.quantize_triton import TILE, cast_constants, packed_like, scale_bytes, supported
 from moesaic.kernels.scaled_gemm import (
     FORMATS,
     TARGETS_OF,
