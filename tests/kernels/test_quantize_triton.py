@@ -199,14 +199,18 @@ def test_casts_of_casts_and_of_weighted_rows(first: Format) -> None:
 
 @pytest.mark.parametrize(
     ("first", "form", "size"),
-    [(FOUR_SIX, AGAIN, 0), (AGAIN, SIX, 0), (FORMATS[0], FORMATS[1], 0), (FORMATS[3], AGAIN, 16), (QUEST, EDEN, 64)],
+    [(FOUR_SIX, AGAIN, 0), (AGAIN, SIX, 0), (FORMATS[0], FORMATS[1], 0), (FORMATS[3], AGAIN, 0), (FORMATS[3], AGAIN, 16),
+     (QUEST, EDEN, 64)],
     ids=str,
 )
 def test_casts_of_casts(first: Format, form: Format, size: int) -> None:
     """Codes, scales and factors of every kind, read through source_N, ragged, in odd columns. Rotated: of scales whose powers are
     near each other, so that sums are exact."""
     torch.manual_seed(6)
-    x, source, counts = torch.randn(12, 141) if size else values(12, 141), torch.randint(0, 12, (40,)), [30, 0, 10]
+    x, source, counts = torch.randn(12, 141), torch.randint(0, 12, (40,)), [30, 0, 10]
+    if not size:
+        x = values(12, 141)
+        x[:, 64:96] = torch.randn(12, 32) * 2.0**-125  # scales of e8m0 are the least, and no normal number
     if "e4m3" not in (first.scale, form.scale):
         x[source[2], 100] = torch.nan
     ids, signs = torch.randint(0, 10**6, (40,)), random_signs(5, size, torch.device("cpu")) if size else None
@@ -281,7 +285,8 @@ def of_name(kernel: str) -> Any:
 BROKEN = [
     ("fine_cast", "amax * 0.25", "amax * 0.2", lambda: test_equal(FOUR_SIX)),
     ("fine_cast", "< error", "<= error", lambda: test_equal(FOUR_SIX)),
-    ("square_sums", "tl.trans(sums(tl.trans(total), x_MK.shape[0] // SIDE))", "total.reshape(4, 16, 8).max(axis=1)", lambda: test_squares(SQUARES[-1])),
+    ("square_sums", "tl.trans(sums(tl.trans(total), x_MK.shape[0] // SIDE))", 
+     "tl.max(total.reshape(x_MK.shape[0] // SIDE, SIDE, total.shape[1]), axis=1)", lambda: test_squares(SQUARES[-1])),
     ("gaussian_clip", "mean * mean", "0", lambda: test_equal(QUEST)),
     ("gaussian_clip", "tl.minimum(tl.maximum(depth - column - tl.arange(0, B) * G, 1), G)", "G + tl.zeros([B], tl.int32)",
      lambda: test_equal(QUEST)),
@@ -291,7 +296,8 @@ BROKEN = [
     ("corrected", "spread(scale, 1, G) * x", "x", lambda: test_rotated(EDEN)),
     ("_quantize_kernel", "N + ms - end", "N", lambda: test_rotated(EDEN)),
     ("_values", "x *= tl.load(x_factor)", "pass", lambda: test_casts_of_casts(FOUR_SIX, AGAIN, 0)),
-    ("_values", "tl.where(byte == 0, 1 << 22, byte << 23)", "(byte << 23)", lambda: test_casts_of_casts(FORMATS[3], AGAIN, 16)),
+    ("_values", "tl.where(byte == 0, 1 << 22, byte << 23)", "(byte << 23)",
+     lambda: test_casts_of_casts(FORMATS[3], AGAIN, 0)),
     ("_quantize_kernel", "x_factor += expert", "pass", lambda: test_matrices(AGAIN, 16)),
     ("_quantize_kernel", "row_hash_K += expert", "row_hash_K += 0 * expert", lambda: test_matrices(AGAIN, 16)),
     ("_values", "ks // GX", "0 * ks", lambda: test_casts_of_casts_and_of_weighted_rows(FORMATS[0])),
