@@ -33,7 +33,7 @@ cast without a scale saturate. Subnormal codes are used; a scale that underflows
 alike on every device, and in a kernel.
 
 Packed for hardware: codes (N, K) as fp8 or int8, or two 4-bit ones a byte, the first in the low bits; scales (N / rows, K /
-columns) of a block as fp32, e8m0 or e4m3, not transposed, as `tl.dot_scaled` wants them; what was not clipped as eight bits a byte.
+columns) of a block as fp32, e8m0 or e4m3, not transposed, as `tl.dot_scaled` wants them; what was not clipped, eight bits a byte.
 
 Letters: N rows, K columns, along which a product adds up; n x k blocks.
 """

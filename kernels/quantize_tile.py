@@ -1,8 +1,8 @@
 """The cast of one tile, in registers, along its rows: what kernels that cast are made of.
 
 moesaic.kernels.quantize is the specification, and the bits are its: divisions and roots are rounded to the nearest, sums within a
-block are made in its order. Launches that add up (rules quest and four_six, rounding eden) must say enable_fp_fusion=False, so that
-no sum is fused with a product.
+block are made in its order. Launches that make such sums (rules quest and four_six, rounding eden) must say
+enable_fp_fusion=False, so that none is fused with a product.
 
 Letters: M rows, K columns, n the size of a rotation; blocks of SIDE x G, B of them in a row.
 """
@@ -147,11 +147,11 @@ def over_scale(x, scale, SIDE: tl.constexpr, G: tl.constexpr):
 
 @jit
 def fine_cast(
-    x, amax, bits, one, SIDE: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr, MANTISSA: tl.constexpr,
-    LEAST: tl.constexpr, LARGEST: tl.constexpr, SHARE: tl.constexpr,
+    x, amax, bits, one, SIDE: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """(x on the grid, scales on that of e4m3, x) over a factor (NVFP4): a scale is amax times SHARE; of four_six, a fourth of amax
-    where that errs less."""
+    """(x on the grid, scales on that of e4m3, x) over a factor (NVFP4): a scale is amax times SHARE; of four_six, a fourth of
+    amax where that errs less."""
     x, amax = tl.div_rn(x, one), tl.div_rn(amax.to(tl.float32, bitcast=True), one)
     scale = fine(amax * SHARE)
     value = on_grid(over_scale(x, scale, SIDE, G), bits, MANTISSA, LEAST, LARGEST, STOCHASTIC)
@@ -210,7 +210,7 @@ def random_bits(row_hash_M, column_hash_K):
 def rotated(x_MK, rotation_nn, BM: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """Runs of SIZE columns times the matrix."""
     R: tl.constexpr = BM * BK // SIZE if SIZE else 0
-    if SIZE == 128:  # for which, in three products of TF32, shared memory is too small: a Hadamard matrix is (A, A; B, -B)
+    if SIZE == 128:  # (A, A; B, -B), times A and B: of the whole, three products of TF32 take too much shared memory
         n = tl.arange(0, 64)
         upper = rotation_nn + n[:, None] * SIZE + n[None, :]
         first, second = tl.split(x_MK.reshape(R, 2, 64).permute(0, 2, 1))
@@ -243,9 +243,9 @@ def cast_rows(
     NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr, SIGNED_ZERO: tl.constexpr = True, SHARE: tl.constexpr = 0.0,
     factor=None, trusted=None, depth=0,
 ):  # fmt: skip
-    """Casts a tile along its rows, and writes it at rows places_M, from `column`; C bytes and B scales a row. column_hash_K: of each
-    column; of rounding eden, of each block. factor: of scales e4m3, points to the tensor's. trusted: of rule quest, what was not
-    clipped; `depth` columns are there."""
+    """Casts a tile along its rows, and writes it at rows places_M, from `column`; C bytes and B scales a row. column_hash_K: of
+    each column; of rounding eden, of each block. factor: of scales e4m3, points to the tensor's. trusted: of rule quest, what was
+    not clipped; `depth` columns are there."""
     x_MK = rotated(x_MK, rotation_nn, BM, BK, SIZE, PRECISION)
     if RULE == "quest":
         amax = gaussian_clip(x_MK, column, depth, G, LARGEST)

@@ -200,9 +200,7 @@ def _squares_kernel(
             x, scale, _ = fine_cast(x, largest, 0, one, SIDE, G, RULE, False, MANTISSA, LEAST, LARGEST, SHARE)
             stored = as_bytes(scale)
         else:
-            x, stored, _ = coarse_cast(
-                x, largest, 0, SIDE, G, RULE, BYTES, False, EXPONENT, MANTISSA, LEAST, LARGEST
-            )
+            x, stored, _ = coarse_cast(x, largest, 0, SIDE, G, RULE, BYTES, False, EXPONENT, MANTISSA, LEAST, LARGEST)
         code = codes_of(x, MANTISSA, LEAST, NAN, SIGNED_ZERO, PACK)
         rows = row + part + tl.arange(0, 64)
         tl.store(codes + (e * N + rows)[:, None] * C + cs[None, :], code, mask=(rows < N)[:, None] & (cs < C)[None, :])
@@ -292,8 +290,8 @@ def quantize_tiles(
     plan     of the rows of each expert, in tiles of TILE rows
     keys     of chance, along rows and along columns; ids_N: the global numbers of rows, int64 (default: from 0)
     size     of the rotation, 0 for none, with its signs; eden needs one of whole blocks
-    first    if given, x are the E matrices of the plan, of N / E rows each, cast as `quantize_each` casts them or their transposes,
-             of which so many come before these: each has a factor (E,) and numbers of its own, and x, if packed, too
+    first    if given, x are the E matrices of the plan, of N / E rows each, and cast as `quantize_each` casts them or their
+             transposes, each with a factor of its own, as (E,), which a packed x has too. first: how many are before these
     Raises ValueError for a format that is not `supported`.
     """
     if not supported(form) or form.block[0] != 1 or (columns and form.rule == "quest"):
@@ -331,32 +329,22 @@ def quantize_tiles(
     m_tiles, k_tiles = n // TILE + n_experts, triton.cdiv(k, width)
     matrix = rotation(size, signs_n, device) if size else None
 
-    def outputs(
-        wanted: bool, n_rows: int, depth: int, row_ids: Tensor, column_ids: Tensor, key: int
-    ) -> tuple[Any, ...]:
-        if not wanted:
+    def hashes(along: int) -> tuple[Tensor | None, Tensor | None]:
+        if form.rounding == "even":
+            return None, None
+        key = key_of(keys[along], "scales") if form.rounding == "eden" else keys[along]
+        of_rows, of_columns = numbers(n, k, k_tiles * width, n_experts, ids_N, first, device)[along]
+        return line_hash(key, of_rows, 0), line_hash(key, of_columns, 1)
+
+    def outputs(along: int, n_rows: int, depth: int) -> tuple[Any, ...]:
+        if not (rows, columns)[along]:
             return None, None, None, None, 0, 0
-        depth += -depth % max(size, 1)
         codes = torch.empty(n_rows, -(-depth // pack), dtype=torch.uint8, device=device)
         scales = torch.empty(n_rows, -(-depth // g), dtype=scale_bytes(form), device=device)
-        hashes: tuple[Any, Any] = (None, None)
-        if form.rounding != "even":
-            key = key_of(key, "scales") if form.rounding == "eden" else key
-            hashes = line_hash(key, row_ids, 0), line_hash(key, column_ids, 1)
-        return codes, scales, *hashes, codes.shape[1], scales.shape[1]
+        return codes, scales, *hashes(along), codes.shape[1], scales.shape[1]
 
-    # What a rotation makes of an expert's last rows and the zeros behind them has numbers that nobody else has.
-    numbers, behind = torch.arange(k_tiles * width, device=device), -1 - torch.arange(TILE, device=device)
-    column_rows, ids_N = numbers, torch.arange(n, device=device) if ids_N is None else ids_N
-    positions = ids_N
-    if first is not None:
-        each = torch.arange(first, first + n_experts, device=device)[:, None]
-        per = n // n_experts
-        ids_N, column_rows, behind = ids_N + first * per, each * k + numbers, per - 1 - behind
-        positions = torch.arange(per, device=device).expand(n_experts, per).flatten()
-    by_row = outputs(rows, n, k, ids_N, numbers, keys[0])
-    by_column = outputs(columns, k, m_tiles * TILE, column_rows, torch.cat((positions, behind)), keys[1])
-    depth = k + -k % max(size, 1)
+    depth, positions = k + -k % max(size, 1), m_tiles * TILE
+    by_row, by_column = outputs(0, n, depth), outputs(1, k, positions)
     trusted = None
     if form.rule == "quest":
         trusted = torch.empty(n, -(-depth // 8), dtype=torch.uint8, device=device)
@@ -384,7 +372,24 @@ def quantize_tiles(
         result = packed_like(form, made[0], made[1], depth, factor, trusted)
         return result if first is None else dataclasses.replace(result, factor=result.factor.expand(n_experts))
 
-    return packed(by_row, depth, trusted), packed(by_column, m_tiles * TILE)
+    return packed(by_row, depth, trusted), packed(by_column, positions)
+
+
+def numbers(
+    n: int, k: int, width: int, n_experts: int, ids_N: Tensor | None, first: int | None, device: torch.device
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Of a cast along rows and of one along columns: those of its rows and of its columns, as `_quantize_kernel` reads them."""
+    along, behind = torch.arange(width, device=device), torch.arange(TILE, device=device)
+    if first is None:
+        ids_N = torch.arange(n, device=device) if ids_N is None else ids_N
+        # What a rotation makes of an expert's last rows and the zeros behind them has numbers that nobody else has.
+        return (ids_N, along), (along, torch.cat((ids_N, -1 - behind)))
+    each, rows = (
+        torch.arange(first, first + n_experts, device=device)[:, None],
+        torch.arange(n // n_experts, device=device),
+    )
+    of_columns = torch.cat((rows.repeat(n_experts), len(rows) + behind))
+    return ((each * len(rows) + rows).flatten(), along), (each * k + along, of_columns)
 
 
 def compile_cases(target: str) -> Any:
@@ -423,7 +428,9 @@ def compile_cases(target: str) -> Any:
         return lambda: quantize_squares(w, Format(*form))
 
     fp8, fine = Format("e4m3", (1, 128), "pow2", "rceil"), Format("e2m1", (1, 16), "e4m3", "amax", "stochastic")
-    four_six, eden = (dataclasses.replace(fine, rule=a, rounding=b) for a, b in (("four_six", "even"), ("amax", "eden")))
+    four_six, eden = (
+        dataclasses.replace(fine, rule=a, rounding=b) for a, b in (("four_six", "even"), ("amax", "eden"))
+    )
     mx, quest = Format("e2m1", (1, 32), "e8m0", "shrink", "stochastic"), Format("e2m1", (1, 32), "e8m0", "quest")
     nvfp4: Any = {} if target not in TARGETS_OF["nvfp4"] else {
         "nvfp4, rotated, stochastic": functools.partial(case, fine, 16),

@@ -175,9 +175,7 @@ class Saver:
         self.tensors.append(None if trusted is None else pack_bits(trusted))
 
 
-def kept(
-    tensors: Iterator[Any], form: tuple[Format, int] | None, columns: int
-) -> tuple[Tensor | Low, Tensor | None]:
+def kept(tensors: Iterator[Any], form: tuple[Format, int] | None, columns: int) -> tuple[Tensor | Low, Tensor | None]:
     """What `Saver.keep` kept: the tensor, of so many columns, or the cast; and what was not clipped."""
     a, scales, factor, trusted = (next(tensors) for _ in range(4))
     if form is not None:

@@ -216,7 +216,7 @@ class NativeLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         tensors, weight = iter(ctx.saved_tensors), ctx.weight
-        (f, d), dy_TF, plan = ctx.w_shape, in_rows(dy.reshape(-1, ctx.w_shape[0])), one_group(ctx.ids_T)
+        d, dy_TF, plan = ctx.w_shape[1], in_rows(dy.reshape(-1, ctx.w_shape[0])), one_group(ctx.ids_T)
         x, trusted_x = kept(tensors, ctx.forms[0], d)
         w, trusted_w = kept(tensors, ctx.forms[1], d)
         dx = dw = None

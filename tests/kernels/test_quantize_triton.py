@@ -199,8 +199,14 @@ def test_casts_of_casts_and_of_weighted_rows(first: Format) -> None:
 
 @pytest.mark.parametrize(
     ("first", "form", "size"),
-    [(FOUR_SIX, AGAIN, 0), (AGAIN, SIX, 0), (FORMATS[0], FORMATS[1], 0), (FORMATS[3], AGAIN, 0), (FORMATS[3], AGAIN, 16),
-     (QUEST, EDEN, 64)],
+    [
+        (FOUR_SIX, AGAIN, 0),
+        (AGAIN, SIX, 0),
+        (FORMATS[0], FORMATS[1], 0),
+        (FORMATS[3], AGAIN, 0),
+        (FORMATS[3], AGAIN, 16),
+        (QUEST, EDEN, 64),
+    ],
     ids=str,
 )
 def test_casts_of_casts(first: Format, form: Format, size: int) -> None:
@@ -228,7 +234,9 @@ def test_casts_of_casts(first: Format, form: Format, size: int) -> None:
     for y, numbers, place in ((parts[0], ids[:30], 0), (parts[2], ids[30:], 128)):
         numbers = torch.cat((numbers, -1 - torch.arange(y.shape[1] - len(numbers))))
         want = pack(quantize(y, form, 4, None, numbers, size, amax))
-        equal(Packed(form, made.codes[:, place // per :], made.scales[:, place // form.block[1] :], made.factor, 0), want)
+        equal(
+            Packed(form, made.codes[:, place // per :], made.scales[:, place // form.block[1] :], made.factor, 0), want
+        )
 
 
 @pytest.mark.parametrize(("form", "size"), [(FOUR_SIX, 0), (QUEST, 64), (EDEN, 64), (AGAIN, 16)], ids=str)
@@ -254,7 +262,9 @@ def test_matrices(form: Format, size: int) -> None:
     once = pack(quantize_each(w, FOUR_SIX))
     once = Packed(FOUR_SIX, once.codes, torch.ones_like(once.scales.float()).to(once.scales.dtype),
                   2.0 ** torch.arange(e), k)  # fmt: skip
-    flat = Packed(FOUR_SIX, once.codes.flatten(0, 1).to(DEVICE), once.scales.flatten(0, 1).to(DEVICE), once.factor.to(DEVICE), k)
+    flat = Packed(
+        FOUR_SIX, once.codes.flatten(0, 1).to(DEVICE), once.scales.flatten(0, 1).to(DEVICE), once.factor.to(DEVICE), k
+    )
     ids = torch.arange(first * k, (first + e) * k).view(e, k)
     for given, whole in ((w.flatten(0, 1).to(DEVICE), w), (flat, once.unpack().dequantize())):
         _, columns = quantize_tiles(given, form, plan, rows=False, columns=True, **options)
@@ -285,7 +295,7 @@ def of_name(kernel: str) -> Any:
 BROKEN = [
     ("fine_cast", "amax * 0.25", "amax * 0.2", lambda: test_equal(FOUR_SIX)),
     ("fine_cast", "< error", "<= error", lambda: test_equal(FOUR_SIX)),
-    ("square_sums", "tl.trans(sums(tl.trans(total), x_MK.shape[0] // SIDE))", 
+    ("square_sums", "tl.trans(sums(tl.trans(total), x_MK.shape[0] // SIDE))",
      "tl.max(total.reshape(x_MK.shape[0] // SIDE, SIDE, total.shape[1]), axis=1)", lambda: test_squares(SQUARES[-1])),
     ("gaussian_clip", "mean * mean", "0", lambda: test_equal(QUEST)),
     ("gaussian_clip", "tl.minimum(tl.maximum(depth - column - tl.arange(0, B) * G, 1), G)", "G + tl.zeros([B], tl.int32)",
