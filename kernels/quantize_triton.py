@@ -85,7 +85,7 @@ def _quantize_kernel(
     x_NK, x_scales, x_factor, weights_N, source_N, factor, largest, trusted, row_codes, row_scales, row_hash_N, column_hash_K,
     row_rotation, CR, BR, column_codes, column_scales, row_hash_K, column_hash_N, column_rotation, CC, BC,
     counts_E, starts_E, tile_ends_E, E, N, K, stride, stride_s,
-    GX: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    GX: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MATRICES: tl.constexpr, G: tl.constexpr, RULE: tl.constexpr, BYTES: tl.constexpr,
     ROUNDING: tl.constexpr, SIZE: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr,
     LARGEST: tl.constexpr, NAN: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr, SIGNED_ZERO: tl.constexpr,
@@ -104,15 +104,15 @@ def _quantize_kernel(
                 largest += expert
             if COLUMNS and ROUNDING != "even":
                 row_hash_K += expert * k_tiles * BK
-        # A part of the tile at a time, of 64 x TILE values, and each cast from memory or L1 anew: registers hold no more.
+        # A part of the tile at a time, of PART x TILE values, and each cast from memory or L1 anew: registers hold no more.
         if ROWS:
             ks = k_tile * BK + tl.arange(0, BK)
             there = ks < K
             k_hash = tl.zeros([BK], tl.int32)
             if ROUNDING != "even":
                 k_hash = tl.load(column_hash_K + k_tile * BK + tl.arange(0, BK // H) * H)
-            for part in range(0, BM, BM * 64 // BK):
-                rows = row + part + tl.arange(0, BM * 64 // BK)
+            for part in range(0, BM, BM * PART // BK):
+                rows = row + part + tl.arange(0, BM * PART // BK)
                 real = rows < end
                 places = tl.load(source_N + rows, mask=real, other=0) if source_N is not None else rows
                 x_MK = _values(
@@ -123,12 +123,12 @@ def _quantize_kernel(
                 if ROUNDING != "even":
                     m_hash = tl.load(row_hash_N + rows, mask=real, other=0)
                 if largest is not None:
-                    x_MK = rotated(x_MK, row_rotation, BM * 64 // BK, BK, SIZE, PRECISION)
+                    x_MK = rotated(x_MK, row_rotation, BM * PART // BK, BK, SIZE, PRECISION)
                     _remember(largest, x_MK)
                 else:
                     cast_rows(
                         x_MK, m_hash, k_hash, row_rotation, row_codes, row_scales, rows, real, k_tile * BK, CR, BR,
-                        BM * 64 // BK, BK, G, RULE, BYTES, ROUNDING, SIZE, EXPONENT, MANTISSA, LEAST, LARGEST, NAN, PACK,
+                        BM * PART // BK, BK, G, RULE, BYTES, ROUNDING, SIZE, EXPONENT, MANTISSA, LEAST, LARGEST, NAN, PACK,
                         PRECISION, SIGNED_ZERO, SHARE, factor, trusted, tl.cdiv(K, SIZE) * SIZE if SIZE else K,
                     )  # fmt: skip
         if COLUMNS:
@@ -141,8 +141,8 @@ def _quantize_kernel(
                 m_hash = tl.load(column_hash_N + tl.where(ms < end, ms, N + ms - end))
             first = tl.load(tile_ends_E + expert) - tl.cdiv(tl.load(counts_E + expert), BM).to(tl.int32)
             position = first * BM + (row - tl.load(starts_E + expert)).to(tl.int32)
-            for part in range(0, BK, 64):
-                cs = k_tile * BK + part + tl.arange(0, 64)
+            for part in range(0, BK, PART):
+                cs = k_tile * BK + part + tl.arange(0, PART)
                 inside = cs < K
                 x_KM = _values(
                     x_NK, x_scales, x_factor, weights_N, places[None, :], rows[None, :], cs[:, None],
@@ -150,11 +150,11 @@ def _quantize_kernel(
                 )  # fmt: skip
                 c_hash = tl.load(row_hash_K + cs) if ROUNDING != "even" else tl.zeros_like(cs)
                 if largest is not None:
-                    _remember(largest, rotated(x_KM, column_rotation, 64, BM, SIZE, PRECISION))
+                    _remember(largest, rotated(x_KM, column_rotation, PART, BM, SIZE, PRECISION))
                 else:
                     cast_rows(
                         x_KM, c_hash, m_hash, column_rotation, column_codes, column_scales, cs.to(tl.int64), inside, position,
-                        CC, BC, 64, BM, G, RULE, BYTES, ROUNDING, SIZE, EXPONENT, MANTISSA, LEAST, LARGEST, NAN, PACK,
+                        CC, BC, PART, BM, G, RULE, BYTES, ROUNDING, SIZE, EXPONENT, MANTISSA, LEAST, LARGEST, NAN, PACK,
                         PRECISION, SIGNED_ZERO, SHARE, factor,
                     )  # fmt: skip
 
@@ -327,7 +327,12 @@ def quantize_tiles(
     pack = 2 if form.element == "e2m1" else 1
     width = max(g, size, 64)
     m_tiles, k_tiles = n // TILE + n_experts, triton.cdiv(k, width)
-    matrix = rotation(size, signs_n, device) if size else None
+    matrix, part = rotation(size, signs_n, device) if size else None, 64
+    if not size and form.rule in (
+        "quest",
+        "four_six",
+    ):  # what is to be added up is not in one thread, as it is after a product
+        part = 32 if x_NK.stride(0) * x_NK.element_size() % 16 == 0 else 16
 
     def hashes(along: int) -> tuple[Tensor | None, Tensor | None]:
         if form.rounding == "even":
@@ -354,9 +359,9 @@ def quantize_tiles(
             x_NK, x_scales, x_factor, weights_N, source_N, factor, largest, trusted, *by_row[:4], matrix, *by_row[4:],
             *by_column[:4], matrix, *by_column[4:], plan.counts_E, plan.starts_E, plan.tile_ends_E, n_experts, n, k,
             x_NK.stride(0), 0 if x_scales is None else x_scales.stride(0), GX=gx, BE=triton.next_power_of_2(n_experts), BM=TILE,
-            BK=width, ROWS=rows, COLUMNS=columns, MATRICES=first is not None, SIZE=size, ROUNDING=form.rounding, num_warps=8,
-            num_stages=2 if size == 128 else 3, PRECISION=product_precision(device, torch.float32), enable_fp_fusion=False,
-            **cast_constants(form, device),
+            BK=width, PART=part, ROWS=rows, COLUMNS=columns, MATRICES=first is not None, SIZE=size, ROUNDING=form.rounding,
+            PRECISION=product_precision(device, torch.float32), num_warps=8, num_stages=2 if size == 128 else 3,
+            enable_fp_fusion=False, **cast_constants(form, device),
         )  # fmt: skip
 
     factor = None
