@@ -271,7 +271,7 @@ def quantize_squares(w_ENK: Tensor, form: Format) -> Packed:
     side = TILE // 2 if form.rule == "four_six" else TILE  # registers hold no more
     _squares_kernel[triton.cdiv(n, side) * triton.cdiv(k, side), e](
         w_ENK, factor_E, codes, scales, n, k, w_ENK.stride(0), w_ENK.stride(1), codes.shape[2], *scales.shape[1:], BN=side,
-        num_warps=8, enable_fp_fusion=form.rule != "four_six", **constants,
+        num_warps=8, enable_fp_fusion=form.scale != "e4m3", **constants,
     )  # fmt: skip
     packed = packed_like(form, codes, scales, k, factor_E)
     return dataclasses.replace(packed, factor=packed.factor.expand(e))
