@@ -29,8 +29,11 @@ cast without a scale saturate. Subnormal codes are used; a scale that underflows
 
 **Chance is a function of (key, row, column)**, with the global number of a row: the same draws on every layout, and in a kernel.
 
+**Sums within blocks** (quest, four_six, eden) are of neighbours, then of neighbouring sums, in fp32: what they decide is decided
+alike on every device, and in a kernel.
+
 Packed for hardware: codes (N, K) as fp8 or int8, or two 4-bit ones a byte, the first in the low bits; scales (N / rows, K /
-columns) of a block as fp32, e8m0 or e4m3, not transposed, as `tl.dot_scaled` wants them.
+columns) of a block as fp32, e8m0 or e4m3, not transposed, as `tl.dot_scaled` wants them; what was not clipped, eight bits a byte.
 
 Letters: N rows, K columns, along which a product adds up; n x k blocks.
 """
@@ -236,6 +239,19 @@ def block_amax(magnitudes_NK: Tensor, block: tuple[int, int]) -> Tensor:
     return (x[:, 0] if block[0] == 1 else x.amax(dim=1)).amax(dim=2).view(torch.float32)
 
 
+def block_sums(x_NK: Tensor, block: tuple[int, int]) -> Tensor:
+    """The sum of each block, in the order that the head of this file says: along rows, then down columns."""
+    sums = _pairwise(blocks_of(x_NK, block))
+    return sums[:, 0] if block[0] == 1 else _pairwise(sums.transpose(1, 2))
+
+
+def _pairwise(x: Tensor) -> Tensor:
+    """The sum over the last dimension, a power of two."""
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x[..., 0]
+
+
 def power_scales(amax: Tensor, rule: str, kind: Element) -> Tensor:
     """A power of two for each block, by one of the rules of scale `pow2` (but quest): at least 2^-127."""
     if rule == "rceil":
@@ -308,19 +324,31 @@ def _not_zero(x: Tensor) -> Tensor:
 def _quest(x_NK: Tensor, form: Format, parts: int) -> Quantized:
     # The padding of the last block is no value: its mean square is over those that are there.
     (n, k), (rows, columns), kind = form.block, x_NK.shape, ELEMENTS[form.element]
-    x = blocks_of(x_NK, (n, k))
     there = [
         F.pad(x_NK.new_ones(size), (0, -size % block)).view(-1, block).sum(dim=1)
         for size, block in ((rows, n), (columns, k))
     ]
     count = there[0][:, None] * there[1]
-    mean, square = x.sum(dim=(1, 3)) / count, x.square().sum(dim=(1, 3)) / count
+    mean, square = block_sums(x_NK, (n, k)) / count, block_sums(x_NK.square(), (n, k)) / count
     std = (square - mean.square()).clamp(min=0).sqrt()
     bits = (GAUSSIAN_CLIP / kind.largest * std + 1e-8).view(torch.int32)
     scales = torch.where(std < torch.inf, (bits & 0x7F800000).view(torch.float32), torch.nan)
     scaled = per_block(torch.div, x_NK, scales, form.block)
     trusted = scaled.abs() < kind.largest
     return Quantized(form, _cast_(scaled, kind, None), scales, torch.ones(parts, device=x_NK.device), trusted)
+
+
+def room_of(form: Format) -> float:
+    """What an e4m3 scale leaves above a block's largest value: a scale rounds down, eden clips."""
+    return {"even": 1.0, "stochastic": E4M3_HEADROOM, "eden": E4M3_HEADROOM * EDEN_SCALE}[form.rounding]
+
+
+def factor_of(amax: Tensor, form: Format) -> Tensor:
+    """Of scales e4m3, for a largest magnitude."""
+    # Room to multiply a scale by 6 / 4, or by eden's correction, within e4m3.
+    largest_scale = 256.0 if form.rounding == "eden" or form.rule == "four_six" else 448.0
+    factor = _not_zero(amax * room_of(form) / (ELEMENTS[form.element].largest * largest_scale))
+    return torch.where(amax.isfinite(), factor, torch.nan)
 
 
 def _two_levels(
@@ -336,17 +364,14 @@ def _two_levels(
 ) -> Quantized:
     """e4m3 scales over the tensor's factor (NVFP4), of the parts of which `amax` is."""
     kind, eden = ELEMENTS[form.element], form.rounding == "eden"
-    # Room to multiply a scale by 6 / 4, or by eden's correction, within e4m3.
-    largest_scale = 256.0 if eden or form.rule == "four_six" else 448.0
-    room = {"even": 1.0, "stochastic": E4M3_HEADROOM, "eden": E4M3_HEADROOM * EDEN_SCALE}[form.rounding]
-    factor = torch.where(amax.isfinite(), _not_zero(amax * room / (kind.largest * largest_scale)), torch.nan)
+    factor = factor_of(amax, form)
 
     def divided(x: Tensor, out: Tensor) -> Tensor:  # by the factor of its part
         x, out = (t.unflatten(0, (len(amax), -1)) for t in (x, out))
         return torch.div(x, factor[:, None, None], out=out).flatten(0, 1)
 
     x_NK, block = divided(x_NK, scratch_NK), divided(block, block)
-    scales = cast(block * (room / kind.largest), "e4m3")
+    scales = cast(block * (room_of(form) / kind.largest), "e4m3")
     if form.rule == "four_six":
         codes_NK, scales = _four_six(x_NK, form, scales, cast(block / 4, "e4m3"))
         return Quantized(form, codes_NK, scales, factor)
@@ -357,8 +382,8 @@ def _two_levels(
     assert form.block[0] == 1 and run and run % form.block[1] == 0, (form, run)
     codes_NK = _cast_(scaled, kind, None)
     # The correction is of what is multiplied: values with their scales, which differ within a run.
-    under = blocks_of(per_block(torch.mul, codes_NK, scales, form.block).mul_(x_NK), (1, run)).sum(dim=(1, 3))
-    over = blocks_of(x_NK.square_(), (1, run)).sum(dim=(1, 3))
+    under = block_sums(per_block(torch.mul, codes_NK, scales, form.block).mul_(x_NK), (1, run))
+    over = block_sums(x_NK.square_(), (1, run))
     correction = torch.where(under > 0, over / under, 1.0).repeat_interleave(run // form.block[1], 1)
     random = uniform(key_of(key, "scales"), rows_N, columns_K[:: form.block[1]])
     scales = scales.mul_(correction[:, : scales.shape[1]])
@@ -372,7 +397,7 @@ def _four_six(x_NK: Tensor, form: Format, sixes: Tensor, fours: Tensor) -> tuple
         codes = _cast_(per_block(torch.div, x_NK, _not_zero(scales), form.block), ELEMENTS[form.element], None)
         error = per_block(torch.mul, codes, scales, form.block).sub_(x_NK).square_()
         both.append(codes.view(torch.int32))
-        errors.append(blocks_of(error, form.block).sum(dim=(1, 3)))
+        errors.append(block_sums(error, form.block))
     less = errors[1] < errors[0]
     # Of codes the bits are chosen, with a mask of ones where `less`: torch's `where` is several times slower.
     change = per_block(torch.bitwise_and, both[1].bitwise_xor_(both[0]), -less.int(), form.block, out=both[1])
@@ -384,17 +409,19 @@ def _four_six(x_NK: Tensor, form: Format, sixes: Tensor, fours: Tensor) -> tuple
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized matrix as memory and hardware have it, with K columns. See the head of this file."""
+    """A quantized matrix as memory and hardware have it, with K columns. trusted: what was not clipped, of rule `quest`, as
+    `pack_bits` has it. See the head of this file."""
 
     format: Format
     codes: Tensor
     scales: Tensor
     factor: Tensor
     columns: int
+    trusted: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes + self.factor.nbytes
+        return sum(x.nbytes for x in (self.codes, self.scales, self.factor, self.trusted) if x is not None)
 
     def unpack(self) -> Quantized:
         table = _values_of_bytes(self.format.element, self.codes.device)
@@ -403,11 +430,12 @@ class Packed:
         codes_NK = values.view(*self.codes.shape[:-1], self.codes.shape[-1] * per_byte)[
             ..., : self.columns
         ].contiguous()
-        return Quantized(self.format, codes_NK, self.scales.float(), self.factor)
+        trusted_NK = None if self.trusted is None else unpack_bits(self.trusted, self.columns)
+        return Quantized(self.format, codes_NK, self.scales.float(), self.factor, trusted_NK)
 
 
 def pack(quantized: Quantized) -> Packed:
-    """Loses nothing (but `trusted`). A code that is NaN becomes 0 where the element has none; its scale is NaN."""
+    """Loses nothing. A code that is NaN becomes 0 where the element has none; its scale is NaN."""
     form, x_NK = quantized.format, quantized.codes_NK
     scale = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}.get(form.scale, torch.float32)
     if form.element in BYTES:
@@ -418,8 +446,22 @@ def pack(quantized: Quantized) -> Packed:
         nibbles = _nibbles_of_bytes(form.element, byte.device).index_select(0, byte.flatten().int()).view(x_NK.shape)
         pairs = nibbles.view(torch.int16)
         codes = (pairs | pairs >> 4).to(torch.uint8)
+    trusted = None if quantized.trusted_NK is None else pack_bits(quantized.trusted_NK)
     columns = quantized.codes_NK.shape[-1]
-    return Packed(form, codes, _stored(quantized.scales, scale), quantized.factor, columns)
+    return Packed(form, codes, _stored(quantized.scales, scale), quantized.factor, columns, trusted)
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """bool (..., K) as uint8 (..., K / 8), the first in the lowest bit, 0 behind the last."""
+    eights = F.pad(flags, (0, -flags.shape[-1] % 8)).contiguous().view(torch.int64)
+    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # bit 8i of eight bytes becomes bit 56 + i
+
+
+def unpack_bits(packed: Tensor, columns: int) -> Tensor:
+    """bool (..., columns)."""
+    byte, bit = (torch.arange(n, dtype=torch.uint8, device=packed.device) for n in (256, 8))
+    eights = (byte[:, None] >> bit & 1).view(torch.int64)[:, 0].index_select(0, packed.flatten().int())
+    return eights.view(torch.bool).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :columns]
 
 
 def _stored(scales: Tensor, kind: torch.dtype) -> Tensor:

@@ -24,7 +24,8 @@ from moesaic.kernels.experts import ACTIVATIONS, _activation, dact_quarters
 from moesaic.kernels.grouped_gemm import Schedule, describe, find_tile, first_tile, load_rows, row_pointers, schedule
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.quantize import Format, Packed
-from moesaic.kernels.quantize_triton import TILE, cast_constants, cast_rows, packed_like, scale_bytes, supported
+from moesaic.kernels.quantize_tile import cast_rows
+from moesaic.kernels.quantize_triton import TILE, cast_constants, packed_like, scale_bytes, supported
 from moesaic.kernels.scaled_gemm import (
     FORMATS,
     TARGETS_OF,
@@ -90,7 +91,7 @@ def _scaled_up_kernel(
             a_MN *= up.to(tl.float32)
         # Past column F, W has no up rows, and a is 0.
         cast_rows(
-            a_MN, rows, fs, rows, a_codes, a_scales, rows, real, f, AC, AB, BM, BN, G, RULE, BYTES, False, 0, EXPONENT,
+            a_MN, rows, fs, rows, a_codes, a_scales, rows, real, f, AC, AB, BM, BN, G, RULE, BYTES, "even", 0, EXPONENT,
             MANTISSA, LEAST, LARGEST, NAN, PACK, "ieee", SIGNED_ZERO,
         )  # fmt: skip
 
@@ -163,7 +164,7 @@ def up_tile(target: str | torch.device, name: str, even: bool) -> Tile:
 def fits(form: Format, f: int, activation: str) -> bool:
     """Whether `up` casts a of F columns to this format: natively, in whole blocks of a tile. Of fp8, a tile of W_up's gate rows
     and one of its up rows must each have one scale."""
-    whole = supported(form) and form.block[0] == 1 and form.scale != "e4m3"
+    whole = supported(form) and form.block[0] == 1 and form.scale != "e4m3" and form.rule != "quest"
     return whole and (form.block[1] < 128 or activation == "relu2" or f % 128 == 0)
 
 

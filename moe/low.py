@@ -29,7 +29,18 @@ from torch import Tensor, nn
 from moesaic.kernels.hadamard import rotate, rotate_back
 from moesaic.kernels.permute import Rows, sum_bags
 from moesaic.kernels.products import linear, mm, rows_mm, slices
-from moesaic.kernels.quantize import Format, Packed, Quantized, key_of, pack, quantize, quantize_each, random_signs
+from moesaic.kernels.quantize import (
+    Format,
+    Packed,
+    Quantized,
+    key_of,
+    pack,
+    pack_bits,
+    quantize,
+    quantize_each,
+    random_signs,
+    unpack_bits,
+)
 from moesaic.moe.config import require
 from moesaic.moe.experts import Experts, activate, activate_backward
 from moesaic.moe.layer import MoE
@@ -167,27 +178,13 @@ class Saver:
         self.tensors.append(None if trusted is None else pack_bits(trusted))
 
 
-def kept(
-    tensors: Iterator[Any], form: tuple[Format, int] | None, shape: tuple[int, ...]
-) -> tuple[Tensor | Low, Tensor | None]:
-    """What `Saver.keep` kept: the tensor or the cast, and what was not clipped. `shape`: that of x, rotated or not."""
+def kept(tensors: Iterator[Any], form: tuple[Format, int] | None, columns: int) -> tuple[Tensor | Low, Tensor | None]:
+    """What `Saver.keep` kept: the tensor, of so many columns, or the cast; and what was not clipped."""
     a, scales, factor, trusted = (next(tensors) for _ in range(4))
-    if form is None:
-        return a, None if trusted is None else unpack_bits(trusted, shape)
-    low = Low.of(Packed(form[0], a, scales, factor, form[1]).unpack())
-    return low, None if trusted is None else unpack_bits(trusted, low.values.shape)
-
-
-def pack_bits(flags: Tensor) -> Tensor:
-    """Eight a byte."""
-    eights = F.pad(flags.flatten(), (0, -flags.numel() % 8)).view(torch.int64)
-    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # bit 8i of eight bytes becomes bit 56 + i
-
-
-def unpack_bits(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    byte, bit = (torch.arange(n, dtype=torch.uint8, device=packed.device) for n in (256, 8))
-    flags = (byte[:, None] >> bit & 1).view(torch.int64)[:, 0].index_select(0, packed.int()).view(torch.bool)
-    return flags[: torch.Size(shape).numel()].view(shape)
+    if form is not None:
+        columns = form[1]
+        a = Low.of(Packed(form[0], a, scales, factor, columns).unpack())
+    return a, None if trusted is None else unpack_bits(trusted, columns)
 
 
 # ---------------------------------------------------------------- linear
@@ -212,8 +209,8 @@ class LowLinear(torch.autograd.Function):
         tensors, weight, ids_T = iter(ctx.saved_tensors), ctx.weight, ctx.ids_T
         (f, d), dtype = ctx.w_shape, dy.dtype
         dy_TF = dy.reshape(-1, f).float()
-        x, trusted_x = kept(tensors, ctx.forms[0], (dy_TF.shape[0], d))
-        w, trusted_w = kept(tensors, ctx.forms[1], (f, d))
+        x, trusted_x = kept(tensors, ctx.forms[0], d)
+        w, trusted_w = kept(tensors, ctx.forms[1], d)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = multiply(weight.cast("dgrad", "dy", dy_TF, ids_T), weight.again("dgrad", "w", w))
@@ -279,12 +276,12 @@ class _LowExperts(torch.autograd.Function):
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         h_RG, weights_R, b_down, bag, starts, source_R, expert_R, ids_R, ids_N = (next(tensors) for _ in range(9))
-        (n, d), (e, g, _), (_, _, f) = ctx.shapes
+        (_, d), (e, _, _), (_, _, f) = ctx.shapes
         up, down, counts, dtype = ctx.up, ctx.down, ctx.counts, dy_ND.dtype
-        x, trusted_x = kept(tensors, ctx.forms[0], (n, d))
-        w_up, trusted_up = kept(tensors, ctx.forms[1], (e, g, d))
-        a, trusted_a = kept(tensors, ctx.forms[2], (h_RG.shape[0], f))
-        w_down, trusted_down = kept(tensors, ctx.forms[3], (e, d, f))
+        x, trusted_x = kept(tensors, ctx.forms[0], d)
+        w_up, trusted_up = kept(tensors, ctx.forms[1], d)
+        a, trusted_a = kept(tensors, ctx.forms[2], f)
+        w_down, trusted_down = kept(tensors, ctx.forms[3], f)
         used, dy_ND = h_RG.shape[0], dy_ND.float()
         w_R1 = weights_R[:used, None].float()
 

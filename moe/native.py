@@ -5,14 +5,15 @@ bit by bit, sums are in another order. In what hardware reads, not in fp32, are:
 before writes as codes where its tile holds whole blocks; what backward reads of a recipe with source=fprop. h and, on its way to
 its casts, dh are of the compute type, where the emulation keeps fp32.
 
-A cast is one launch, and serves every product that reads it: x of N inputs is cast before it is gathered; dh along rows and
-columns at once; a weight's square blocks both ways. **Cast by the emulation's torch functions**, then multiplied natively: rules
-quest and four_six, rounding eden, and casts of 4-bit casts (quartet, quartet2). The host waits for nothing.
+A cast is one launch (of e4m3 scales two, the first for the tensor's factor), and serves every product that reads it: x of N
+inputs is cast before it is gathered; dh along rows and columns at once; a weight's square blocks both ways. **Cast by the
+emulation's torch functions**, then multiplied natively, is of no shipped recipe: a weight in square blocks with a rotation, by
+chance or of rule quest, and one that dgrad casts in square blocks of its own. The host waits for nothing.
 
 Letters: as in moesaic.moe.low.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from moesaic.kernels.combine import combine
 from moesaic.kernels.grouped_gemm import Schedule, schedule
 from moesaic.kernels.permute import Rows
-from moesaic.kernels.quantize import Format, Packed, key_of, pack
+from moesaic.kernels.quantize import Format, Packed, key_of, pack, unpack_bits
 from moesaic.kernels.quantize_triton import TILE, quantize_squares, quantize_tiles, supported
 from moesaic.kernels.scaled_experts import expert_sums, fits, scaled_dact, scaled_up
 from moesaic.kernels.scaled_formats import name_of
@@ -35,23 +36,15 @@ from moesaic.kernels.scaled_gemm import (
     transposed,
 )
 from moesaic.moe.experts import activate, activate_backward
-from moesaic.moe.low import Low, Weight, pack_bits, unpack_bits
+from moesaic.moe.low import Low, Weight
 
 # ---------------------------------------------------------------- casts
 
 
-class Cast(NamedTuple):
-    """What is multiplied, and what its cast did not clip, where it tells."""
-
-    packed: Packed
-    trusted: Tensor | None = None
-
-
 class Plan(NamedTuple):
-    """Of R rows sorted by expert: their schedule, the expert of each, and the numbers that chance depends on, int64 (R,)."""
+    """Of R rows sorted by expert: their schedule, and the numbers that chance depends on, int64 (R,)."""
 
     schedule: Schedule
-    expert_R: Tensor
     ids_R: Tensor
 
     def real(self) -> Tensor:
@@ -62,7 +55,7 @@ class Plan(NamedTuple):
 def one_group(ids_N: Tensor) -> Plan:
     """Of N rows without experts."""
     counts = torch.full((1,), ids_N.numel(), dtype=torch.int64, device=ids_N.device)
-    return Plan(schedule(counts, TILE), torch.zeros_like(ids_N), ids_N)
+    return Plan(schedule(counts, TILE), ids_N)
 
 
 def groups(e: int, n: int, device: torch.device) -> Schedule:
@@ -70,22 +63,17 @@ def groups(e: int, n: int, device: torch.device) -> Schedule:
     return schedule(torch.full((e,), n, dtype=torch.int64, device=device), TILE)
 
 
-def of_emulation(low: Low) -> Cast:
-    assert low.quantized is not None
-    return Cast(pack(low.quantized), low.quantized.trusted_NK)
-
-
-def how(weight: Weight, product: str, side: str, device: torch.device) -> tuple[Format, bool, int, dict[str, Any]]:
-    """(format, whether there is a kernel for rows in it, key of its chance, rotation as `quantize_tiles` takes it)."""
+def how(weight: Weight, product: str, side: str, device: torch.device) -> tuple[Format, int, dict[str, Any]]:
+    """(format, key of its chance, rotation as `quantize_tiles` takes it)."""
     p, precision = weight.precision.products[product], weight.precision
     form = p.sides[side].form
     assert form is not None, (product, side)
     key = key_of(precision.seed, weight.name, product, side, precision.step) if form.rounding != "even" else 0
     signs = weight.signs(product, device) if p.rotation else None
-    return form, supported(form) and form.block[0] == 1, key, {"size": p.rotation, "signs_n": signs}
+    return form, key, {"size": p.rotation, "signs_n": signs}
 
 
-def cast_inputs(weight: Weight, x_NK: Tensor, plan: Plan) -> Cast:
+def cast_inputs(weight: Weight, x_NK: Tensor, plan: Plan) -> Packed:
     """x of fprop, once for all layers that read the same tensor."""
     casts, form = weight.precision.casts, weight.precision.products["fprop"].sides["x"].form
     # Held by `casts`, its memory can't have become another tensor's.
@@ -99,14 +87,12 @@ def cast_inputs(weight: Weight, x_NK: Tensor, plan: Plan) -> Cast:
     return cast
 
 
-def cast_rows(weight: Weight, product: str, side: str, x_RK: Tensor, plan: Plan) -> Cast:
+def cast_rows(weight: Weight, product: str, side: str, x_RK: Tensor, plan: Plan) -> Packed:
     """Codes (R, K)."""
-    form, native, key, rotation = how(weight, product, side, x_RK.device)
-    if not native:
-        return of_emulation(weight.cast(product, side, torch.where(plan.real(), x_RK, 0), plan.ids_R))
+    form, key, rotation = how(weight, product, side, x_RK.device)
     packed, _ = quantize_tiles(x_RK, form, plan.schedule, keys=(key, 0), ids_N=plan.ids_R, **rotation)
     assert packed is not None
-    return Cast(packed)
+    return packed
 
 
 def cast_columns(
@@ -114,64 +100,56 @@ def cast_columns(
     weights_R: Tensor | None = None,
 ) -> Packed:  # fmt: skip
     """Codes (K, positions) of rows x, or of those read through source_R, each times its weight."""
-    form, native, key, rotation = how(weight, product, side, plan.ids_R.device)
-    if isinstance(x, Packed):
-        readable = x.codes.dtype is torch.float8_e4m3fn and x.scales.itemsize == 4
-        if not (native and readable) or x.format.rule == "shrink":  # whose factor the kernel would leave out
-            x = x.unpack().dequantize()
-    if native:
-        _, packed = quantize_tiles(
-            x, form, plan.schedule, rows=False, columns=True, source_N=source_R, weights_N=weights_R, keys=(0, key),
-            ids_N=plan.ids_R, **rotation,
-        )  # fmt: skip
-        assert packed is not None
-        return packed
-    assert isinstance(x, Tensor)
-    rows_RK = x.float() if source_R is None else x[source_R].float()
-    rows_RK = rows_RK if weights_R is None else rows_RK * weights_R[:, None]
-    s, n_experts, count = plan.schedule, plan.schedule.counts_E.numel(), rows_RK.shape[0]
-    total = (count // TILE + n_experts) * TILE
-    first_E = (s.tile_ends_E.long() - -(-s.counts_E // TILE)) * TILE - s.starts_E
-    place_R = torch.arange(count, device=rows_RK.device) + first_E[plan.expert_R.clamp(max=n_experts - 1)]
-    place_R = torch.where(plan.real()[:, 0], place_R, total)  # padding comes behind, and is cut off
-    rows_PK = rows_RK.new_zeros(total + 1, rows_RK.shape[1]).index_copy_(0, place_R, rows_RK)[:total]
-    ids_P = (-1 - torch.arange(total + 1, device=rows_RK.device)).index_copy_(0, place_R, plan.ids_R)[:total]
-    return of_emulation(weight.cast(product, side, rows_PK.T.contiguous(), columns=ids_P)).packed
+    form, key, rotation = how(weight, product, side, plan.ids_R.device)
+    _, packed = quantize_tiles(
+        x, form, plan.schedule, rows=False, columns=True, source_N=source_R, weights_N=weights_R, keys=(0, key),
+        ids_N=plan.ids_R, **rotation,
+    )  # fmt: skip
+    assert packed is not None
+    return packed
 
 
-def cast_weights(weight: Weight, w_ENK: Tensor, first: int) -> Cast:
+def cast_weights(weight: Weight, w_ENK: Tensor, first: int) -> Packed:
     """Of fprop: codes (E, N, K). first: experts before these."""
     (e, n, _), device = w_ENK.shape, w_ENK.device
-    form, native, key, rotation = how(weight, "fprop", "w", device)
-    if native:
-        ids = torch.arange(first * n, (first + e) * n, device=device)
-        packed, _ = quantize_tiles(
-            w_ENK.flatten(0, 1), form, groups(1, e * n, device), keys=(key, 0), ids_N=ids, **rotation
-        )
-        assert packed is not None
-        codes, scales = packed.codes.unflatten(0, (e, n)), packed.scales.unflatten(0, (e, n))
-        return Cast(replace(packed, codes=codes, scales=scales, factor=packed.factor.expand(e)))
-    if supported(form) and not rotation["size"]:
-        return Cast(quantize_squares(w_ENK, form))
-    return of_emulation(weight.cast("fprop", "w", w_ENK, first=first))
+    form, key, rotation = how(weight, "fprop", "w", device)
+    if not supported(form) or (form.block[0] > 1 and rotation["size"]):
+        low = weight.cast("fprop", "w", w_ENK, first=first)
+        assert low.quantized is not None
+        return pack(low.quantized)
+    if form.block[0] > 1:
+        return quantize_squares(w_ENK, form)
+    packed, _ = quantize_tiles(w_ENK.flatten(0, 1), form, groups(e, n, device), keys=(key, 0), first=first, **rotation)
+    assert packed is not None
+    return each_of(packed, lambda x: x.unflatten(0, (e, n)))
 
 
-def weights_again(weight: Weight, w: Tensor | Packed, shape: tuple[int, ...], first: int) -> Packed:
+def each_of(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
+    """With its codes, its scales and what it tells of them changed."""
+    trusted = None if packed.trusted is None else change(packed.trusted)
+    return replace(packed, codes=change(packed.codes), scales=change(packed.scales), trusted=trusted)
+
+
+def weights_again(weight: Weight, w: Tensor | Packed, first: int) -> Packed:
     """Of dgrad: codes (E, K, N or more), of weights (E, N, K) or of their cast in fprop."""
-    side = weight.precision.products["dgrad"].sides["w"]
-    if side.form is None:
+    if weight.precision.products["dgrad"].sides["w"].form is None:
         assert isinstance(w, Packed)
         return transposed(w)
-    if isinstance(w, Packed):
-        return of_emulation(weight.again("dgrad", "w", Low.of(w.unpack()), first=first)).packed
-    form, native, _, rotation = how(weight, "dgrad", "w", w.device)
-    e, n, _ = shape
-    if not native or form.rounding != "even":
-        return of_emulation(weight.again("dgrad", "w", w, first=first)).packed
-    plan = groups(e, n, w.device)
-    _, packed = quantize_tiles(w.flatten(0, 1), form, plan, rows=False, columns=True, **rotation)
+    w_ENK = w.codes if isinstance(w, Packed) else w
+    (e, n, _), device = w_ENK.shape, w_ENK.device
+    form, key, rotation = how(weight, "dgrad", "w", device)
+    if form.block[0] > 1:
+        low = weight.again("dgrad", "w", Low.of(w.unpack()) if isinstance(w, Packed) else w, first=first)
+        assert low.quantized is not None
+        return pack(low.quantized)
+    if isinstance(w, Packed) and w.format.block[0] > 1:
+        w = w.unpack().dequantize()
+    flat = each_of(w, lambda x: x.flatten(0, 1)) if isinstance(w, Packed) else w.flatten(0, 1)
+    _, packed = quantize_tiles(
+        flat, form, groups(e, n, device), rows=False, columns=True, keys=(0, key), first=first, **rotation
+    )
     assert packed is not None
-    return replace(by_column(packed, e, n), factor=packed.factor.expand(e))
+    return by_column(packed, e, n)
 
 
 # ---------------------------------------------------------------- what is kept for backward
@@ -184,21 +162,20 @@ class Kept:
         self.tensors: list[Tensor | None] = []
         self.forms: list[tuple[Format, int] | None] = []
 
-    def keep(self, high: Tensor | None, cast: Cast, packed: bool) -> None:
+    def keep(self, high: Tensor | None, cast: Packed, packed: bool) -> None:
         """`high`, or the cast; and what that did not clip, where it tells."""
-        p = cast.packed
-        self.tensors += [p.codes, p.scales, p.factor] if packed else [high, None, None]
-        self.tensors.append(None if cast.trusted is None else pack_bits(cast.trusted))
-        self.forms.append((p.format, p.columns) if packed else None)
+        self.tensors += [cast.codes, cast.scales, cast.factor] if packed else [high, None, None]
+        self.tensors.append(cast.trusted)
+        self.forms.append((cast.format, cast.columns) if packed else None)
 
 
-def kept(tensors: Iterator[Any], form: tuple[Format, int] | None, shape: tuple[int, ...]) -> tuple[Any, Tensor | None]:
-    """(tensor or cast, what was not clipped); `shape` of x, of which the last is rounded up where it was rotated."""
+def kept(tensors: Iterator[Any], form: tuple[Format, int] | None, columns: int) -> tuple[Any, Tensor | None]:
+    """(the tensor, of so many columns, or its cast; what was not clipped)."""
     codes, scales, factor, trusted = (next(tensors) for _ in range(4))
     if form is not None:
-        shape = (*shape[:-1], form[1])
-    flags = None if trusted is None else unpack_bits(trusted, shape)
-    return codes if form is None else Packed(form[0], codes, scales, factor, form[1]), flags
+        columns = form[1]
+        codes = Packed(form[0], codes, scales, factor, columns)
+    return codes, None if trusted is None else unpack_bits(trusted, columns)
 
 
 def product(
@@ -234,22 +211,21 @@ class NativeLinear(torch.autograd.Function):
         keep.keep(w, wq, weight.reads_fprop("dgrad", "w"))
         ctx.save_for_backward(*keep.tensors)
         ctx.forms, ctx.weight, ctx.ids_T, ctx.shape, ctx.w_shape = keep.forms, weight, ids_T, x.shape, w.shape
-        return product(xq.packed, wq.packed, plan, x.dtype).view(*x.shape[:-1], w.shape[0])
+        return product(xq, wq, plan, x.dtype).view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         tensors, weight = iter(ctx.saved_tensors), ctx.weight
-        (f, d), dy_TF, plan = ctx.w_shape, in_rows(dy.reshape(-1, ctx.w_shape[0])), one_group(ctx.ids_T)
-        x, trusted_x = kept(tensors, ctx.forms[0], (dy_TF.shape[0], d))
-        w, trusted_w = kept(tensors, ctx.forms[1], (1, f, d))
+        d, dy_TF, plan = ctx.w_shape[1], in_rows(dy.reshape(-1, ctx.w_shape[0])), one_group(ctx.ids_T)
+        x, trusted_x = kept(tensors, ctx.forms[0], d)
+        w, trusted_w = kept(tensors, ctx.forms[1], d)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             w = w if isinstance(w, Packed) else w[None]
-            again = weights_again(weight, w, (1, f, d), 0)
+            again = weights_again(weight, w, 0)
             turned = trusted_x is not None or rotated(weight)
-            dx = product(
-                cast_rows(weight, "dgrad", "dy", dy_TF, plan).packed, again, plan, torch.float32 if turned else dy.dtype
-            )
+            dyq = cast_rows(weight, "dgrad", "dy", dy_TF, plan)
+            dx = product(dyq, again, plan, torch.float32 if turned else dy.dtype)
             dx = weight.straight_back(dx, "dgrad", "w", trusted_x, d).view(ctx.shape).to(dy.dtype)
         if ctx.needs_input_grad[1]:
             left, right = cast_columns(weight, "wgrad", "dy", dy_TF, plan), cast_columns(weight, "wgrad", "x", x, plan)
@@ -284,15 +260,14 @@ class NativeExperts(torch.autograd.Function):
         assert form is not None
         xq, upq = cast_inputs(up, x_ND, one_group(ids_N)), cast_weights(up, w_up, first)
         if fits(form, w_down.shape[2], activation) and form.rounding == "even" and not rotated(down):
-            h_RG, packed = scaled_up(
-                xq.packed, rows.source_R, upq.packed, b_up, rows.counts_E, plan.schedule, form, activation, x_ND.dtype
+            h_RG, aq = scaled_up(
+                xq, rows.source_R, upq, b_up, rows.counts_E, plan.schedule, form, activation, x_ND.dtype
             )
-            aq = Cast(packed)
         else:
-            h_RG = product(xq.packed, upq.packed, plan, x_ND.dtype, rows.source_R, b_up)
+            h_RG = product(xq, upq, plan, x_ND.dtype, rows.source_R, b_up)
             aq = cast_rows(down, "fprop", "x", activate(activation, h_RG.float()), plan)
         downq = cast_weights(down, w_down, first)
-        y_ND = summed(aq.packed, downq.packed, plan, rows, x_ND.dtype, chunk, weights_R, b_down)
+        y_ND = summed(aq, downq, plan, rows, x_ND.dtype, chunk, weights_R, b_down)
         keep = Kept()
         keep.keep(x_ND, xq, up.reads_fprop("wgrad", "x"))
         keep.keep(w_up, upq, up.reads_fprop("dgrad", "w"))
@@ -301,7 +276,7 @@ class NativeExperts(torch.autograd.Function):
         ctx.save_for_backward(h_RG, weights_R, b_down, ids_N, rows.source_R, rows.expert_R, rows.bag, rows.starts,
                               rows.counts_E, *keep.tensors)  # fmt: skip
         ctx.forms, ctx.up, ctx.down, ctx.activation, ctx.chunk = keep.forms, up, down, activation, chunk
-        ctx.shapes, ctx.first, ctx.experts = (x_ND.shape, w_up.shape, w_down.shape), first, experts
+        ctx.widths, ctx.first, ctx.experts = (x_ND.shape[1], w_down.shape[2]), first, experts
         ctx.has_bias = b_up is not None
         return y_ND
 
@@ -309,17 +284,16 @@ class NativeExperts(torch.autograd.Function):
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         h_RG, weights_R, b_down, ids_N, source_R, expert_R, bag, starts, counts_E = (next(tensors) for _ in range(9))
-        rows, (x_shape, up_shape, down_shape) = Rows(source_R, source_R, expert_R, bag, starts, counts_E), ctx.shapes
+        rows, (d, f), dtype = Rows(source_R, source_R, expert_R, bag, starts, counts_E), ctx.widths, dy_ND.dtype
         plan, up, down = plan_of(rows, ids_N, ctx.first, ctx.experts), ctx.up, ctx.down
-        (n, d), f, dtype, r = x_shape, down_shape[2], dy_ND.dtype, source_R.numel()
-        x, trusted_x = kept(tensors, ctx.forms[0], (n, d))
-        w_up, trusted_up = kept(tensors, ctx.forms[1], tuple(up_shape))
-        a, trusted_a = kept(tensors, ctx.forms[2], (r, f))
-        w_down, trusted_down = kept(tensors, ctx.forms[3], tuple(down_shape))
+        x, trusted_x = kept(tensors, ctx.forms[0], d)
+        w_up, trusted_up = kept(tensors, ctx.forms[1], d)
+        a, trusted_a = kept(tensors, ctx.forms[2], f)
+        w_down, trusted_down = kept(tensors, ctx.forms[3], f)
         dy_ND = dy_ND.contiguous()
 
-        dyq = cast_rows(down, "dgrad", "dy", dy_ND, one_group(ids_N)).packed
-        w = weights_again(down, w_down, tuple(down_shape), ctx.first)
+        dyq = cast_rows(down, "dgrad", "dy", dy_ND, one_group(ids_N))
+        w = weights_again(down, w_down, ctx.first)
         if rotated(down) or trusted_a is not None:
             da_RF = product(dyq, w, plan, torch.float32, source_R)
             da_RF = down.straight_back(da_RF, "dgrad", "w", trusted_a, f)
@@ -349,7 +323,7 @@ class NativeExperts(torch.autograd.Function):
         dhq, left = cast_both(up, dh_RG, plan)
         right = cast_columns(up, "wgrad", "x", x, plan, source_R)
         dw_up = up.straight_back(weight_gradient(left, right, plan), "wgrad", "x", trusted_up, d)
-        w = weights_again(up, w_up, tuple(up_shape), ctx.first)
+        w = weights_again(up, w_up, ctx.first)
         turned = rotated(up) or trusted_x is not None
         dx_ND = summed(dhq, w, plan, rows, torch.float32 if turned else dtype, ctx.chunk)
         dx_ND = up.straight_back(dx_ND, "dgrad", "w", trusted_x, d).to(dtype)
@@ -358,16 +332,16 @@ class NativeExperts(torch.autograd.Function):
 
 def plan_of(rows: Rows, ids_N: Tensor, first: int, experts: int) -> Plan:
     ids_R = ids_N[rows.source_R] * experts + rows.expert_R + first
-    return Plan(schedule(rows.counts_E, TILE), rows.expert_R, ids_R)
+    return Plan(schedule(rows.counts_E, TILE), ids_R)
 
 
 def cast_both(weight: Weight, dy_RN: Tensor, plan: Plan) -> tuple[Packed, Packed]:
     """dy of dgrad along rows and of wgrad along columns: in one launch, where both are of one format and not rotated."""
     products = weight.precision.products
-    form, native, key, _ = how(weight, "dgrad", "dy", dy_RN.device)
-    other, _, other_key, _ = how(weight, "wgrad", "dy", dy_RN.device)
-    if not native or form != other or products["dgrad"].rotation or products["wgrad"].rotation:
-        return cast_rows(weight, "dgrad", "dy", dy_RN, plan).packed, cast_columns(weight, "wgrad", "dy", dy_RN, plan)
+    form, key, _ = how(weight, "dgrad", "dy", dy_RN.device)
+    other, other_key, _ = how(weight, "wgrad", "dy", dy_RN.device)
+    if form != other or products["dgrad"].rotation or products["wgrad"].rotation:
+        return cast_rows(weight, "dgrad", "dy", dy_RN, plan), cast_columns(weight, "wgrad", "dy", dy_RN, plan)
     rows, columns = quantize_tiles(dy_RN, form, plan.schedule, columns=True, keys=(key, other_key), ids_N=plan.ids_R)
     assert rows is not None and columns is not None
     return rows, columns

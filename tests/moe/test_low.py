@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from moesaic.kernels.hadamard import rotate
 from moesaic.kernels.permute import Rows, sort_slots
-from moesaic.kernels.quantize import quantize
+from moesaic.kernels.quantize import pack_bits, quantize, unpack_bits
 from moesaic.launch import cli
 from moesaic.moe import low as low_module
 from moesaic.moe.config import ACTIVATIONS, ModelConfig, RouterConfig
 from moesaic.moe.experts import Experts
-from moesaic.moe.low import LowExperts, LowLinear, Weight, lower, pack_bits, unpack_bits
+from moesaic.moe.low import LowExperts, LowLinear, Weight, lower
 from moesaic.moe.model import build
 from moesaic.moe.precision import PRODUCTS, Precision, PrecisionConfig
 
@@ -323,7 +323,7 @@ def test_memory_of_what_is_kept() -> None:
     assert kept("quartet2") == (x + w) // 2 + (x + w) // 16 + 8
     assert kept("quartet") == (x + w) // 2 + (x + w) // 32 + 8 + (x + w) // 8  # and a bit each for what was clipped
     flags = gaussian(7, 13) > 0
-    assert torch.equal(unpack_bits(pack_bits(flags), (7, 13)), flags)
+    assert torch.equal(unpack_bits(pack_bits(flags), 13), flags)
 
 
 FLIPS = {
