@@ -75,6 +75,7 @@ MISTAKES = [
     (["parallel.remat=all"], ["parallel.remat=all", "must be one of none, selective, full"]),
     (["parallel.replicate=2"], ["parallel.replicate=2", "must divide the number of ranks, 1"]),
     (["parallel.overload=drop"], ["parallel.overload=drop", "parallel.max_recv_tokens_factor"]),
+    (["parallel.max_recv_tokens_factor=inf"], ["parallel.max_recv_tokens_factor=inf", "must be a number of at least 1"]),
     (["model.vocab_size=100"], ["model.vocab_size=100", "must be at least 257"]),
 ]
 
@@ -87,6 +88,24 @@ def test_a_mistake_is_one_line(
     assert line.startswith("error: ")
     for word in words:
         assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_fused_kernels_do_not_have_is_one_line(
+    place: Place, tmp_path: Path, mistake: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moesaic.kernels import fused_ep, fused_low
+
+    knobs = place.knobs(tmp_path / "run", "parallel.expert_path=fused", "precision=fp8_block", "parallel.comm_sms=132")
+    monkeypatch.setattr(fused_low, "has_products", lambda target: False)
+    assert mistake(knobs).startswith("error: parallel.expert_path=fused: has no products of fp8_block on AMD GPUs; ")
+    monkeypatch.setattr(fused_low, "has_products", lambda target: True)
+
+    def refused(device: torch.device, spared: int) -> int:
+        raise ValueError(f"parallel.comm_sms={spared}: must be below the multiprocessors of the device, 132")
+
+    monkeypatch.setattr(fused_ep, "grid_programs", refused)
+    assert mistake(knobs).startswith("error: parallel.comm_sms=132: must be below the multiprocessors")
     assert not (tmp_path / "run").exists()
 
 
