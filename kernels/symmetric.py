@@ -35,7 +35,11 @@ class HeapError(RuntimeError):
 
 
 class FusedError(RuntimeError):
-    """A rank waited in vain for another one's rows, or there is no room for them. Raised on every rank of the group."""
+    """There is no room for the rows that come, or ranks call different layers. Raised on every rank of the group."""
+
+
+class LostError(FusedError):
+    """A rank waited in vain for another one, which died or stands still. Raised on every rank of the group."""
 
 
 @dataclass(frozen=True)

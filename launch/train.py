@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from moesaic.kernels import autotune
-from moesaic.kernels.symmetric import FusedError, HeapError
+from moesaic.kernels.symmetric import FusedError, HeapError, LostError
 from moesaic.launch import cli, guards, report
 from moesaic.launch.batches import micro_batches, most_tokens
 from moesaic.launch.collectives_report import Profile
@@ -82,6 +82,8 @@ def main(config: Config) -> None:
         train(config, device)
     except OverloadError as error:
         raise cli.UserError(str(error)) from error
+    except LostError as error:
+        raise guards.HungError(str(error)) from error
     except (checkpoint.SaveError, FusedError, HeapError) as error:
         raise guards.RunEndedError(str(error)) from error
     finally:

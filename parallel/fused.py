@@ -40,7 +40,7 @@ from torch import Tensor
 
 from moesaic.kernels.permute import Rows
 from moesaic.kernels.quantize import pack
-from moesaic.kernels.symmetric import Exchange, FusedError, Regions, make_heap, shared_memory
+from moesaic.kernels.symmetric import Exchange, FusedError, LostError, Regions, make_heap, shared_memory
 from moesaic.kernels.tiles import fused_tile, rounding_tile
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import sorted_rows
@@ -182,7 +182,7 @@ class Space:
             raise RuntimeError("parallel.expert_path=fused: all launches of a group must be on one stream")
 
     def check(self, what: str) -> None:
-        """Raises FusedError on every rank if a rank waited in vain: on a CPU in this launch, on CUDA in one that has ended."""
+        """Raises FusedError on every rank if one of them failed: on a CPU in this launch, on CUDA in one that has ended."""
         from moesaic.kernels.fused_protocol import failures
 
         failed = self.setting.heap.view("failed")
@@ -195,10 +195,12 @@ class Space:
             _, failed, what = self.watched.pop(0)
             if failed[:, 0].any():
                 self.finish()
-                told = "; ".join(str(failure) for failure in failures(failed))
+                found = failures(failed)
+                told = "; ".join(map(str, found))
                 if self.nodes > 1:
                     what += f", group of ranks {short(dist.get_process_group_ranks(self.group))}"
-                raise FusedError(f"parallel.expert_path=fused, {what}: {told}")
+                kind = FusedError if any(failure.wait in ("room", "call") for failure in found) else LostError
+                raise kind(f"parallel.expert_path=fused, {what}: {told}")
 
 
 class _Sent(Sent):

@@ -4,16 +4,19 @@ What needs no second rank and no kill runs in this process, through the same `cl
 launch costs seconds.
 """
 
+import os
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from moesaic.kernels.symmetric import FusedError, HeapError, LostError
 from moesaic.launch import cli, startup, train
 from moesaic.launch.data import open_data, train_batch
 from moesaic.launch.optim import make_optimizer
@@ -107,6 +110,28 @@ def test_what_the_fused_kernels_do_not_have_is_one_line(
     monkeypatch.setattr(fused_ep, "grid_programs", refused)
     assert mistake(knobs).startswith("error: parallel.comm_sms=132: must be below the multiprocessors")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("error", "code"), [(LostError, 4), (FusedError, 3), (HeapError, 3)])
+def test_a_rank_that_waited_in_vain_may_be_started_anew(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    error: type[Exception], code: int,
+) -> None:  # fmt: skip
+    """Not one whose rows have no room: with those it would end again, and so its torchrun is ended."""
+    killed: list[int] = []
+
+    def fail(*_: Any) -> None:
+        raise error("rank 0 of the group")
+
+    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), *place.knobs(tmp_path / "run")])
+    for name, value in (("HYDRA_FULL_ERROR", ""), ("LOCAL_RANK", "0"), ("TORCHELASTIC_MAX_RESTARTS", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train.main)
+    assert stop.value.code == code and capsys.readouterr().err == "error: rank 0 of the group\n"
+    assert killed == ([] if code == 4 else [os.getppid()])
 
 
 def test_more_ranks_than_gpus_is_one_line(
