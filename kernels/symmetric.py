@@ -97,9 +97,8 @@ def shared_memory(size: int, exchange: Exchange) -> tuple[Tensor, list[Any], lis
                     raise OSError("it is on another machine, or in a container that counts processes anew")
                 peer = os.open(f"/proc/{pid}/fd/{other}", os.O_RDWR) if pid != os.getpid() else os.dup(fd)
             except OSError as failure:
-                error = (
-                    f"process {os.getpid()} on {socket.gethostname()} cannot open memory of process {pid} on {host}: {failure}"
-                )
+                own_name = f"process {os.getpid()} on {socket.gethostname()}"
+                error = f"{own_name} cannot open memory of process {pid} on {host}: {failure}"
                 break
             with os.fdopen(peer) as file:
                 opened.append(torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8))

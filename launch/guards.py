@@ -34,7 +34,7 @@ class RunEndedError(UserError):
 
 
 class HungError(UserError):
-    """A rank waited in vain for another one: one line, exit code 4 on every rank, as of a collective. A launch may start them anew."""
+    """A rank waited in vain for another one: one line, exit code 4 on every rank, as for a collective that hung."""
 
     code = HUNG
 

@@ -83,7 +83,8 @@ class ParallelConfig:
                 f"parallel.node_size={node}: must be auto or a positive number")  # fmt: skip
         factor, overload = self.max_recv_tokens_factor, self.overload
         require(factor is None or 1 <= factor < math.inf,
-                f"parallel.max_recv_tokens_factor={factor}: must be a number of at least 1, which an even load takes, or null")  # fmt: skip
+                f"parallel.max_recv_tokens_factor={factor}: must be a number of at least 1, which an even load takes, "
+                "or null")  # fmt: skip
         require(1 <= self.timeout <= 1e7, f"parallel.timeout={self.timeout}: must lie in 1..1e7 seconds")
         require(overload in ("error", "drop"), f"parallel.overload={overload}: must be one of error, drop")
         require(overload == "error" or factor is not None,

@@ -361,8 +361,7 @@ def coded(weight: Weight, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_fused(parallel: ParallelConfig, degree: int, device: torch.device, low: bool) -> None:
-    """Raises ValueError where the experts of a layer, divided over `degree` ranks, can't have the fused path. low: some layers have
-    products of fp8."""
+    """Raises ValueError where experts divided over `degree` ranks can't have the fused path. low: some have products of fp8."""
     from moesaic.kernels.fused_ep import grid_programs
     from moesaic.kernels.fused_low import has_products
 

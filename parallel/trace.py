@@ -348,7 +348,9 @@ def report(words: dict[int, dict[str, Any]], world: int, now: float, timeout: fl
             continue
         word = words[rank]
         since = (
-            f"is silent since {now - word['at']:.0f} s, before that: " if rank in silent else f"since {word['still']:.0f} s "
+            f"is silent since {now - word['at']:.0f} s, before that: "
+            if rank in silent
+            else f"since {word['still']:.0f} s "
         )
         lines.append(f"  rank {rank}: {since}{word_text(word)}")
     return "\n".join(lines)

@@ -78,7 +78,10 @@ MISTAKES = [
     (["parallel.remat=all"], ["parallel.remat=all", "must be one of none, selective, full"]),
     (["parallel.replicate=2"], ["parallel.replicate=2", "must divide the number of ranks, 1"]),
     (["parallel.overload=drop"], ["parallel.overload=drop", "parallel.max_recv_tokens_factor"]),
-    (["parallel.max_recv_tokens_factor=inf"], ["parallel.max_recv_tokens_factor=inf", "must be a number of at least 1"]),
+    (
+        ["parallel.max_recv_tokens_factor=inf"],
+        ["parallel.max_recv_tokens_factor=inf", "must be a number of at least 1"],
+    ),
     (["model.vocab_size=100"], ["model.vocab_size=100", "must be at least 257"]),
 ]
 

@@ -240,7 +240,7 @@ def dropped_in_an_evaluation() -> float:
     routing = all_to(60, [4, 5], weights)
     want = path(x, path.admit(routing), part)
     part.eval()
-    assert 0 < path.admit(routing).dropped
+    assert path.admit(routing).dropped > 0
     return difference(path(x, routing, part), want)
 
 
@@ -395,15 +395,17 @@ def test_a_call_beyond_the_room_is_refused_and_rows_beyond_it_end_all_ranks() ->
             # Both ranks see it; what the other one says may come after this one has looked.
             assert told["rows"].startswith(
                 tuple(
-                    f"parallel.expert_path=fused, forward of layer 0: rank {one} of the group has no room: " for one in range(2)
+                    f"parallel.expert_path=fused, forward of layer 0: rank {one} of the group has no room: "
+                    for one in range(2)
                 )
             )
             assert "tiles of rows come to rank 1" in told["rows"]
             assert told["grown"] == 45
             assert told["order"].startswith(
                 tuple(
-                    f"parallel.expert_path=fused, forward of layer 0: launch 3 of rank {one} of the group is call {one + 1} forward, "
-                    f"that of rank {1 - one} is call {2 - one} forward: all ranks must call the same layers in the same order"
+                    f"parallel.expert_path=fused, forward of layer 0: launch 3 of rank {one} of the group is call {one + 1} "
+                    f"forward, that of rank {1 - one} is call {2 - one} forward: all ranks must call the same layers in the "
+                    "same order"
                     for one in range(2)
                 )
             )

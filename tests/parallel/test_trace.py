@@ -108,7 +108,9 @@ def test_where_all_ranks_are_the_same_nobody_is_blamed() -> None:
     text = trace.report({r: word(last, False, {"0": 4}) for r in range(4)}, 4, 101.0, 30, 10)
     assert text.startswith("parallel.timeout=30: no rank moved, and none is behind the others\n")
     words = {r: word(last, False, {"0": 4}, at=100.0 if r else 60.0) for r in range(4)}
-    text = trace.report(words, 4, 101.0, 30, 10)  # none is behind in collectives, for there are none of what it waits for
+    text = trace.report(
+        words, 4, 101.0, 30, 10
+    )  # none is behind in collectives, for there are none of what it waits for
     assert text.startswith("parallel.timeout=30: rank 0 is silent\n  rank 0: is silent since 41 s, before that: ")
 
 
