@@ -34,7 +34,7 @@ class ParallelConfig:
                   has for its own tokens, before any that waits for rows of others; d_shared must be a multiple of d_expert
     comm_sms      fused: multiprocessors that its persistent kernels leave to the collectives of FSDP (of no effect on a CPU)
     timeout       seconds without the begin or end of a collective, on any rank, after which the run ends and says who waits for
-                  whom, see moesaic.parallel.trace
+                  whom, see moesaic.parallel.trace; fused: also, about, of a wait inside a kernel
     """
 
     engine: str = "fsdp"
