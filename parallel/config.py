@@ -83,7 +83,7 @@ class ParallelConfig:
                 f"parallel.node_size={node}: must be auto or a positive number")  # fmt: skip
         factor, overload = self.max_recv_tokens_factor, self.overload
         require(factor is None or 1 <= factor < math.inf,
-                f"parallel.max_recv_tokens_factor={factor}: must be a number of at least 1, which an even load takes, "
+                f"parallel.max_recv_tokens_factor={factor}: must be at least 1, which an even load takes, and finite, "
                 "or null")  # fmt: skip
         require(1 <= self.timeout <= 1e7, f"parallel.timeout={self.timeout}: must lie in 1..1e7 seconds")
         require(overload in ("error", "drop"), f"parallel.overload={overload}: must be one of error, drop")

@@ -80,7 +80,7 @@ MISTAKES = [
     (["parallel.overload=drop"], ["parallel.overload=drop", "parallel.max_recv_tokens_factor"]),
     (
         ["parallel.max_recv_tokens_factor=inf"],
-        ["parallel.max_recv_tokens_factor=inf", "must be a number of at least 1"],
+        ["parallel.max_recv_tokens_factor=inf", "and finite, or null"],
     ),
     (["precision=nvfp4", "model.n_layers=1"], ["precision.high_first=0", "leaves none of model.n_layers=1"]),
     (["model.vocab_size=100"], ["model.vocab_size=100", "must be at least 257"]),
