@@ -19,6 +19,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,11 @@ class HeapError(RuntimeError):
 
 
 class FusedError(RuntimeError):
-    """A rank waited in vain for another one's rows, or there is no room for them. Raised on every rank of the group."""
+    """There is no room for the rows that come, or ranks call different layers. Raised on every rank of the group."""
+
+
+class LostError(FusedError):
+    """A rank waited in vain for another one, which died or stands still. Raised on every rank of the group."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +71,34 @@ def starts(regions: Regions) -> tuple[list[int], int]:
     return offsets, max(total, ALIGN)
 
 
+def process_table() -> tuple[str, str]:
+    """Equal where a number is the same process: of one running system, in one namespace of processes."""
+    namespace = "/proc/self/ns/pid"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return boot, os.readlink(namespace) if os.path.lexists(namespace) else ""
+
+
 def shared_memory(size: int, exchange: Exchange) -> tuple[Tensor, list[Any], list[int]]:
     """(this rank's bytes, all ranks' bytes, their addresses), of memory that processes of one machine share, zeroed. Collective.
 
-    Raises HeapError, on all ranks, where one of them cannot open another's memory: ranks on several machines.
+    Raises HeapError, on all ranks, where one of them cannot open another's memory: ranks on several machines, or in containers
+    that count their processes by themselves.
     """
     if not hasattr(os, "memfd_create"):
         raise HeapError("parallel.expert_path=fused: needs memory that processes share without a name, as Linux has it")
     fd = os.memfd_create("moesaic-heap")
     try:
         os.ftruncate(fd, size)
-        lent, opened, error = exchange((socket.gethostname(), os.getpid(), fd)), [], ""
-        for host, pid, other in lent:
+        table = process_table()
+        lent, opened, error = exchange((socket.gethostname(), os.getpid(), fd, table)), [], ""
+        for host, pid, other, theirs in lent:
             try:
+                if theirs != table:  # where the same number is another process, or even this one
+                    raise OSError("it is on another machine, or in a container that counts processes anew")
                 peer = os.open(f"/proc/{pid}/fd/{other}", os.O_RDWR) if pid != os.getpid() else os.dup(fd)
             except OSError as failure:
-                error = (
-                    f"process {os.getpid()} on {lent[0][0]} cannot open memory of process {pid} on {host}: {failure}"
-                )
+                own_name = f"process {os.getpid()} on {socket.gethostname()}"
+                error = f"{own_name} cannot open memory of process {pid} on {host}: {failure}"
                 break
             with os.fdopen(peer) as file:
                 opened.append(torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8))
@@ -92,7 +107,7 @@ def shared_memory(size: int, exchange: Exchange) -> tuple[Tensor, list[Any], lis
         os.close(fd)
     if errors:
         raise HeapError(f"parallel.expert_path=fused: its ranks must be on one machine; {errors[0]}")
-    own = [pid for _, pid, _ in lent].index(os.getpid())
+    own = [pid for _, pid, *_ in lent].index(os.getpid())
     return opened[own], opened, [memory.data_ptr() for memory in opened]
 
 

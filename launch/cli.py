@@ -249,11 +249,12 @@ def _unknown(told: str, name: str, names: Sequence[str]) -> str:
 
 
 def _exit(message: str, code: int = 2) -> NoReturn:
-    """End this rank; rank 0 says why. A torchrun that may restart its ranks is ended, for they would end so again."""
+    """End this rank; rank 0 says why. With 2 and 3, a torchrun that may restart its ranks is ended: they would end so again."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    if os.environ.get("LOCAL_RANK") == "0" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if code in (2, 3) and os.environ.get("LOCAL_RANK") == "0" and restarts > 0:
         os.kill(os.getppid(), signal.SIGTERM)
     if rank != 0 and "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun ends all ranks when the first exits. Whoever is still here after the grace is in a trouble of its own.

@@ -20,6 +20,7 @@ from moesaic.launch.schema import TrainConfig
 from moesaic.parallel.apply import total
 from moesaic.parallel.clip import norm
 from moesaic.parallel.engine import Engine
+from moesaic.parallel.trace import HUNG
 
 SIGNALS = ("SIGTERM", "SIGUSR1")
 WINDOW = 128  # losses that a new one is held against
@@ -30,6 +31,12 @@ class RunEndedError(UserError):
     """A guard ends the run: one line, exit code 3 on every rank. What is wrong is in numbers, data or the machine."""
 
     code = 3
+
+
+class HungError(UserError):
+    """A rank waited in vain for another one: one line, exit code 4 on every rank, as for a collective that hung."""
+
+    code = HUNG
 
 
 # ---------------------------------------------------------------- being asked to stop

@@ -98,7 +98,7 @@ def make_plan(config: Config, chosen: PlanOptions) -> Plan:
     layout = layout_of(config.model, config.parallel, world, machine.node, micro, 1, train.seq_len, compute)
     layout = dataclasses.replace(with_batch(layout, micro, train.global_batch), imbalance=chosen.imbalance,
                                  dispatch=low.dispatch, combine=low.combine, target=machine.target,
-                                 low=low.quantized and "experts" in low.layers)  # fmt: skip
+                                 low=low.quantizes("experts"))  # fmt: skip
     efficiency = chosen.efficiency or EFFICIENCY["cpu" if machine.target == "cpu" else "gpu"]
     timing = time_of(config.model, layout, machine, precision, efficiency=efficiency)
     return Plan(config, machine, layout, precision, efficiency, memory_of(config.model, layout), timing)

@@ -174,7 +174,7 @@ class Config:
 
 def _check_fused(p: PrecisionConfig) -> None:
     require(p.combine == "high", f"precision.combine={p.combine}: must be high with parallel.expert_path=fused")
-    if not p.quantized or "experts" not in p.layers:
+    if not p.quantizes("experts"):
         return
     require(of_fp8_block(p), f"precision={p.recipe}: experts of parallel.expert_path=fused take the products of fp8_block as it "
             "is shipped, no others; use that, or all_to_all")  # fmt: skip
@@ -187,7 +187,7 @@ def _check_fused_shared(p: PrecisionConfig) -> None:
     told = "with parallel.fused_shared=true"
     require(p.dispatch == "high", f"precision.dispatch={p.dispatch}: must be high {told}")
     for part in ("experts", "dense"):
-        require(not p.quantized or part not in p.layers,
+        require(not p.quantizes(part),
                 f"precision.layers={p.layers}: must be without {part} {told}")  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from moesaic.launch.batches import micro_batches
 from moesaic.launch.schema import Config
 from moesaic.moe.hf import Checkpoint
 from moesaic.moe.hf_config import MOE_FAMILIES, settle, shape_knobs
+from moesaic.moe.low import check_low
 from moesaic.moe.precision import Precision
 from moesaic.parallel import checkpoint, storage
 
@@ -89,13 +90,14 @@ def settle_model(config: Config, saved: dict[str, Any]) -> Checkpoint | None:
 
 
 def check_tiles(config: Config, device: torch.device) -> None:
-    """Raises ValueError where rounding is on, or the kernels are asked for, and the device's tiles are not known, or it has no
-    products of the recipe."""
+    """Raises ValueError where rounding is on, or the kernels are asked for, and the device's tiles are not known, or the recipe
+    has nothing to quantize, or the device no products of it."""
     if config.model.router.rounding != "none":
         rounding_tile(device, config.model.router.rounding_tile)
     if config.model.experts_backend == "triton" and not known_tile(device):
         raise ValueError(f"model.experts_backend=triton: no tiles are known for {device}, only for {', '.join(TILES)}")
     if config.precision.quantized:
+        check_low(config.precision, config.model.n_layers, config.model.experts_backend)
         Precision(config.precision, backend=config.model.experts_backend).native(device)
 
 

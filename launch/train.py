@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from moesaic.kernels import autotune
-from moesaic.kernels.symmetric import FusedError, HeapError
+from moesaic.kernels.symmetric import FusedError, HeapError, LostError
 from moesaic.launch import cli, guards, report
 from moesaic.launch.batches import micro_batches, most_tokens
 from moesaic.launch.collectives_report import Profile
@@ -68,6 +68,7 @@ from moesaic.parallel.apply import expert_path, greatest, parallelize, start_eng
 from moesaic.parallel.deoscillate import Deoscillation
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
+from moesaic.parallel.fused import check_fused
 from moesaic.parallel.mesh import check_degrees, end_with_parent, expert_degree, leave_after, make_meshes, start
 from moesaic.parallel.overload import OverloadError
 from moesaic.parallel.two_hop import node_ranks
@@ -81,6 +82,8 @@ def main(config: Config) -> None:
         train(config, device)
     except OverloadError as error:
         raise cli.UserError(str(error)) from error
+    except LostError as error:
+        raise guards.HungError(str(error)) from error
     except (checkpoint.SaveError, FusedError, HeapError) as error:
         raise guards.RunEndedError(str(error)) from error
     finally:
@@ -107,6 +110,8 @@ def train(config: Config, device: torch.device) -> None:
     expert = together(lambda: expert_degree("1" if local else config.parallel.expert, config.model.n_experts, world))
     together(lambda: check_degrees(expert, config.parallel.replicate, world))
     together(lambda: node_ranks(config.parallel.node_size, expert))
+    if config.parallel.expert_path == "fused":
+        together(lambda: check_fused(config.parallel, expert, device, config.precision.quantizes("experts")))
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
     data = together(lambda: open_data(config.data, config.train.seq_len))
@@ -186,7 +191,7 @@ def train(config: Config, device: torch.device) -> None:
     )
     quantized = ""
     if config.precision.quantized:
-        inside = config.parallel.expert_path == "fused" and "experts" in config.precision.layers
+        inside = config.parallel.expert_path == "fused" and config.precision.quantizes("experts")
         told = model.precision.told(device) + (", those of routed experts in the fused kernels" if inside else "")
         quantized = f", but those of precision={config.precision.recipe} ({told})"
     say(

@@ -375,13 +375,8 @@ class LowExperts:
 # ---------------------------------------------------------------- a model
 
 
-def lower(model: Transformer, config: PrecisionConfig, seed: int = 0) -> None:
-    """Let the layers that `config` names compute by its recipe. Names and parameters stay what they are. Raises ValueError where
-    no block is left, or the kernels are asked for and no device has such products."""
-    blocks, backend = model.config.n_layers, model.config.experts_backend
-    model.precision = Precision(config, seed, backend)
-    if not config.quantized:
-        return
+def check_low(config: PrecisionConfig, blocks: int, backend: str) -> None:
+    """Raises ValueError where no block is left to quantize, or the kernels are asked for and no device has such products."""
     require(config.high_first + config.high_last < blocks,
             f"precision.high_first={config.high_first}: with precision.high_last={config.high_last} leaves none of "
             f"model.n_layers={blocks} to quantize")  # fmt: skip
@@ -390,6 +385,16 @@ def lower(model: Transformer, config: PrecisionConfig, seed: int = 0) -> None:
             unit_formats(config)
         except ValueError as error:
             raise ValueError(f"model.experts_backend=triton: {error}; auto and torch emulate it") from None
+
+
+def lower(model: Transformer, config: PrecisionConfig, seed: int = 0) -> None:
+    """Let the layers that `config` names compute by its recipe. Names and parameters stay what they are. Raises what `check_low`
+    does."""
+    blocks, backend = model.config.n_layers, model.config.experts_backend
+    model.precision = Precision(config, seed, backend)
+    if not config.quantized:
+        return
+    check_low(config, blocks, backend)
     for i in range(config.high_first, blocks - config.high_last):
         block: Any = model.blocks[i]
         parts = {"attention": block.attention, "dense": block.ffn}

@@ -146,6 +146,10 @@ class PrecisionConfig:
         """Whether any product is."""
         return any(operand.element for product in PRODUCTS for _, operand in operands(getattr(self, product)))
 
+    def quantizes(self, kind: str) -> bool:
+        """Whether products of `kind`, one of LAYERS, are quantized."""
+        return self.quantized and kind in self.layers
+
     def _check_product(self, name: str, product: Any) -> None:
         knob = f"precision.{name}"
         require(product.rotation in (0, *SIZES),

@@ -54,8 +54,7 @@ def parallelize(
     path, fsdp = expert_path(parallel, meshes), parallel.engine == "fsdp"
     new_path: Callable[[str], ExpertPath] | None = None
     if path == "fused":
-        experts_low = low.quantized and "experts" in low.layers
-        new_path = fused_paths(config, parallel, meshes, compute, device, tokens, experts_low)
+        new_path = fused_paths(config, parallel, meshes, compute, device, tokens, low.quantizes("experts"))
     elif path != "local":
         new_path = communicating_path(path, parallel, meshes)
     for i, block in enumerate(model.blocks):

@@ -1,5 +1,6 @@
 """How a model is spread over ranks: the knobs, their rules."""
 
+import math
 from dataclasses import dataclass
 
 from moesaic.moe.config import ModelConfig, require
@@ -33,7 +34,7 @@ class ParallelConfig:
                   has for its own tokens, before any that waits for rows of others; d_shared must be a multiple of d_expert
     comm_sms      fused: multiprocessors that its persistent kernels leave to the collectives of FSDP (of no effect on a CPU)
     timeout       seconds without the begin or end of a collective, on any rank, after which the run ends and says who waits for
-                  whom, see moesaic.parallel.trace
+                  whom, see moesaic.parallel.trace; fused: also, about, of a wait inside a kernel
     """
 
     engine: str = "fsdp"
@@ -72,16 +73,19 @@ class ParallelConfig:
                 f"parallel.remat={self.remat}: must be one of none, selective, full")  # fmt: skip
         require(path in ("auto", "local", "all_to_all", "two_hop", "fused"),
                 f"parallel.expert_path={path}: must be one of auto, local, all_to_all, two_hop, fused")  # fmt: skip
-        require(path == "fused" or not self.fused_shared,
-                f"parallel.fused_shared=true: must be false with parallel.expert_path={path}")  # fmt: skip
+        for name, usual in (("fused_once", True), ("fused_keep", False), ("fused_shared", False)):
+            require(path == "fused" or getattr(self, name) == usual,
+                    f"parallel.{name}={str(not usual).lower()}: must be {str(usual).lower()} with "
+                    f"parallel.expert_path={path}")  # fmt: skip
         require(self.comm_sms >= 0, f"parallel.comm_sms={self.comm_sms}: must not be negative")
         node = self.node_size
         require(node == "auto" or (node.isdecimal() and int(node) >= 1),
                 f"parallel.node_size={node}: must be auto or a positive number")  # fmt: skip
         factor, overload = self.max_recv_tokens_factor, self.overload
-        require(factor is None or factor >= 1,
-                f"parallel.max_recv_tokens_factor={factor}: must be at least 1, which an even load takes, or null")  # fmt: skip
-        require(1 <= self.timeout < 1e7, f"parallel.timeout={self.timeout}: must be at least 1 second")
+        require(factor is None or 1 <= factor < math.inf,
+                f"parallel.max_recv_tokens_factor={factor}: must be at least 1, which an even load takes, and finite, "
+                "or null")  # fmt: skip
+        require(1 <= self.timeout <= 1e7, f"parallel.timeout={self.timeout}: must lie in 1..1e7 seconds")
         require(overload in ("error", "drop"), f"parallel.overload={overload}: must be one of error, drop")
         require(overload == "error" or factor is not None,
                 f"parallel.overload={overload}: needs a limit, parallel.max_recv_tokens_factor")  # fmt: skip

@@ -2,6 +2,7 @@
 copies where the meshes have a dimension of replicas (HSDP: gradients are summed over a copy's ranks, then over copies)."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,6 +95,8 @@ def shard_block(block: Block, meshes: Meshes, policy: MixedPrecisionPolicy, resh
     if isinstance(block.ffn, MoE):
         shard_experts(block.ffn.experts, meshes, policy, reshard)
         if policy.param_dtype is not torch.float32:
+            # Its routing has views, of which FSDP2 warns: a change in place would lose its hook. Nothing changes them.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             full = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
             _shard(block.ffn.router, meshes.dense, full, reshard)
     _shard(block, meshes.dense, policy, reshard)

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from moesaic.kernels.permute import Rows
 from moesaic.kernels.quantize import pack
-from moesaic.kernels.symmetric import Exchange, FusedError, Regions, make_heap, shared_memory
+from moesaic.kernels.symmetric import Exchange, FusedError, LostError, Regions, make_heap, shared_memory
 from moesaic.kernels.tiles import fused_tile, rounding_tile
 from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import sorted_rows
@@ -51,7 +51,7 @@ from moesaic.parallel.config import ParallelConfig, check_shared, shared_experts
 from moesaic.parallel.expert import AllToAllPath, Sent
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.overload import Limit, limit_of
-from moesaic.parallel.trace import short
+from moesaic.parallel.trace import short, unhurried
 from moesaic.parallel.two_hop import node_ranks, nodes_mesh
 
 POLLS = {"cpu": 2_000, "cuda": 1_000_000}  # of a wait, a second, about: an interpreted one, and one of an L2 cache
@@ -112,13 +112,7 @@ class Space:
         device: torch.device, low: bool = False, whole: dist.ProcessGroup | None = None,
     ) -> None:  # fmt: skip
         from moesaic.kernels.fused_ep import grid_programs  # only here: without a GPU it starts Triton's interpreter
-        from moesaic.kernels.fused_low import has_products
 
-        if low and not has_products(device):
-            raise ValueError(
-                "parallel.expert_path=fused: has no products of fp8_block on AMD GPUs; use all_to_all, or leave experts out of "
-                "precision.layers"
-            )
         self.group, self.config, self.parallel, self.compute, self.device = group, config, parallel, compute, device
         self.whole, self.low = whole or group, low
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -188,7 +182,7 @@ class Space:
             raise RuntimeError("parallel.expert_path=fused: all launches of a group must be on one stream")
 
     def check(self, what: str) -> None:
-        """Raises FusedError on every rank if a rank waited in vain: on a CPU in this launch, on CUDA in one that has ended."""
+        """Raises FusedError on every rank if one of them failed: on a CPU in this launch, on CUDA in one that has ended."""
         from moesaic.kernels.fused_protocol import failures
 
         failed = self.setting.heap.view("failed")
@@ -201,10 +195,12 @@ class Space:
             _, failed, what = self.watched.pop(0)
             if failed[:, 0].any():
                 self.finish()
-                told = "; ".join(str(failure) for failure in failures(failed))
+                found = failures(failed)
+                told = "; ".join(map(str, found))
                 if self.nodes > 1:
                     what += f", group of ranks {short(dist.get_process_group_ranks(self.group))}"
-                raise FusedError(f"parallel.expert_path=fused, {what}: {told}")
+                kind = FusedError if any(failure.wait in ("room", "call") for failure in found) else LostError
+                raise kind(f"parallel.expert_path=fused, {what}: {told}")
 
 
 class _Sent(Sent):
@@ -252,8 +248,9 @@ class FusedPath(AllToAllPath):
     def sent(self) -> Sent:
         return _Sent(self.counters_WP, self.space.rank, self.exchanged)
 
-    def begin(self, tokens: int, experts: Experts) -> None:
-        """Raises ValueError for more tokens than there is room for."""
+    def begin(self, routing: Routing, experts: Experts) -> Routing:
+        """`routing` without what there is no room for, in an evaluation too. Raises ValueError for more tokens than fit."""
+        tokens = routing.tokens
         if self.space.tokens < 0:
             self.space.reserve(tokens)
         if tokens > self.space.tokens:
@@ -263,9 +260,10 @@ class FusedPath(AllToAllPath):
             )
         self.counting = experts.training
         self.low = experts.low if experts.low is not None and experts.low.active else None
+        return routing if experts.training else self.admit(routing)
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        self.begin(routing.tokens, experts)
+        routing = self.begin(routing, experts)
         if self.shared is not None:
             routing = with_shared(routing, self.space.shared, self.space.ranks, self.space.rank)
         rows = sorted_rows(routing, experts, x_TD)
@@ -311,8 +309,7 @@ class TwoHopFusedPath(FusedPath):
         return load.new_empty(0)
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        self.begin(routing.tokens, experts)
-        return self.travel(x_TD, routing, experts, self.fused)
+        return self.travel(x_TD, self.begin(routing, experts), experts, self.fused)
 
 
 def with_shared(routing: Routing, n: int, ranks: int, rank: int) -> Routing:
@@ -363,6 +360,21 @@ def coded(weight: Weight, w: Tensor) -> tuple[Tensor, Tensor]:
     return packed.codes.view(kind), packed.scales.float() * (2 if kind is torch.float8_e4m3fnuz else 1)
 
 
+def check_fused(parallel: ParallelConfig, degree: int, device: torch.device, low: bool) -> None:
+    """Raises ValueError where experts divided over `degree` ranks can't have the fused path. low: some have products of fp8."""
+    from moesaic.kernels.fused_ep import grid_programs
+    from moesaic.kernels.fused_low import has_products
+
+    if parallel.fused_shared:
+        check_shared(degree // node_ranks(parallel.node_size, degree))
+    if low and not has_products(device):
+        raise ValueError(
+            "parallel.expert_path=fused: has no products of fp8_block on AMD GPUs; use all_to_all, or leave experts out of "
+            "precision.layers"
+        )
+    grid_programs(device, parallel.comm_sms)
+
+
 def fused_paths(
     config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, compute: torch.dtype, device: torch.device,
     tokens: int | None, low: bool = False,
@@ -374,9 +386,7 @@ def fused_paths(
     """
     group, degree = meshes.experts.get_group("expert"), meshes.expert_parallel
     node = node_ranks(parallel.node_size, degree)
-
-    if parallel.fused_shared:
-        check_shared(degree // node)
+    check_fused(parallel, degree, device, low)
     if node == degree:
         space = Space(group, config, parallel, compute, device, low)
     else:
@@ -431,11 +441,12 @@ def _forward(
     sent = caller.counters_WP if caller.counting else caller.uncounted_WP
     a_scales = _new_a_scales(x_TD, setting.heap.regions["rows"][0][0], w_down_eDF, down_scales)
     up, down = (w if codes is None else codes for w, codes in ((w_up_eGD, up_codes), (w_down_eDF, down_codes)))
-    y_TD, h_RG, tables, kept = forward(
-        x_TD, weights_S, up, down, _rows(source, expert, bag, starts, counts_E), activation, setting, sent,
-        caller.space.parallel.fused_keep, caller.call, coded=coded, low=_low(up_scales, down_scales, a_scales),
-        b_up=b_up_eG, b_down=b_down_eD, shared=_shared(shared_up, shared_down, w_down_eDF),
-    )  # fmt: skip
+    with unhurried():  # the kernel's own waits end, and tell who did not come
+        y_TD, h_RG, tables, kept = forward(
+            x_TD, weights_S, up, down, _rows(source, expert, bag, starts, counts_E), activation, setting, sent,
+            caller.space.parallel.fused_keep, caller.call, coded=coded, low=_low(up_scales, down_scales, a_scales),
+            b_up=b_up_eG, b_down=b_down_eD, shared=_shared(shared_up, shared_down, w_down_eDF),
+        )  # fmt: skip
     caller.space.check(f"forward of {caller.layer}")
     return y_TD, h_RG, tables, x_TD.new_empty(0) if kept is None else kept, a_scales
 
@@ -451,12 +462,13 @@ def _backward(
 
     caller = _paths[path]
     caller.space.one_stream()
-    grads = backward(
-        dy_TD, x_TD, h_RG, kept if kept.numel() else None, tables, weights_S, up, down,
-        _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
-        caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales), b_down=b_down_eD,
-        shared=_shared(shared_up, shared_down, down),
-    )  # fmt: skip
+    with unhurried():
+        grads = backward(
+            dy_TD, x_TD, h_RG, kept if kept.numel() else None, tables, weights_S, up, down,
+            _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
+            caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales), b_down=b_down_eD,
+            shared=_shared(shared_up, shared_down, down),
+        )  # fmt: skip
     caller.space.check(f"backward of {caller.layer}")
     return grads
 

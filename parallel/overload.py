@@ -6,7 +6,8 @@ Of a call of one layer, over the W ranks of an expert group:
     limit  = ceil(parallel.max_recv_tokens_factor * (sum of load_w) / W)
 
 A factor of 1 is what perfect balance brings, W all slots on one rank. Nothing is ever allocated for the limit; it only says
-where memory may end. It holds in training: an evaluation keeps nothing for backward.
+where memory may end. It holds in training: an evaluation keeps nothing for backward (but moesaic.parallel.fused has no more
+memory for it, and drops there, too).
 
 `parallel.overload=error`: the run ends, on every rank with the same line. `drop`: each source rank gets its share of an
 overloaded rank's limit, in proportion to what it would send there, and keeps its slots of highest router weight, of equal ones

@@ -265,7 +265,8 @@ class Watchdog(threading.Thread):
     def _end(self) -> None:
         write_flight_record(self.folder, self.rank)
         for _ in range(3):  # the others find it out by themselves, up to a period later
-            time.sleep(self.period)
+            if self.over.wait(self.period):  # the run ends meanwhile, for a reason of its own
+                return
             self.say(True)
         now, words = time.time(), {}
         for rank in range(self.world):
@@ -337,16 +338,21 @@ def report(words: dict[int, dict[str, Any]], world: int, now: float, timeout: fl
             waits_there = word and word["stalled"] and word["inside"] and word["last"][3] == group
             if not word or (word["counts"].get(group, 0) < number and not waits_there):
                 missing.setdefault(rank, f"{operation} for {purpose}")
+    silent = [rank for rank in range(world) if rank not in words or now - words[rank]["at"] > fresh]
     late = [f"rank {rank} did not come to {what}" for rank, what in sorted(missing.items())]
+    late += [f"rank {rank} is silent" for rank in silent if rank not in missing]
     lines = [f"parallel.timeout={timeout:g}: " + ("; ".join(late) or "no rank moved, and none is behind the others")]
     for rank in range(world):
         if rank not in words:
             lines.append(f"  rank {rank}: never said a word")
             continue
         word = words[rank]
-        age = now - word["at"]
-        silent = f"is silent since {age:.0f} s, before that: " if age > fresh else f"since {word['still']:.0f} s "
-        lines.append(f"  rank {rank}: {silent}{word_text(word)}")
+        since = (
+            f"is silent since {now - word['at']:.0f} s, before that: "
+            if rank in silent
+            else f"since {word['still']:.0f} s "
+        )
+        lines.append(f"  rank {rank}: {since}{word_text(word)}")
     return "\n".join(lines)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import TensorHandle
 
-from moesaic.kernels.interpret import INTERPRET, jit
+from moesaic.kernels.interpret import INTERPRET, jit, np
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="kernels are compiled here")
 
@@ -162,6 +163,29 @@ def test_arithmetic_in_short_floats_is_refused() -> None:
         sum_short[(1,)](one, out)
     largest_short[(1,)](one, out)
     assert out.item() == 1
+
+
+def test_types_that_are_made_once_are_what_they_are_of() -> None:
+    """Sizes, element, whether a pointer is constant: nothing that differs is shared, and what is wrong stays wrong."""
+    scalars = [tl.int1, tl.int32, tl.uint32, tl.int64, tl.bfloat16, tl.float16, tl.float32, tl.float8e5, tl.float8e5b16]
+    scalars += [tl.pointer_type(scalar, const=const) for scalar in (tl.float32, tl.int32) for const in (False, True)]
+    made = []
+    for _ in range(2):
+        for shape in ((1,), (16,), (2, 8), (8, 2), (16, 1)):
+            for scalar in scalars:
+                kind = tl.block_type(scalar, list(shape))
+                assert kind.scalar == scalar and list(kind.shape) == list(shape) and kind.numel == math.prod(shape)
+                value = tl.tensor(TensorHandle(np.zeros(shape, bool), scalar), kind)
+                assert list(value.shape) == list(shape) and value.numel == math.prod(shape)
+                assert value.type is kind and value.dtype == scalar
+                made.append(kind)
+            assert list(tl.tensor(TensorHandle(np.zeros(1, bool), tl.int32), tl.int32).shape) == []
+        for wrong in ([3], [], [2, 3], [2**21]):
+            with pytest.raises((TypeError, ValueError)):
+                tl.block_type(tl.float32, wrong)
+    half = len(made) // 2
+    for i, one in enumerate(made[:half]):
+        assert [j for j, other in enumerate(made[half:]) if one == other] == [i]
 
 
 def test_interprets_whatever_was_imported_before() -> None:

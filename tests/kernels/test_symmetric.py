@@ -56,10 +56,18 @@ def write_and_read() -> tuple[list[list[int]], int, bool]:
 def cannot_open() -> None:
     def elsewhere(value: Any) -> list[Any]:
         if isinstance(value, tuple) and dist.get_rank() == 1:  # says a process that isn't here
-            value = ("elsewhere", 2**22 + 1, value[2])
+            value = ("elsewhere", 2**22 + 1, *value[2:])
         return exchange(value)
 
     shared_memory(64, elsewhere)
+
+
+def same_number_elsewhere() -> None:
+    """Each rank has the number that the other one's process has there: containers begin to count at 1."""
+    shared_memory(64, lambda value: [
+        ("pod", os.getpid(), value[2], ("another boot", "pid:[1]")) if rank != dist.get_rank() else value
+        for rank in range(2)
+    ] if isinstance(value, tuple) else [value, value])  # fmt: skip
 
 
 def die_holding() -> None:
@@ -78,5 +86,7 @@ def test_ranks_store_into_each_other_and_leave_nothing() -> None:
             failed.value.mistakes
         ) == 3
         assert all("process 4194305 on elsewhere" in m.message for m in failed.value.mistakes.values())
+        with pytest.raises(RanksFailed, match="on pod: it is on another machine, or in a container"):
+            pool.run(same_number_elsewhere)
         with pytest.raises(RanksFailed):
             pool.run(die_holding)

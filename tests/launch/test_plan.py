@@ -132,7 +132,12 @@ def test_a_shared_expert_in_the_kernels_stays_in_a_node(capsys):
 
 def test_heap_of_fp8_products_has_their_tiles():
     """An expert's rows end in whole tiles of 64, not 128."""
-    knobs = ["parallel.expert_path=fused", "parallel.max_recv_tokens_factor=1.5", "parallel.expert=8", "precision=fp8_block"]
+    knobs = [
+        "parallel.expert_path=fused",
+        "parallel.max_recv_tokens_factor=1.5",
+        "parallel.expert=8",
+        "precision=fp8_block",
+    ]
     rows = {}
     for layers in ("[attention]", "[attention,experts]"):
         made = plan.make_plan(

@@ -4,16 +4,19 @@ What needs no second rank and no kill runs in this process, through the same `cl
 launch costs seconds.
 """
 
+import os
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from moesaic.kernels.symmetric import FusedError, HeapError, LostError
 from moesaic.launch import cli, startup, train
 from moesaic.launch.data import open_data, train_batch
 from moesaic.launch.optim import make_optimizer
@@ -75,6 +78,11 @@ MISTAKES = [
     (["parallel.remat=all"], ["parallel.remat=all", "must be one of none, selective, full"]),
     (["parallel.replicate=2"], ["parallel.replicate=2", "must divide the number of ranks, 1"]),
     (["parallel.overload=drop"], ["parallel.overload=drop", "parallel.max_recv_tokens_factor"]),
+    (
+        ["parallel.max_recv_tokens_factor=inf"],
+        ["parallel.max_recv_tokens_factor=inf", "and finite, or null"],
+    ),
+    (["precision=nvfp4", "model.n_layers=1"], ["precision.high_first=0", "leaves none of model.n_layers=1"]),
     (["model.vocab_size=100"], ["model.vocab_size=100", "must be at least 257"]),
 ]
 
@@ -88,6 +96,46 @@ def test_a_mistake_is_one_line(
     for word in words:
         assert word in line
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_fused_kernels_do_not_have_is_one_line(
+    place: Place, tmp_path: Path, mistake: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moesaic.kernels import fused_ep, fused_low
+
+    knobs = place.knobs(tmp_path / "run", "parallel.expert_path=fused", "precision=fp8_block", "parallel.comm_sms=132")
+    monkeypatch.setattr(fused_low, "has_products", lambda target: False)
+    assert mistake(knobs).startswith("error: parallel.expert_path=fused: has no products of fp8_block on AMD GPUs; ")
+    monkeypatch.setattr(fused_low, "has_products", lambda target: True)
+
+    def refused(device: torch.device, spared: int) -> int:
+        raise ValueError(f"parallel.comm_sms={spared}: must be below the multiprocessors of the device, 132")
+
+    monkeypatch.setattr(fused_ep, "grid_programs", refused)
+    assert mistake(knobs).startswith("error: parallel.comm_sms=132: must be below the multiprocessors")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("error", "code"), [(LostError, 4), (FusedError, 3), (HeapError, 3)])
+def test_a_rank_that_waited_in_vain_may_be_started_anew(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    error: type[Exception], code: int,
+) -> None:  # fmt: skip
+    """Not one whose rows have no room: with those it would end again, and so its torchrun is ended."""
+    killed: list[int] = []
+
+    def fail(*_: Any) -> None:
+        raise error("rank 0 of the group")
+
+    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), *place.knobs(tmp_path / "run")])
+    for name, value in (("HYDRA_FULL_ERROR", ""), ("LOCAL_RANK", "0"), ("TORCHELASTIC_MAX_RESTARTS", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train.main)
+    assert stop.value.code == code and capsys.readouterr().err == "error: rank 0 of the group\n"
+    assert killed == ([] if code == 4 else [os.getppid()])
 
 
 def test_more_ranks_than_gpus_is_one_line(

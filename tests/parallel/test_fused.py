@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesaic.kernels.symmetric import FusedError, LostError
 from moesaic.kernels.testing import launches
 from moesaic.launch.cli import UserError, compose
 from moesaic.moe.config import RouterConfig
@@ -22,6 +23,7 @@ from moesaic.moe.router import topk_routing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.fused import FusedPath, Space, as_experts, as_shared, fused_paths, most_slots, with_shared
 from moesaic.parallel.layout import layout_of
+from moesaic.parallel.overload import limit_of
 from tests.parallel.pool import Pool, RanksFailed
 from tests.parallel.test_expert import (
     CONFIG,
@@ -229,10 +231,41 @@ def shared_rows_are_beside_the_limit() -> str:
     return f"{rank}: {failed.value}"
 
 
+def dropped_in_an_evaluation() -> float:
+    """The same load, which does not fit: dropped as training drops it, though nobody asked the path to admit it."""
+    config = dataclasses.replace(CONFIG, d_shared=2 * F)
+    path = make_path(config, tokens=60, max_recv_tokens_factor=1.0, overload="drop", fused_shared=True)
+    path.shared, path.limit = shared_of(2), limit_of(path.space.parallel, "layer 0")
+    part, x, weights = experts_of(False, 2, dist.get_rank()), torch.randn(60, D), torch.rand(60, EXPERTS)
+    routing = all_to(60, [4, 5], weights)
+    want = path(x, path.admit(routing), part)
+    part.eval()
+    assert path.admit(routing).dropped > 0
+    return difference(path(x, routing, part), want)
+
+
+def test_an_evaluation_drops_what_has_no_room() -> None:
+    with Pool(2) as pool:
+        assert pool.run(dropped_in_an_evaluation) == [0.0, 0.0]
+
+
 def test_a_limit_bounds_routed_rows_and_leaves_shared_ones() -> None:
     with Pool(2) as pool:
         for line in pool.run(shared_rows_are_beside_the_limit):
             assert "has no room: " in line and "tiles of rows come to rank 1" in line
+
+
+@pytest.mark.parametrize(
+    ("knob", "line"),
+    [
+        ("fused_keep=true", "parallel.fused_keep=true: must be false with parallel.expert_path=all_to_all"),
+        ("fused_once=false", "parallel.fused_once=false: must be true with parallel.expert_path=all_to_all"),
+    ],
+)
+def test_knobs_of_the_kernels_are_refused_where_there_are_none(knob: str, line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compose(["recipe=tiny_moe", "parallel.expert_path=all_to_all", f"parallel.{knob}"])
+    assert str(refused.value) == line
 
 
 QUEUE = ["recipe=tiny_moe", "parallel.expert_path=fused", "parallel.fused_shared=true"]
@@ -320,9 +353,35 @@ def test_a_rank_that_dies_or_stops_ends_all_with_its_name(how: str) -> None:
         else:
             told = pool.run(one_rank_dies, how)
             assert all(
-                line.startswith("FusedError: parallel.expert_path=fused, forward of layer 0: rank 0") for line in told
+                line.startswith("LostError: parallel.expert_path=fused, forward of layer 0: rank 0") for line in told
             )
             assert all("waited in vain for" in line and "of rank 1" in line for line in told), told
+
+
+def seen_in_launches() -> list[bool]:
+    from moesaic.kernels import fused_ep, fused_ep_backward
+    from moesaic.parallel import trace
+
+    path, part, seen = make_path(), experts_of(False, 1, 0), []
+
+    def noting(launch: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
+            seen.append(trace._state.unhurried)
+            return launch(*arguments, **named)
+
+        return run
+
+    with (
+        patch.object(fused_ep, "forward", noting(fused_ep.forward)),
+        patch.object(fused_ep_backward, "backward", noting(fused_ep_backward.backward)),
+    ):
+        run(path, part, "single_token", 0)
+    return [*seen, trace._state.unhurried]
+
+
+def test_the_watchdog_leaves_a_launch_to_its_own_waits() -> None:
+    with Pool(1) as pool:
+        assert pool.run(seen_in_launches) == [[True, True, False]]
 
 
 def test_a_call_beyond_the_room_is_refused_and_rows_beyond_it_end_all_ranks() -> None:
@@ -333,14 +392,22 @@ def test_a_call_beyond_the_room_is_refused_and_rows_beyond_it_end_all_ranks() ->
                 "reserve more, on all ranks"
             )
             # 2 ranks send all 2 * 25 slots to rank 1, which has room for 1.0 times an even load, 50, and a tile of each expert.
+            # Both ranks see it; what the other one says may come after this one has looked.
             assert told["rows"].startswith(
-                "parallel.expert_path=fused, forward of layer 0: rank 0 of the group has no room: "
+                tuple(
+                    f"parallel.expert_path=fused, forward of layer 0: rank {one} of the group has no room: "
+                    for one in range(2)
+                )
             )
             assert "tiles of rows come to rank 1" in told["rows"]
             assert told["grown"] == 45
             assert told["order"].startswith(
-                "parallel.expert_path=fused, forward of layer 0: launch 3 of rank 0 of the group is call 1 forward, that of "
-                "rank 1 is call 2 forward: all ranks must call the same layers in the same order"
+                tuple(
+                    f"parallel.expert_path=fused, forward of layer 0: launch 3 of rank {one} of the group is call {one + 1} "
+                    f"forward, that of rank {1 - one} is call {2 - one} forward: all ranks must call the same layers in the "
+                    "same order"
+                    for one in range(2)
+                )
             )
 
 
@@ -353,8 +420,9 @@ def beyond_the_room() -> dict[str, Any]:
         path(x, routing_of("uniform", rank, x, weights), part)
     told["tokens"] = str(refused.value)
     x, weights = torch.randn(25, D), torch.rand(25, EXPERTS)
-    with pytest.raises(RuntimeError) as failed:
+    with pytest.raises(FusedError) as failed:
         path(x, all_to(25, [6, 7], weights), part)
+    assert not isinstance(failed.value, LostError)  # ranks started anew would end so again
     told["rows"] = str(failed.value)
     path = make_path(tokens=3)
     path.space.reserve(2)

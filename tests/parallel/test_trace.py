@@ -107,6 +107,11 @@ def test_where_all_ranks_are_the_same_nobody_is_blamed() -> None:
     last = [4, "all_reduce", "x", "0"]
     text = trace.report({r: word(last, False, {"0": 4}) for r in range(4)}, 4, 101.0, 30, 10)
     assert text.startswith("parallel.timeout=30: no rank moved, and none is behind the others\n")
+    words = {r: word(last, False, {"0": 4}, at=100.0 if r else 60.0) for r in range(4)}
+    text = trace.report(
+        words, 4, 101.0, 30, 10
+    )  # none is behind in collectives, for there are none of what it waits for
+    assert text.startswith("parallel.timeout=30: rank 0 is silent\n  rank 0: is silent since 41 s, before that: ")
 
 
 class Stub(trace.Watchdog):
@@ -136,6 +141,18 @@ def test_the_watchdog_barks_only_when_nothing_moves(tmp_path: Path, monkeypatch:
     assert "rank 0 did not come to all_reduce for blocks.0 gradients" in dog.told[0]
     assert {"entries", "version"} <= pickle.loads((tmp_path / "hang" / "gloo" / "rank_1").read_bytes()).keys()
     assert (tmp_path / "hang" / "nccl" / "rank_1").read_bytes() == b"of NCCL"
+
+
+def test_the_watchdog_is_quiet_where_the_run_ends_by_itself_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that comes while it asks the others knows more than it does."""
+    monkeypatch.setattr(trace, "_state", trace._State())
+    dog = Stub(dist.HashStore(), tmp_path)
+    dog.say = lambda stalled: dog.over.set() if stalled else None  # the main thread's error, in the middle of the end
+    dog.start()
+    dog.join(10)
+    assert not dog.is_alive() and dog.codes == [] and dog.told == []
 
 
 def test_the_watchdog_speaks_where_the_store_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
