@@ -339,10 +339,9 @@ def train(config: Config, device: torch.device) -> None:
         wandb.finish()
     if val_loss is not None:
         say(f"final val_loss {val_loss:.4f}")
-    elsewhere = f"; {checkpoints}" if every.checkpoint_dir else ""
-    say(
-        f"files: {run_dir}/metrics.jsonl, report.html, config.yaml, {'' if elsewhere else 'checkpoints/, '}wandb/{elsewhere}"
-    )
+    files = ["metrics.jsonl", "report.html", "config.yaml"]
+    files += ["checkpoints/"] * (not every.checkpoint_dir) + ["wandb/"] * (config.wandb.mode != "disabled")
+    say(f"files: {run_dir}/{', '.join(files)}" + (f"; {checkpoints}" if every.checkpoint_dir else ""))
 
 
 def train_step(
