@@ -207,13 +207,11 @@ def _make_fast() -> None:
     """Without work whose result nobody sees: of every integer sum, difference and product Triton computes whether it overflows,
     for an assertion that only `debug` makes; with every value, it makes anew numpy's table of types, and its shape."""
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
-    types, pointer = {}, np.dtype(np.uint64)
+    types: dict[str, Any] = {}
     find = interpreter._get_np_dtype
 
     def numpy_type(kind: tl.dtype) -> Any:
         scalar = kind.scalar
-        if isinstance(scalar, tl.pointer_type):
-            return pointer
         if scalar.name not in types:
             types[scalar.name] = find(scalar)
         return types[scalar.name]

@@ -328,10 +328,8 @@ def quantize_tiles(
     width = max(g, size, 64)
     m_tiles, k_tiles = n // TILE + n_experts, triton.cdiv(k, width)
     matrix, part = rotation(size, signs_n, device) if size else None, 64
-    if not size and form.rule in (
-        "quest",
-        "four_six",
-    ):  # what is to be added up is not in one thread, as it is after a product
+    if not size and form.rule in ("quest", "four_six"):
+        # What is to be added up is not in one thread, as it is after a product.
         part = 32 if x_NK.stride(0) * x_NK.element_size() % 16 == 0 else 16
 
     def hashes(along: int) -> tuple[Tensor | None, Tensor | None]:
@@ -389,10 +387,8 @@ def numbers(
         ids_N = torch.arange(n, device=device) if ids_N is None else ids_N
         # What a rotation makes of an expert's last rows and the zeros behind them has numbers that nobody else has.
         return (ids_N, along), (along, torch.cat((ids_N, -1 - behind)))
-    each, rows = (
-        torch.arange(first, first + n_experts, device=device)[:, None],
-        torch.arange(n // n_experts, device=device),
-    )
+    each = torch.arange(first, first + n_experts, device=device)[:, None]
+    rows = torch.arange(n // n_experts, device=device)
     of_columns = torch.cat((rows.repeat(n_experts), len(rows) + behind))
     return ((each * len(rows) + rows).flatten(), along), (each * k + along, of_columns)
 

@@ -2,13 +2,14 @@
 
 import gc
 import os
+import socket
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from moesaic.kernels.symmetric import ALIGN, HeapError, make_heap, shared_memory, starts
+from moesaic.kernels.symmetric import ALIGN, HeapError, make_heap, process_table, shared_memory, starts
 from tests.parallel.pool import Pool, RanksFailed
 
 REGIONS: Any = {"a": ((3, 5), torch.int32), "none": ((0, 7), torch.float32), "b": ((2, 2), torch.bfloat16)}
@@ -28,6 +29,16 @@ def named() -> set[str]:
     """Files of /dev/shm that this process maps. Others come and go there: those of other tests, running at the same time."""
     with open("/proc/self/maps") as maps:
         return {line.split(maxsplit=5)[5].strip() for line in maps if "/dev/shm/" in line}
+
+
+def test_where_the_system_tells_nothing_hosts_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(process_table())
+
+    def hidden(path: str) -> str:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "readlink", hidden)
+    assert process_table() == (socket.gethostname(), "")
 
 
 def test_regions_are_apart() -> None:
