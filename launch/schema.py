@@ -177,7 +177,7 @@ def _check_fused(p: PrecisionConfig) -> None:
     if not p.quantizes("experts"):
         return
     require(of_fp8_block(p), f"precision={p.recipe}: experts of parallel.expert_path=fused take the products of fp8_block as it "
-            "is shipped, no others; use that, or all_to_all")  # fmt: skip
+            "is shipped, no others; use that, all_to_all, or precision.layers=[attention,dense]")  # fmt: skip
     require(p.dispatch == "fp8", f"precision.dispatch={p.dispatch}: must be fp8 with precision={p.recipe} and "
             "parallel.expert_path=fused, whose products read nothing else")  # fmt: skip
 

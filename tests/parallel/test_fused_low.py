@@ -87,10 +87,10 @@ def test_equals_the_emulation_and_sends_fewer_bytes() -> None:
     [
         (["precision=nvfp4"],
          "precision=nvfp4: experts of parallel.expert_path=fused take the products of fp8_block as it is shipped, no others; "
-         "use that, or all_to_all"),
+         "use that, all_to_all, or precision.layers=[attention,dense]"),
         (["precision=fp8_block", "precision.fprop.x.scale=fp32", "precision.fprop.x.rule=amax"],
          "precision=fp8_block: experts of parallel.expert_path=fused take the products of fp8_block as it is shipped, no others; "
-         "use that, or all_to_all"),
+         "use that, all_to_all, or precision.layers=[attention,dense]"),
         (["precision=fp8_block", "precision.dispatch=high"],
          "precision.dispatch=high: must be fp8 with precision=fp8_block and parallel.expert_path=fused, whose products read "
          "nothing else"),
