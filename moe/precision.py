@@ -191,9 +191,12 @@ def _check_operand(knob: str, o: OperandConfig, product: str, side: str, p: Any,
         require(o.element is not None or (square and p.rotation == 0),
                 f"{knob}.element=null with source=fprop: uses the cast of precision.fprop.{side} as it is, and needs a square "
                 f"block and no rotation, not {first.block} and {p.rotation}; or an element, to cast again")  # fmt: skip
-    elif first is not None and first.rule == "quest" and first.element:
-        require(fprop.rotation == 0, f"{knob}.source=high: must be fprop, for what precision.fprop.{side}.rule=quest clips is "
-                f"told in the space of precision.fprop.rotation={fprop.rotation}")  # fmt: skip
+    elif from_fprop and fprop.rotation:  # this product's result is the gradient of the other operand of fprop
+        name = "x" if side == "w" else "w"
+        other = getattr(fprop, name)
+        require(other.rule != "quest" or other.element is None,
+                f"{knob}.source=high: must be fprop, for what precision.fprop.{name}.rule=quest clips is told in the space of "
+                f"precision.fprop.rotation={fprop.rotation}")  # fmt: skip
     if o.element is None:
         return
     require(o.rule in SCALES[o.scale],
