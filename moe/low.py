@@ -9,7 +9,7 @@ hardware adds up, and the bits of its accumulators.
     linear    fprop  y = cast(x) cast(W)^T      dgrad  dx = cast(dy) cast(W^T)^T      wgrad  dW = cast(dy^T) cast(x^T)^T
     experts   for row r of expert j, n its input row, w its weight:
       fprop     h_r = cast(x)_n cast(W_up[j])^T;  a_r = act(h_r);  y_r = cast(a)_r cast(W_down[j])^T;  output[n] = sum of w_r y_r
-      dgrad     da_r = cast(dy)_n cast(W_down[j]^T)^T;  dw_r = <da_r, a_r>;  dh_r = act'(h_r) w_r da_r
+      dgrad     da_r = cast(dy)_n cast(W_down[j]^T)^T;  dw_r = <da_r, a_r>, also where a's cast clips;  dh_r = act'(h_r) w_r da_r
                 dinput[n] = sum of cast(dh)_r cast(W_up[j]^T)^T
       wgrad     dW_down[j] = cast((w_r dy_n)^T) cast(a^T)^T;  dW_up[j] = cast(dh^T) cast(x^T)^T    over the rows of j
 
@@ -133,6 +133,11 @@ class Weight:
         if rotation and self.reads_fprop(product, side):
             gradient = rotate_back(gradient, rotation, self.signs("fprop", gradient.device), columns)
         return gradient
+
+    def straight_back_both(self, gradient: Tensor, trusted: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
+        """The gradient of x's cast, which is that of all that stands behind it, and that of x."""
+        whole = self.straight_back(gradient, "dgrad", "w", None, columns)
+        return whole, whole if trusted is None else self.straight_back(gradient, "dgrad", "w", trusted, columns)
 
 
 def full(low: Low) -> Tensor:
@@ -288,10 +293,10 @@ class _LowExperts(torch.autograd.Function):
         dyq = down.cast("dgrad", "dy", dy_ND, ids_N)
         w = down.again("dgrad", "w", w_down, first=ctx.first)
         da_RF = grouped(dyq.values[source_R], dyq.factor, w, counts, expert_R)
-        da_RF = down.straight_back(da_RF, "dgrad", "w", trusted_a, f)
+        whole_RF, da_RF = down.straight_back_both(da_RF, trusted_a, f)
         gate_RF = torch.empty_like(da_RF)
         a_RF = activate(ctx.activation, h_RG, gate_RF)
-        dweights_R = F.pad(torch.linalg.vecdot(da_RF, a_RF), (0, weights_R.numel() - used))
+        dweights_R = F.pad(torch.linalg.vecdot(whole_RF, a_RF), (0, weights_R.numel() - used))
         dy_RD = dy_ND[source_R]
         if b_down is not None:
             dweights_R[:used] += (dy_RD * b_down.float()[expert_R]).sum(dim=1)

@@ -296,10 +296,10 @@ class NativeExperts(torch.autograd.Function):
         w = weights_again(down, w_down, ctx.first)
         if rotated(down) or trusted_a is not None:
             da_RF = product(dyq, w, plan, torch.float32, source_R)
-            da_RF = down.straight_back(da_RF, "dgrad", "w", trusted_a, f)
+            whole_RF, da_RF = down.straight_back_both(da_RF, trusted_a, f)
             gate_RF, h = torch.empty_like(da_RF), h_RG.float()
             a_RF: Tensor | None = activate(ctx.activation, h, gate_RF)
-            dweights_R = torch.where(plan.real()[:, 0], torch.linalg.vecdot(da_RF, a_RF), 0)
+            dweights_R = torch.where(plan.real()[:, 0], torch.linalg.vecdot(whole_RF, a_RF), 0)
             dh_RG = activate_backward(ctx.activation, da_RF * weights_R[:, None], h, gate_RF)
         else:
             stored = "" if isinstance(a, Packed) else "a"

@@ -264,6 +264,17 @@ def test_experts_are_linear_layers_of_their_rows() -> None:
             assert snr(ours, expected) > (25 if name == "quartet2" else 100), name
 
 
+def test_gradient_of_a_routers_weight_knows_no_clip() -> None:
+    """It stands behind the product: <dy, y of its row>, of what was clipped too. Casts of dgrad itself cost little here."""
+    dgrad = ["dy.element=null", "w.element=e4m3", "w.rule=rceil", "w.rounding=even"]
+    experts, chosen = experts_of("swiglu"), torch.arange(300) % 5
+    rows = sort_slots(torch.arange(300), chosen, chosen.bincount(), 300, 1)
+    experts.low = LowExperts(Precision(recipe("quartet", *(f"precision.dgrad.{knob}" for knob in dgrad))), "e", 5)
+    dy = gaussian(300, 40, seed=9)
+    y, _, dweights, *_ = run_experts(experts, gaussian(300, 40), torch.ones(300), rows, dy)
+    assert snr(dweights, (dy * y).sum(dim=1)[rows.source_R]) > 14  # masked: 8 to 11
+
+
 # ---------------------------------------------------------------- a model
 
 
@@ -371,6 +382,8 @@ def test_router_flip_rate(name: str) -> None:
         (["precision=mxfp8", "precision.dgrad.signs=step"], "precision.dgrad.signs=step: needs a precision.dgrad.rotation"),
         (["precision=quartet", "precision.dgrad.dy.rule=floor"], "precision.dgrad.dy.rounding=stochastic: has a bias with"),
         (["precision=quartet", "precision.dgrad.w.source=high"], "precision.dgrad.w.source=high: must be fprop, for what"),
+        (["precision=quartet", "precision.fprop.x.rule=rceil", "precision.wgrad.x.source=high"],
+         "precision.wgrad.x.source=high: must be fprop, for what precision.fprop.w.rule=quest clips"),
         (["precision=quartet", "precision.fprop.x.rounding=stochastic"], "precision.fprop.x.rounding=stochastic: must be even"),
         (["precision=quartet2", "precision.dgrad.rotation=0"], "precision.dgrad.signs=step: needs a precision.dgrad.rotation"),
         (["precision=quartet2", "precision.dgrad.signs=fixed"], "precision.dgrad.dy.rounding=eden: needs"),
