@@ -64,6 +64,17 @@ class Low(NamedTuple):
         )
 
 
+def stream_of(device: torch.device) -> Any:
+    """That on which this is computed: a shared expert has one of its own, and what another one makes may not be there yet."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" and torch.cuda.is_initialized() else None
+
+
+def mark_of(x: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor, while it is held, from all others. In inference mode, torch counts no versions."""
+    version = None if x.is_inference() else x._version
+    return x.data_ptr(), version, x.shape, x.stride(), x.dtype, stream_of(x.device)
+
+
 class Weight:
     """The casts of one weight's products. `name` is the same on every layout, for chance depends on it."""
 
@@ -78,8 +89,7 @@ class Weight:
         p = self.precision.products[product]
         form, casts = p.sides[side].form, self.precision.casts
         shared = side == "x" and product == "fprop" and form is not None and form.rounding == "even"
-        # Held by `casts`, its memory can't have become another tensor's.
-        mark = (form, p.rotation, x.data_ptr(), x._version, x.shape, x.stride())
+        mark = (form, p.rotation, *mark_of(x))
         for other, _, low in casts if shared else ():
             if other == mark:
                 return low
@@ -109,10 +119,10 @@ class Weight:
         if p.signs == "none":
             return None
         step, drawn = self.precision.step if p.signs == "step" else -1, self.precision.signs
-        if (product, step, device) not in drawn:
-            key = key_of(self.precision.seed, "signs", product, step)
-            drawn[product, step, device] = random_signs(key, p.rotation, device)
-        return drawn[product, step, device]
+        place = (product, step, device, stream_of(device))
+        if place not in drawn:
+            drawn[place] = random_signs(key_of(self.precision.seed, "signs", product, step), p.rotation, device)
+        return drawn[place]
 
     def reads_fprop(self, product: str, side: str) -> bool:
         return self.precision.products[product].sides[side].source == "fprop"

@@ -36,7 +36,7 @@ from moesaic.kernels.scaled_gemm import (
     transposed,
 )
 from moesaic.moe.experts import activate, activate_backward
-from moesaic.moe.low import Low, Weight
+from moesaic.moe.low import Low, Weight, mark_of
 
 # ---------------------------------------------------------------- casts
 
@@ -76,8 +76,7 @@ def how(weight: Weight, product: str, side: str, device: torch.device) -> tuple[
 def cast_inputs(weight: Weight, x_NK: Tensor, plan: Plan) -> Packed:
     """x of fprop, once for all layers that read the same tensor."""
     casts, form = weight.precision.casts, weight.precision.products["fprop"].sides["x"].form
-    # Held by `casts`, its memory can't have become another tensor's.
-    mark = ("native", form, x_NK.data_ptr(), x_NK._version, x_NK.shape, x_NK.stride(), x_NK.dtype)
+    mark = ("native", form, *mark_of(x_NK))
     for other, _, cast in casts:
         if other == mark:
             return cast

@@ -335,7 +335,7 @@ class Precision:
         forms = [o.form for p in self.products.values() for o in p.sides.values() if o.form]
         self.chance = any(form.rounding != "even" for form in forms)
         # The last two casts of inputs, for others that read them: a shared expert has two before the routed ones cast, MLA's
-        # queries two before its latent. See moesaic.moe.low.
+        # queries two before its latent; each for its own stream. See moesaic.moe.low.
         self.casts: list[Any] = []
         self.signs: dict[Any, Tensor] = {}  # those of this step's rotations; all layers share them
         self.weights: dict[

@@ -168,6 +168,28 @@ def test_a_tensor_is_cast_once(monkeypatch: pytest.MonkeyPatch) -> None:
 quantize_each = low_module.quantize_each
 
 
+def test_streams_share_no_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared expert computes on a stream of its own: what it has begun to cast, or to draw, no other may read."""
+    precision, x = Precision(recipe("nvfp4")), gaussian(8, 64)
+    weight = Weight(precision, "w")
+    cast, signs = weight.cast("fprop", "x", x), weight.signs("wgrad", CPU)
+    assert weight.cast("fprop", "x", x) is cast and weight.signs("wgrad", CPU) is signs and signs is not None
+    monkeypatch.setattr(low_module, "stream_of", lambda device: "another")
+    again, drawn = weight.cast("fprop", "x", x), weight.signs("wgrad", CPU)
+    assert again is not cast and torch.equal(again.values, cast.values)
+    assert drawn is not None and drawn is not signs and torch.equal(drawn, signs)
+
+
+def test_inference_mode() -> None:
+    """Where torch counts no versions of a tensor."""
+    model, _ = model_of("fp8_block")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, expected)
+
+
 # ---------------------------------------------------------------- experts
 
 
