@@ -41,11 +41,11 @@ from moesaic.kernels.quantize import (
     random_signs,
     unpack_bits,
 )
-from moesaic.moe.config import require
+from moesaic.moe.config import ModelConfig, require
 from moesaic.moe.experts import Experts, activate, activate_backward
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Transformer
-from moesaic.moe.precision import Precision, PrecisionConfig, unit_formats
+from moesaic.moe.precision import LAYERS, Precision, PrecisionConfig, unit_formats
 
 
 class Low(NamedTuple):
@@ -390,12 +390,18 @@ class LowExperts:
 # ---------------------------------------------------------------- a model
 
 
-def check_low(config: PrecisionConfig, blocks: int, backend: str) -> None:
-    """Raises ValueError where no block is left to quantize, or the kernels are asked for and no device has such products."""
+def check_low(config: PrecisionConfig, model: ModelConfig) -> None:
+    """Raises ValueError where no layer is left to quantize, or the kernels are asked for and no device has such products."""
+    blocks, dense = model.n_layers, model.n_dense_layers
     require(config.high_first + config.high_last < blocks,
             f"precision.high_first={config.high_first}: with precision.high_last={config.high_last} leaves none of "
             f"model.n_layers={blocks} to quantize")  # fmt: skip
-    if backend == "triton":
+    routed = dense < blocks - config.high_last
+    has = {"attention": True, "dense": config.high_first < dense or (routed and model.d_shared > 0), "experts": routed}
+    require(any(has[kind] for kind in config.layers),
+            f"precision.layers={config.layers}: must name one of {', '.join(kind for kind in LAYERS if has[kind])}, which blocks "
+            "to quantize have")  # fmt: skip
+    if model.experts_backend == "triton":
         try:
             unit_formats(config)
         except ValueError as error:
@@ -405,12 +411,11 @@ def check_low(config: PrecisionConfig, blocks: int, backend: str) -> None:
 def lower(model: Transformer, config: PrecisionConfig, seed: int = 0) -> None:
     """Let the layers that `config` names compute by its recipe. Names and parameters stay what they are. Raises what `check_low`
     does."""
-    blocks, backend = model.config.n_layers, model.config.experts_backend
-    model.precision = Precision(config, seed, backend)
+    model.precision = Precision(config, seed, model.config.experts_backend)
     if not config.quantized:
         return
-    check_low(config, blocks, backend)
-    for i in range(config.high_first, blocks - config.high_last):
+    check_low(config, model.config)
+    for i in range(config.high_first, model.config.n_layers - config.high_last):
         block: Any = model.blocks[i]
         parts = {"attention": block.attention, "dense": block.ffn}
         if isinstance(block.ffn, MoE):

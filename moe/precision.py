@@ -136,10 +136,10 @@ class PrecisionConfig:
         require(self.deosc_ratio > 1, f"precision.deosc_ratio={self.deosc_ratio}: must be above 1")
         for product in ("fprop", "dgrad", "wgrad"):
             self._check_product(product, getattr(self, product))
-        w = self.fprop.w
-        require(self.deosc_period == 0 or (w.element is not None and self.fprop.rotation == 0),
-                f"precision.deosc_period={self.deosc_period}: needs a quantized precision.fprop.w without "
-                f"precision.fprop.rotation, has {w.element} and {self.fprop.rotation}")  # fmt: skip
+        w, rotation = self.fprop.w, self.fprop.rotation
+        require(self.deosc_period == 0 or (w.element is not None and w.rounding == "even" and rotation == 0),
+                f"precision.deosc_period={self.deosc_period}: needs a precision.fprop.w of rounding=even without "
+                f"precision.fprop.rotation, has element={w.element}, rounding={w.rounding} and {rotation}")  # fmt: skip
 
     @property
     def quantized(self) -> bool:

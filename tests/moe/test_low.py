@@ -415,6 +415,8 @@ def test_router_flip_rate(name: str) -> None:
         (["precision=mxfp8", "precision.high_tail=1.5"], "precision.high_tail=1.5: must lie in 0..1"),
         (["precision=mxfp8", "precision.layers=[router]"], "precision.layers=['router']: must be some of"),
         (["precision=mxfp8", "precision.deosc_period=10", "precision.fprop.w.element=null"], "precision.deosc_period=10: needs"),
+        (["precision=mxfp4_deosc", "precision.fprop.w.rule=shrink", "precision.fprop.w.rounding=stochastic"],
+         "precision.deosc_period=200: needs a precision.fprop.w of rounding=even without"),
         (["precision=mxfp8", "precision.combine=fp8"], "precision.combine=fp8: must be one of high, bf16, logfmt8, logfmt10"),
         (["precision=mxfp4"], "precision=mxfp4: unknown; nearest: mxfp8"),
     ],
@@ -430,6 +432,11 @@ def test_recipes_that_a_model_refuses() -> None:
         ValueError, match="precision.high_first=2: with precision.high_last=1 leaves none of model.n_layers=3"
     ):
         model_of("mxfp8", "precision.high_first=2", "precision.high_last=1")
+    dense = ["precision.layers=[dense]", "model.n_dense_layers=1", "model.d_dense=64"]
+    assert len(lowered(model_of("mxfp8", *dense)[0])) == 2
+    for knobs in (dense[:1], ["precision.layers=[]"], [*dense, "precision.high_first=1"]):
+        with pytest.raises(ValueError, match="must name one of attention, experts, which blocks to quantize"):
+            model_of("mxfp8", *knobs)
 
 
 def test_recipes_are_all_here() -> None:
