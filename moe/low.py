@@ -349,7 +349,9 @@ def weight_gradient(
     def spread_out(rows: Tensor) -> Tensor:
         return rows if total == len(rows) else rows.new_zeros(total, rows.shape[1]).index_copy_(0, place_R, rows)
 
-    ids_P = (-1 - torch.arange(total, device=ids_R.device)).index_copy_(0, place_R, ids_R)
+    # The zeros behind an expert's rows have numbers that nobody else has, from -1 on, as in the kernels and a linear layer.
+    ends_P = torch.tensor([sum(padded[:j]) + n for j, n in enumerate(counts)]).repeat_interleave(torch.tensor(padded))
+    ids_P = (ends_P - 1 - torch.arange(total)).to(ids_R.device).index_copy_(0, place_R, ids_R)
     left = weight.cast("wgrad", "dy", spread_out(dy_RN).T.contiguous(), columns=ids_P)
     again = spread_out(x.float()) if isinstance(x, Tensor) else Low(spread_out(x.values), x.factor, None)
     right = weight.again("wgrad", "x", again, columns=ids_P)
