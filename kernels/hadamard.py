@@ -27,10 +27,10 @@ SIZES = (16, 32, 64, 128)
 def hadamard(size: int, device: torch.device) -> Tensor:
     """(n, n), entries +1 and -1, fp32."""
     assert size in SIZES, size
-    matrix = torch.ones(1, 1, device=device)
+    matrix = torch.ones(1, 1, device="cpu")  # made on the host, which waits for the copy: streams share it
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix
+    return matrix.to(device)
 
 
 def rotation(size: int, signs_n: Tensor | None, device: torch.device) -> Tensor:

@@ -13,8 +13,8 @@
       rceil     2^ceil(log2(amax / M))               the least that never clips (NVIDIA's)
       even      floor, of amax rounded to the mantissa of the element
       shrink    floor, of values times 3/4, which then never clips; 4/3 is in the factor (Tseng et al., arXiv 2502.20586)
-      quest     2^floor(log2(2.92247856 / 6 * std)): the clip with the least error for a Gaussian; what it clips is told by
-                `trusted` (Quartet, arXiv 2505.14669, after QuEST, arXiv 2502.05003)
+      quest     2^floor(log2(2.92247856 / 6 * std)): the clip with the least error for a Gaussian, or down to half of it, for a
+                power of two; what it clips is told by `trusted` (Quartet, arXiv 2505.14669, after QuEST, arXiv 2502.05003)
       amax      of scales fp32 and e4m3, as above
       four_six  of e4m3: of amax / 6 and amax / 4 what has the less squared error (arXiv 2512.02010)
     rounding  even         to the nearest, ties to even

@@ -97,7 +97,7 @@ def check_tiles(config: Config, device: torch.device) -> None:
     if config.model.experts_backend == "triton" and not known_tile(device):
         raise ValueError(f"model.experts_backend=triton: no tiles are known for {device}, only for {', '.join(TILES)}")
     if config.precision.quantized:
-        check_low(config.precision, config.model.n_layers, config.model.experts_backend)
+        check_low(config.precision, config.model)
         Precision(config.precision, backend=config.model.experts_backend).native(device)
 
 

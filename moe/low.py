@@ -9,7 +9,7 @@ hardware adds up, and the bits of its accumulators.
     linear    fprop  y = cast(x) cast(W)^T      dgrad  dx = cast(dy) cast(W^T)^T      wgrad  dW = cast(dy^T) cast(x^T)^T
     experts   for row r of expert j, n its input row, w its weight:
       fprop     h_r = cast(x)_n cast(W_up[j])^T;  a_r = act(h_r);  y_r = cast(a)_r cast(W_down[j])^T;  output[n] = sum of w_r y_r
-      dgrad     da_r = cast(dy)_n cast(W_down[j]^T)^T;  dw_r = <da_r, a_r>;  dh_r = act'(h_r) w_r da_r
+      dgrad     da_r = cast(dy)_n cast(W_down[j]^T)^T;  dw_r = <da_r, a_r>, also where a's cast clips;  dh_r = act'(h_r) w_r da_r
                 dinput[n] = sum of cast(dh)_r cast(W_up[j]^T)^T
       wgrad     dW_down[j] = cast((w_r dy_n)^T) cast(a^T)^T;  dW_up[j] = cast(dh^T) cast(x^T)^T    over the rows of j
 
@@ -41,11 +41,11 @@ from moesaic.kernels.quantize import (
     random_signs,
     unpack_bits,
 )
-from moesaic.moe.config import require
+from moesaic.moe.config import ModelConfig, require
 from moesaic.moe.experts import Experts, activate, activate_backward
 from moesaic.moe.layer import MoE
 from moesaic.moe.model import Transformer
-from moesaic.moe.precision import Precision, PrecisionConfig, unit_formats
+from moesaic.moe.precision import LAYERS, Precision, PrecisionConfig, unit_formats
 
 
 class Low(NamedTuple):
@@ -64,6 +64,17 @@ class Low(NamedTuple):
         )
 
 
+def stream_of(device: torch.device) -> Any:
+    """That on which this is computed: a shared expert has one of its own, and what another one makes may not be there yet."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" and torch.cuda.is_initialized() else None
+
+
+def mark_of(x: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor, while it is held, from all others. In inference mode, torch counts no versions."""
+    version = None if x.is_inference() else x._version
+    return x.data_ptr(), version, x.shape, x.stride(), x.dtype, stream_of(x.device)
+
+
 class Weight:
     """The casts of one weight's products. `name` is the same on every layout, for chance depends on it."""
 
@@ -78,8 +89,7 @@ class Weight:
         p = self.precision.products[product]
         form, casts = p.sides[side].form, self.precision.casts
         shared = side == "x" and product == "fprop" and form is not None and form.rounding == "even"
-        # Held by `casts`, its memory can't have become another tensor's.
-        mark = (form, p.rotation, x.data_ptr(), x._version, x.shape, x.stride())
+        mark = (form, p.rotation, *mark_of(x))
         for other, _, low in casts if shared else ():
             if other == mark:
                 return low
@@ -109,10 +119,10 @@ class Weight:
         if p.signs == "none":
             return None
         step, drawn = self.precision.step if p.signs == "step" else -1, self.precision.signs
-        if (product, step, device) not in drawn:
-            key = key_of(self.precision.seed, "signs", product, step)
-            drawn[product, step, device] = random_signs(key, p.rotation, device)
-        return drawn[product, step, device]
+        place = (product, step, device, stream_of(device))
+        if place not in drawn:
+            drawn[place] = random_signs(key_of(self.precision.seed, "signs", product, step), p.rotation, device)
+        return drawn[place]
 
     def reads_fprop(self, product: str, side: str) -> bool:
         return self.precision.products[product].sides[side].source == "fprop"
@@ -133,6 +143,11 @@ class Weight:
         if rotation and self.reads_fprop(product, side):
             gradient = rotate_back(gradient, rotation, self.signs("fprop", gradient.device), columns)
         return gradient
+
+    def straight_back_both(self, gradient: Tensor, trusted: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
+        """The gradient of x's cast, which is that of all that stands behind it, and that of x."""
+        whole = self.straight_back(gradient, "dgrad", "w", None, columns)
+        return whole, whole if trusted is None else self.straight_back(gradient, "dgrad", "w", trusted, columns)
 
 
 def full(low: Low) -> Tensor:
@@ -288,10 +303,10 @@ class _LowExperts(torch.autograd.Function):
         dyq = down.cast("dgrad", "dy", dy_ND, ids_N)
         w = down.again("dgrad", "w", w_down, first=ctx.first)
         da_RF = grouped(dyq.values[source_R], dyq.factor, w, counts, expert_R)
-        da_RF = down.straight_back(da_RF, "dgrad", "w", trusted_a, f)
+        whole_RF, da_RF = down.straight_back_both(da_RF, trusted_a, f)
         gate_RF = torch.empty_like(da_RF)
         a_RF = activate(ctx.activation, h_RG, gate_RF)
-        dweights_R = F.pad(torch.linalg.vecdot(da_RF, a_RF), (0, weights_R.numel() - used))
+        dweights_R = F.pad(torch.linalg.vecdot(whole_RF, a_RF), (0, weights_R.numel() - used))
         dy_RD = dy_ND[source_R]
         if b_down is not None:
             dweights_R[:used] += (dy_RD * b_down.float()[expert_R]).sum(dim=1)
@@ -334,7 +349,9 @@ def weight_gradient(
     def spread_out(rows: Tensor) -> Tensor:
         return rows if total == len(rows) else rows.new_zeros(total, rows.shape[1]).index_copy_(0, place_R, rows)
 
-    ids_P = (-1 - torch.arange(total, device=ids_R.device)).index_copy_(0, place_R, ids_R)
+    # The zeros behind an expert's rows have numbers that nobody else has, from -1 on, as in the kernels and a linear layer.
+    ends_P = torch.tensor([sum(padded[:j]) + n for j, n in enumerate(counts)]).repeat_interleave(torch.tensor(padded))
+    ids_P = (ends_P - 1 - torch.arange(total)).to(ids_R.device).index_copy_(0, place_R, ids_R)
     left = weight.cast("wgrad", "dy", spread_out(dy_RN).T.contiguous(), columns=ids_P)
     again = spread_out(x.float()) if isinstance(x, Tensor) else Low(spread_out(x.values), x.factor, None)
     right = weight.again("wgrad", "x", again, columns=ids_P)
@@ -375,12 +392,18 @@ class LowExperts:
 # ---------------------------------------------------------------- a model
 
 
-def check_low(config: PrecisionConfig, blocks: int, backend: str) -> None:
-    """Raises ValueError where no block is left to quantize, or the kernels are asked for and no device has such products."""
+def check_low(config: PrecisionConfig, model: ModelConfig) -> None:
+    """Raises ValueError where no layer is left to quantize, or the kernels are asked for and no device has such products."""
+    blocks, dense = model.n_layers, model.n_dense_layers
     require(config.high_first + config.high_last < blocks,
             f"precision.high_first={config.high_first}: with precision.high_last={config.high_last} leaves none of "
             f"model.n_layers={blocks} to quantize")  # fmt: skip
-    if backend == "triton":
+    routed = dense < blocks - config.high_last
+    has = {"attention": True, "dense": config.high_first < dense or (routed and model.d_shared > 0), "experts": routed}
+    require(any(has[kind] for kind in config.layers),
+            f"precision.layers={config.layers}: must name one of {', '.join(kind for kind in LAYERS if has[kind])}, which blocks "
+            "to quantize have")  # fmt: skip
+    if model.experts_backend == "triton":
         try:
             unit_formats(config)
         except ValueError as error:
@@ -390,12 +413,11 @@ def check_low(config: PrecisionConfig, blocks: int, backend: str) -> None:
 def lower(model: Transformer, config: PrecisionConfig, seed: int = 0) -> None:
     """Let the layers that `config` names compute by its recipe. Names and parameters stay what they are. Raises what `check_low`
     does."""
-    blocks, backend = model.config.n_layers, model.config.experts_backend
-    model.precision = Precision(config, seed, backend)
+    model.precision = Precision(config, seed, model.config.experts_backend)
     if not config.quantized:
         return
-    check_low(config, blocks, backend)
-    for i in range(config.high_first, blocks - config.high_last):
+    check_low(config, model.config)
+    for i in range(config.high_first, model.config.n_layers - config.high_last):
         block: Any = model.blocks[i]
         parts = {"attention": block.attention, "dense": block.ffn}
         if isinstance(block.ffn, MoE):

@@ -36,7 +36,7 @@ from moesaic.kernels.scaled_gemm import (
     transposed,
 )
 from moesaic.moe.experts import activate, activate_backward
-from moesaic.moe.low import Low, Weight
+from moesaic.moe.low import Low, Weight, mark_of
 
 # ---------------------------------------------------------------- casts
 
@@ -76,8 +76,7 @@ def how(weight: Weight, product: str, side: str, device: torch.device) -> tuple[
 def cast_inputs(weight: Weight, x_NK: Tensor, plan: Plan) -> Packed:
     """x of fprop, once for all layers that read the same tensor."""
     casts, form = weight.precision.casts, weight.precision.products["fprop"].sides["x"].form
-    # Held by `casts`, its memory can't have become another tensor's.
-    mark = ("native", form, x_NK.data_ptr(), x_NK._version, x_NK.shape, x_NK.stride(), x_NK.dtype)
+    mark = ("native", form, *mark_of(x_NK))
     for other, _, cast in casts:
         if other == mark:
             return cast
@@ -296,10 +295,10 @@ class NativeExperts(torch.autograd.Function):
         w = weights_again(down, w_down, ctx.first)
         if rotated(down) or trusted_a is not None:
             da_RF = product(dyq, w, plan, torch.float32, source_R)
-            da_RF = down.straight_back(da_RF, "dgrad", "w", trusted_a, f)
+            whole_RF, da_RF = down.straight_back_both(da_RF, trusted_a, f)
             gate_RF, h = torch.empty_like(da_RF), h_RG.float()
             a_RF: Tensor | None = activate(ctx.activation, h, gate_RF)
-            dweights_R = torch.where(plan.real()[:, 0], torch.linalg.vecdot(da_RF, a_RF), 0)
+            dweights_R = torch.where(plan.real()[:, 0], torch.linalg.vecdot(whole_RF, a_RF), 0)
             dh_RG = activate_backward(ctx.activation, da_RF * weights_R[:, None], h, gate_RF)
         else:
             stored = "" if isinstance(a, Packed) else "a"

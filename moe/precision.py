@@ -136,10 +136,10 @@ class PrecisionConfig:
         require(self.deosc_ratio > 1, f"precision.deosc_ratio={self.deosc_ratio}: must be above 1")
         for product in ("fprop", "dgrad", "wgrad"):
             self._check_product(product, getattr(self, product))
-        w = self.fprop.w
-        require(self.deosc_period == 0 or (w.element is not None and self.fprop.rotation == 0),
-                f"precision.deosc_period={self.deosc_period}: needs a quantized precision.fprop.w without "
-                f"precision.fprop.rotation, has {w.element} and {self.fprop.rotation}")  # fmt: skip
+        w, rotation = self.fprop.w, self.fprop.rotation
+        require(self.deosc_period == 0 or (w.element is not None and w.rounding == "even" and rotation == 0),
+                f"precision.deosc_period={self.deosc_period}: needs a precision.fprop.w of rounding=even without "
+                f"precision.fprop.rotation, has element={w.element}, rounding={w.rounding} and {rotation}")  # fmt: skip
 
     @property
     def quantized(self) -> bool:
@@ -191,9 +191,12 @@ def _check_operand(knob: str, o: OperandConfig, product: str, side: str, p: Any,
         require(o.element is not None or (square and p.rotation == 0),
                 f"{knob}.element=null with source=fprop: uses the cast of precision.fprop.{side} as it is, and needs a square "
                 f"block and no rotation, not {first.block} and {p.rotation}; or an element, to cast again")  # fmt: skip
-    elif first is not None and first.rule == "quest" and first.element:
-        require(fprop.rotation == 0, f"{knob}.source=high: must be fprop, for what precision.fprop.{side}.rule=quest clips is "
-                f"told in the space of precision.fprop.rotation={fprop.rotation}")  # fmt: skip
+    elif from_fprop and fprop.rotation:  # this product's result is the gradient of the other operand of fprop
+        name = "x" if side == "w" else "w"
+        other = getattr(fprop, name)
+        require(other.rule != "quest" or other.element is None,
+                f"{knob}.source=high: must be fprop, for what precision.fprop.{name}.rule=quest clips is told in the space of "
+                f"precision.fprop.rotation={fprop.rotation}")  # fmt: skip
     if o.element is None:
         return
     require(o.rule in SCALES[o.scale],
@@ -332,7 +335,7 @@ class Precision:
         forms = [o.form for p in self.products.values() for o in p.sides.values() if o.form]
         self.chance = any(form.rounding != "even" for form in forms)
         # The last two casts of inputs, for others that read them: a shared expert has two before the routed ones cast, MLA's
-        # queries two before its latent. See moesaic.moe.low.
+        # queries two before its latent; each for its own stream. See moesaic.moe.low.
         self.casts: list[Any] = []
         self.signs: dict[Any, Tensor] = {}  # those of this step's rotations; all layers share them
         self.weights: dict[

@@ -207,6 +207,16 @@ def test_four_six_is_never_worse_than_six() -> None:
     assert 0.1 < (q.scales != sixes).float().mean() < 0.9
 
 
+def test_scales_of_quest() -> None:
+    """Against the formula in fp64, over blocks of all sizes; clipped at 2.92 standard deviations or down to half as many."""
+    x = gaussian(64, 64, 13) * torch.logspace(-3, 3, 64)[:, None]
+    std = x.double().view(64, 2, 32).std(dim=2, correction=0)
+    scales = quantize(x, Format("e2m1", (1, 32), "e8m0", "quest")).scales.double()
+    assert np.array_equal(np.log2(scales.numpy()), np.floor(np.log2(2.92247856 / 6 * std.numpy() + 1e-8)))
+    clip = 6 * scales / std
+    assert 1.46 < clip.min() < 1.6 and 2.7 < clip.max() < 2.923
+
+
 def test_quest_tells_what_it_clips() -> None:
     x = gaussian(64, 64, 13)
     q = quantize(x, Format("e2m1", (1, 32), "e8m0", "quest"))

@@ -168,6 +168,28 @@ def test_a_tensor_is_cast_once(monkeypatch: pytest.MonkeyPatch) -> None:
 quantize_each = low_module.quantize_each
 
 
+def test_streams_share_no_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared expert computes on a stream of its own: what it has begun to cast, or to draw, no other may read."""
+    precision, x = Precision(recipe("nvfp4")), gaussian(8, 64)
+    weight = Weight(precision, "w")
+    cast, signs = weight.cast("fprop", "x", x), weight.signs("wgrad", CPU)
+    assert weight.cast("fprop", "x", x) is cast and weight.signs("wgrad", CPU) is signs and signs is not None
+    monkeypatch.setattr(low_module, "stream_of", lambda device: "another")
+    again, drawn = weight.cast("fprop", "x", x), weight.signs("wgrad", CPU)
+    assert again is not cast and torch.equal(again.values, cast.values)
+    assert drawn is not None and drawn is not signs and torch.equal(drawn, signs)
+
+
+def test_inference_mode() -> None:
+    """Where torch counts no versions of a tensor."""
+    model, _ = model_of("fp8_block")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, expected)
+
+
 # ---------------------------------------------------------------- experts
 
 
@@ -244,17 +266,18 @@ def test_signal_to_noise_of_ragged_experts(name: str) -> None:
 
 
 def test_experts_are_linear_layers_of_their_rows() -> None:
-    """With one expert and weights 1, the products are those of two linear layers with an activation between them."""
+    """With one expert and weights 1, the products are those of two linear layers with an activation between them; of 60 rows,
+    which fill no block of weight gradients."""
     c = ModelConfig(d_model=64, n_heads=2, n_experts=1, d_expert=32, activation="relu2", router=RouterConfig(top_k=1))
-    experts, rows = Experts(c), sort_slots(torch.arange(64), torch.zeros(64).long(), torch.tensor([64]), 64, 1)
+    experts, rows = Experts(c), sort_slots(torch.arange(60), torch.zeros(60).long(), torch.tensor([60]), 60, 1)
     for i, p in enumerate(experts.parameters()):
         p.data = gaussian(*p.shape, seed=i) * 0.2
-    x, dy = gaussian(64, 64), gaussian(64, 64, seed=9)
+    x, dy = gaussian(60, 64), gaussian(60, 64, seed=9)
     for name in RECIPES:
         precision = Precision(recipe(name, "precision.high_last=0"))
         experts.low = LowExperts(precision, "e", 1)
-        y, dx, _, dup, ddown = run_experts(experts, x, torch.ones(64), rows, dy)
-        ids = torch.arange(64)
+        y, dx, _, dup, ddown = run_experts(experts, x, torch.ones(60), rows, dy)
+        ids = torch.arange(60)
         x_, up, down = (t.detach().clone().requires_grad_() for t in (x, experts.w_up_EGD[0], experts.w_down_EDF[0]))
         h = LowLinear.apply(x_, up, Weight(precision, "e.up"), ids)
         z = LowLinear.apply(h.relu().square(), down, Weight(precision, "e.down"), ids)
@@ -262,6 +285,17 @@ def test_experts_are_linear_layers_of_their_rows() -> None:
         for ours, expected in ((y, z.detach()), (dx, x_.grad), (dup[0], up.grad), (ddown[0], down.grad)):
             # quartet2: a last bit decides about 4 or 6, or a scale, of a whole block
             assert snr(ours, expected) > (25 if name == "quartet2" else 100), name
+
+
+def test_gradient_of_a_routers_weight_knows_no_clip() -> None:
+    """It stands behind the product: <dy, y of its row>, of what was clipped too. Casts of dgrad itself cost little here."""
+    dgrad = ["dy.element=null", "w.element=e4m3", "w.rule=rceil", "w.rounding=even"]
+    experts, chosen = experts_of("swiglu"), torch.arange(300) % 5
+    rows = sort_slots(torch.arange(300), chosen, chosen.bincount(), 300, 1)
+    experts.low = LowExperts(Precision(recipe("quartet", *(f"precision.dgrad.{knob}" for knob in dgrad))), "e", 5)
+    dy = gaussian(300, 40, seed=9)
+    y, _, dweights, *_ = run_experts(experts, gaussian(300, 40, seed=3), torch.ones(300), rows, dy)
+    assert snr(dweights, (dy * y).sum(dim=1)[rows.source_R]) > 14  # masked: 8 to 11
 
 
 # ---------------------------------------------------------------- a model
@@ -371,6 +405,8 @@ def test_router_flip_rate(name: str) -> None:
         (["precision=mxfp8", "precision.dgrad.signs=step"], "precision.dgrad.signs=step: needs a precision.dgrad.rotation"),
         (["precision=quartet", "precision.dgrad.dy.rule=floor"], "precision.dgrad.dy.rounding=stochastic: has a bias with"),
         (["precision=quartet", "precision.dgrad.w.source=high"], "precision.dgrad.w.source=high: must be fprop, for what"),
+        (["precision=quartet", "precision.fprop.x.rule=rceil", "precision.wgrad.x.source=high"],
+         "precision.wgrad.x.source=high: must be fprop, for what precision.fprop.w.rule=quest clips"),
         (["precision=quartet", "precision.fprop.x.rounding=stochastic"], "precision.fprop.x.rounding=stochastic: must be even"),
         (["precision=quartet2", "precision.dgrad.rotation=0"], "precision.dgrad.signs=step: needs a precision.dgrad.rotation"),
         (["precision=quartet2", "precision.dgrad.signs=fixed"], "precision.dgrad.dy.rounding=eden: needs"),
@@ -380,6 +416,8 @@ def test_router_flip_rate(name: str) -> None:
         (["precision=mxfp8", "precision.high_tail=1.5"], "precision.high_tail=1.5: must lie in 0..1"),
         (["precision=mxfp8", "precision.layers=[router]"], "precision.layers=['router']: must be some of"),
         (["precision=mxfp8", "precision.deosc_period=10", "precision.fprop.w.element=null"], "precision.deosc_period=10: needs"),
+        (["precision=mxfp4_deosc", "precision.fprop.w.rule=shrink", "precision.fprop.w.rounding=stochastic"],
+         "precision.deosc_period=200: needs a precision.fprop.w of rounding=even without"),
         (["precision=mxfp8", "precision.combine=fp8"], "precision.combine=fp8: must be one of high, bf16, logfmt8, logfmt10"),
         (["precision=mxfp4"], "precision=mxfp4: unknown; nearest: mxfp8"),
     ],
@@ -395,6 +433,11 @@ def test_recipes_that_a_model_refuses() -> None:
         ValueError, match="precision.high_first=2: with precision.high_last=1 leaves none of model.n_layers=3"
     ):
         model_of("mxfp8", "precision.high_first=2", "precision.high_last=1")
+    dense = ["precision.layers=[dense]", "model.n_dense_layers=1", "model.d_dense=64"]
+    assert len(lowered(model_of("mxfp8", *dense)[0])) == 2
+    for knobs in (dense[:1], ["precision.layers=[]"], [*dense, "precision.high_first=1"]):
+        with pytest.raises(ValueError, match="must name one of attention, experts, which blocks to quantize"):
+            model_of("mxfp8", *knobs)
 
 
 def test_recipes_are_all_here() -> None:

@@ -59,8 +59,8 @@ def both(
     return found[0], found[1], kernels
 
 
-# Decibels of [y, dx, dweights, dw_up, dw_down]: 120 is fp32's rounding. Where wgrad is rotated and drawn by chance, the rows that
-# fill an expert's last run are drawn otherwise.
+# Decibels of [y, dx, dweights, dw_up, dw_down]: 120 is fp32's rounding. Where wgrad is rotated, whose sums are in another order,
+# a last bit decides about a code, or a scale.
 EXACT = (120, 120, 120, 120, 120)
 BOUNDS = {"fp8_block": EXACT, "mxfp8": EXACT, "nvfp4": (120, 120, 120, 20, 20), "quartet": (120, 120, 120, 15, 15),
           "quartet2": (120, 25, 25, 15, 15), "mxfp4_deosc": (120, 120, 120, 20, 20)}  # fmt: skip
