@@ -4,8 +4,8 @@
 
 runs: `main`, the shipped recipes (bf16 only where the CPU has its products: without, one is a hundred times slower); `causes`,
 recipes with one thing changed, which tell what a gap comes from; `all`; or names with commas. data: text files, a glob pattern
-(default: the Python standard library). Every run is `launch/train.py recipe=tiny_moe` with MODEL's knobs (1.1M active parameters of
-2.3M) in one process of one thread; runs of a seed start from the same weights and see the same batches.
+(default: the Python standard library). Every run is `launch/train.py recipe=tiny_moe` with MODEL's knobs (1.1M active parameters
+of 2.3M) in one process of one thread; runs of a seed start from the same weights and see the same batches.
 
 One file a run in benchmarks/results/precision/, so that a study goes on where it stopped, and more seeds and tokens add to it;
 a run that is interrupted goes on from its last checkpoint, in runs/study_precision/. The summary, with its curves, is
@@ -42,7 +42,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "precision"
 WORK = ROOT / "runs" / "study_precision"
 # Two wide blocks: as many active parameters in four narrow ones take twice as long, of which casts are most.
-MODEL = ["model.n_layers=2", "model.d_model=256", "model.n_heads=4", "model.d_expert=128", "train.seq_len=128", "train.global_batch=16"]
+MODEL = [
+    "model.n_layers=2",
+    "model.d_model=256",
+    "model.n_heads=4",
+    "model.d_expert=128",
+    "train.seq_len=128",
+    "train.global_batch=16",
+]
 STEP_TOKENS, POINTS = 16 * 128, 12
 LEAST_EVERY = 12  # steps between evaluations, each of which takes as long as two or three
 # Of glibc: freed memory stays with the process. Casts make and drop many tensors, and fresh pages are a fifth of their time.
@@ -125,8 +132,8 @@ def run(name: str, seed: int, choice: Options) -> None:
     steps, folder = choice.tokens // STEP_TOKENS, WORK / path.stem
     every = max(LEAST_EVERY, steps // POINTS)
     knobs = [
-        "recipe=tiny_moe", *MODEL, f"run_dir={folder}", *RUNS[name], f"train.seed={seed}", f"train.steps={steps}", "wandb.mode=disabled",
-        "train.sample=0", "train.eval_batches=16",
+        "recipe=tiny_moe", *MODEL, f"run_dir={folder}", *RUNS[name], f"train.seed={seed}", f"train.steps={steps}",
+        "wandb.mode=disabled", "train.sample=0", "train.eval_batches=16",
         f"train.eval_every={every}", f"train.checkpoint_every={every}", f"train.log_every={max(1, every // 5)}",
         f"optim.warmup={max(1, steps // 20)}",
     ]  # fmt: skip

@@ -184,13 +184,12 @@ class Saver:
         if packed:
             assert low.quantized is not None
             p = pack(low.quantized)
-            self.tensors += [p.codes, p.scales, p.factor]
+            self.tensors += [p.codes, p.scales, p.factor, p.trusted]
             self.forms.append((p.format, p.columns))
         else:
-            self.tensors += [high, None, None]
+            trusted = None if low.quantized is None else low.quantized.trusted_NK
+            self.tensors += [high, None, None, None if trusted is None else pack_bits(trusted)]
             self.forms.append(None)
-        trusted = None if low.quantized is None else low.quantized.trusted_NK
-        self.tensors.append(None if trusted is None else pack_bits(trusted))
 
 
 def kept(tensors: Iterator[Any], form: tuple[Format, int] | None, columns: int) -> tuple[Tensor | Low, Tensor | None]:

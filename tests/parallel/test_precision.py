@@ -55,13 +55,15 @@ def backward(model: Any, rank: int, step: Any = None) -> float:
     return float(loss.detach())
 
 
-def on_a_rank(recipes: list[str]) -> dict[tuple[str, str], tuple[float, dict[str, Tensor]]]:
+def on_a_rank(
+    recipes: list[str], layouts: dict[str, dict[str, Any]], *knobs: str
+) -> dict[tuple[str, str], tuple[float, dict[str, Tensor]]]:
     found = {}
-    for layout, knobs in LAYOUTS.items():
-        parallel = ParallelConfig(**knobs)
+    for layout, chosen in layouts.items():
+        parallel = ParallelConfig(**chosen)
         meshes = make_meshes("cpu", int(parallel.expert), 1)
         for recipe in recipes:
-            c = config(recipe)
+            c = config(recipe, *knobs)
             model = parallelize(
                 c.model, parallel, meshes, seed=0, device=CPU, compute=torch.float32, precision=c.precision
             )
@@ -85,7 +87,7 @@ BLOCKS = {"fp8_block": 60, "mxfp8": 60, "mxint8": 38, "mxfp4_deosc": 9, "quartet
 
 
 def test_layouts_agree(tmp_path: Path) -> None:
-    found = run_ranks(on_a_rank, 2, tmp_path, RECIPES, timeout=200)[0]
+    found = run_ranks(on_a_rank, 2, tmp_path, RECIPES, LAYOUTS, timeout=200)[0]
     for recipe in RECIPES:
         c = config(recipe)
         model = build(c.model, 0, CPU)
@@ -102,6 +104,23 @@ def test_layouts_agree(tmp_path: Path) -> None:
             for name, gradient in expected.items():
                 least = 100 if same_rows else BLOCKS[recipe] if ".experts." in name else ROW_WISE.get(recipe, 100)
                 assert snr(gradients[name], gradient) > least, (recipe, layout, name)
+
+
+def test_two_hops_agree(tmp_path: Path) -> None:
+    """Over two nodes of two ranks: rows of fp8, and the numbers of tokens that chance depends on, arrive in two hops."""
+    layouts, recipes = {"": dict(expert="4", expert_path="two_hop", node_size="2")}, ["fp8_block", "quartet"]
+    knobs = ["model.n_experts=8"]
+    found = run_ranks(on_a_rank, 4, tmp_path, recipes, layouts, *knobs, timeout=200)[0]
+    for recipe in recipes:
+        c = config(recipe, *knobs)
+        model = build(c.model, 0, CPU)
+        lower(model, c.precision)
+        loss = sum(backward(model, rank) for rank in range(4))
+        other, gradients = found["", recipe]
+        assert other == pytest.approx(loss, rel=1e-6), recipe
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            assert snr(gradients[name], p.grad) > (BLOCKS[recipe] if ".experts." in name else 100), (recipe, name)
 
 
 NATIVE, SMALL = ["fp8_block", "mxfp8"], ["model.n_layers=1", "model.d_shared=0", "model.n_experts=4"]
