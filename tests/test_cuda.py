@@ -31,7 +31,7 @@ from moesaic.kernels import autotune, bench, tiles
 from moesaic.launch import comm_bench, generate, metrics, mixture, preflight, startup
 from moesaic.launch.schema import Config
 from moesaic.moe import attention, experts
-from moesaic.parallel import checkpoint, fsdp, probe, zero
+from moesaic.parallel import checkpoint, engine, fsdp, probe, zero
 
 CUDA = torch.device("cuda", 0)
 
@@ -76,6 +76,15 @@ def test_a_save_waits_for_copies_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -
         ((_, copy),) = checkpoint.Saver._copy(saver, [(piece, values.as_subclass(OnGPU))])  # type: ignore[arg-type,list-item]
         assert torch.equal(copy, values)
     assert events == [24, "waits", "waits"], "memory is locked once, and every copy is waited for"
+
+
+def test_loaded_steps_lie_beside_their_parameters() -> None:
+    """AdamW's fused kernel reads them through pointers, on a GPU by the GPU."""
+    p = nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.AdamW([p])
+    engine.make_moments(optimizer, [p])
+    engine.set_steps(optimizer, torch.tensor(3.0))
+    assert optimizer.state[p]["step"].device == p.device
 
 
 def test_flex_attention_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
