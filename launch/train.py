@@ -69,7 +69,7 @@ from moesaic.parallel.deoscillate import Deoscillation
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
 from moesaic.parallel.fused import check_fused
-from moesaic.parallel.mesh import check_degrees, end_with_parent, expert_degree, leave_after, make_meshes, start
+from moesaic.parallel.mesh import check_degrees, end, end_with_parent, expert_degree, leave_after, make_meshes, start
 from moesaic.parallel.overload import OverloadError
 from moesaic.parallel.two_hop import node_ranks
 
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
         end_reading()
         guards.end_listening()
         trace.unwatch()
-        dist.destroy_process_group()
+        end(device)
 
 
 def train(config: Config, device: torch.device) -> None:

@@ -31,7 +31,7 @@ from moesaic.kernels import autotune, bench, tiles
 from moesaic.launch import comm_bench, generate, metrics, mixture, preflight, startup
 from moesaic.launch.schema import Config
 from moesaic.moe import attention, experts
-from moesaic.parallel import checkpoint, engine, fsdp, probe, zero
+from moesaic.parallel import checkpoint, engine, fsdp, mesh, probe, zero
 
 CUDA = torch.device("cuda", 0)
 
@@ -85,6 +85,26 @@ def test_loaded_steps_lie_beside_their_parameters() -> None:
     engine.make_moments(optimizer, [p])
     engine.set_steps(optimizer, torch.tensor(3.0))
     assert optimizer.state[p]["step"].device == p.device
+
+
+def test_an_error_of_one_rank_waits_for_no_communicator(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("destroyed"))
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def program(device: torch.device) -> None:
+        try:
+            raise RuntimeError("CUDA out of memory")
+        finally:
+            mesh.end(device)
+
+    for device in (CUDA, torch.device("cpu")):
+        mesh.leave_after(lambda device=device: program(device))
+        assert "RuntimeError: CUDA out of memory" in capsys.readouterr().err
+    mesh.end(CUDA)
+    assert ended == [1, "destroyed", 1, "destroyed"]
 
 
 def test_flex_attention_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
