@@ -31,7 +31,7 @@ from moesaic.kernels import autotune, bench, tiles
 from moesaic.launch import comm_bench, generate, metrics, mixture, preflight, startup
 from moesaic.launch.schema import Config
 from moesaic.moe import attention, experts
-from moesaic.parallel import checkpoint, engine, fsdp, mesh, probe, zero
+from moesaic.parallel import checkpoint, collectives, engine, fsdp, mesh, probe, zero
 
 CUDA = torch.device("cuda", 0)
 
@@ -105,6 +105,15 @@ def test_an_error_of_one_rank_waits_for_no_communicator(
         assert "RuntimeError: CUDA out of memory" in capsys.readouterr().err
     mesh.end(CUDA)
     assert ended == [1, "destroyed", 1, "destroyed"]
+
+
+def test_a_handle_that_was_waited_for_is_let_go() -> None:
+    event = collectives.Event(0, "", "", "", "", "", "", 1, [0], 1.0)
+    work, recorder = mock.Mock(), collectives.Recorder.__new__(collectives.Recorder)
+    recorder.works = {id(work): (work, event)}
+    for _ in range(2):
+        recorder.waited(work, 0.5)
+    assert not recorder.works and event.exposed == 0.5 and event.ended is not None
 
 
 def test_flex_attention_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
