@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moesaic.kernels import autotune, bench, tiles
-from moesaic.launch import comm_bench, generate, metrics, mixture, preflight, startup
+from moesaic.launch import comm_bench, generate, metrics, mixture, preflight, startup, train
 from moesaic.launch.schema import Config
 from moesaic.moe import attention, experts
 from moesaic.parallel import checkpoint, collectives, engine, fsdp, mesh, probe, zero
@@ -114,6 +115,15 @@ def test_a_handle_that_was_waited_for_is_let_go() -> None:
     for _ in range(2):
         recorder.waited(work, 0.5)
     assert not recorder.works and event.exposed == 0.5 and event.ended is not None
+
+
+def test_a_batch_goes_to_the_gpu_from_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    locked = SimpleNamespace(to=lambda *where, **how: asked.append((*where, how)) or "there")
+    monkeypatch.setattr(Tensor, "pin_memory", lambda host: asked.append(host.shape) or locked)
+    assert train.to_device(np.zeros((0, 3), np.int64), CUDA) == "there"
+    assert asked == [(0, 3), (CUDA, {"non_blocking": True})]
+    assert train.to_device(np.ones((1, 3), np.int64), torch.device("cpu")).tolist() == [[1, 1, 1]]
 
 
 def test_flex_attention_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
