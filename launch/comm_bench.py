@@ -32,7 +32,7 @@ from moesaic.moe.config import require
 from moesaic.parallel import shared
 from moesaic.parallel.collectives import bus_factor
 from moesaic.parallel.hardware import Hardware, Link, load, save
-from moesaic.parallel.mesh import leave_after, start
+from moesaic.parallel.mesh import end, leave_after, start
 
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "all_to_all zipf")
 
@@ -170,7 +170,7 @@ def main(o: Options) -> None:
         if dist.get_rank() == 0:
             write(o, base, found, node, world, device.type)
     finally:
-        dist.destroy_process_group()
+        end(device)
 
 
 def check_folder(out: str) -> None:

@@ -39,7 +39,7 @@ from moesaic.parallel import probe, storage
 from moesaic.parallel.hardware import Hardware
 from moesaic.parallel.layout import layout_of
 from moesaic.parallel.memory_plan import memory_of
-from moesaic.parallel.mesh import end_with_parent, leave_after, start
+from moesaic.parallel.mesh import end, end_with_parent, leave_after, start
 from moesaic.parallel.probe import gather
 
 Finding = tuple[str, str]  # ok, warn or FAIL, and what is to be said
@@ -76,7 +76,7 @@ def main(config: Config, hardware: str) -> None:
         place = Place(config, device, kind, machine, gather(socket.gethostname()))
         levels = run(place, print if dist.get_rank() == 0 else lambda line: None)
     finally:
-        dist.destroy_process_group()
+        end(device)
     if FAIL in levels:
         raise SystemExit(1)
 

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -69,7 +70,7 @@ from moesaic.parallel.deoscillate import Deoscillation
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
 from moesaic.parallel.fused import check_fused
-from moesaic.parallel.mesh import check_degrees, end_with_parent, expert_degree, leave_after, make_meshes, start
+from moesaic.parallel.mesh import check_degrees, end, end_with_parent, expert_degree, leave_after, make_meshes, start
 from moesaic.parallel.overload import OverloadError
 from moesaic.parallel.two_hop import node_ranks
 
@@ -90,7 +91,7 @@ def main(config: Config) -> None:
         end_reading()
         guards.end_listening()
         trace.unwatch()
-        dist.destroy_process_group()
+        end(device)
 
 
 def train(config: Config, device: torch.device) -> None:
@@ -366,7 +367,7 @@ def train_step(
     global_tokens = config.global_batch * config.seq_len
     my_batches = micro_batches(config.global_batch, config, dist.get_rank(), dist.get_world_size())
     for i, (first, count) in enumerate(my_batches, 1):
-        batch = torch.from_numpy(train_batch(stream, config.seed, first_sample + first, count)).to(device)
+        batch = to_device(train_batch(stream, config.seed, first_sample + first, count), device)
         engine.model.precision.tokens(first_sample + first, count, config.seq_len, device)
         out = predict(engine.model, batch, separator)
         assert out.loss is not None and out.losses is not None
@@ -377,6 +378,12 @@ def train_step(
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
     engine.model.precision.tokens(None)
     return [*sums, torch.cat(losses)]
+
+
+def to_device(batch: np.ndarray, device: torch.device) -> torch.Tensor:
+    """To a GPU from locked memory: else the host would wait there for all that the GPU has yet to do."""
+    host = torch.from_numpy(batch)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def predict(model: Transformer, batch: torch.Tensor, separator: int | None) -> Output:
@@ -414,7 +421,7 @@ def evaluate(
     for start_at in range(0, sequences, config.global_batch):
         batch_size = min(config.global_batch, sequences - start_at)
         for first, count in micro_batches(batch_size, config, dist.get_rank(), dist.get_world_size()):
-            batch = torch.from_numpy(val_batch(stream, start_at + first, count)).to(device)
+            batch = to_device(val_batch(stream, start_at + first, count), device)
             out = predict(engine.model, batch, separator)
             assert out.loss is not None
             loss += out.loss

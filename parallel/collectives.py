@@ -244,10 +244,9 @@ class Recorder:
 
     def waited(self, work: dist.Work, seconds: float) -> None:
         """The host stood in `wait` of a handle."""
-        if id(work) in self.works:
-            event = self.works[id(work)][1]
-            event.exposed += seconds
-            self.end(event)
+        if known := self.works.pop(id(work), None):  # NCCL's handle holds what the collective brought
+            known[1].exposed += seconds
+            self.end(known[1])
 
 
 @contextlib.contextmanager

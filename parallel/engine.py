@@ -83,5 +83,5 @@ def count_steps(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def set_steps(optimizer: torch.optim.Optimizer, steps: Tensor) -> None:
-    for state in optimizer.state.values():
-        state["step"] = steps.clone()
+    for p, state in optimizer.state.items():
+        state["step"] = steps.to(p.device, copy=True)  # beside the parameter, as in `make_moments`

@@ -30,6 +30,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,12 +82,16 @@ def leave_after(program: Callable[[], None]) -> NoReturn:
 
     A thread of gloo may still hold tensors of the last collective, also after the group is destroyed; if it frees one that Python
     knows while the interpreter shuts down, the process aborts (github.com/pytorch/pytorch/pull/179291). A busy machine shows it.
+    And after an error, NCCL's communicators would wait for other ranks there: see `end`.
     """
     code: object = 0
     try:
         program()
     except SystemExit as stop:
         code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
@@ -113,6 +118,14 @@ def start() -> torch.device:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def end(device: torch.device) -> None:
+    """Leave the process group; not on a GPU after an error, of which other ranks may not know: NCCL's communicators are destroyed
+    together (docs.pytorch.org/docs/stable/distributed.html#shutdown), which would wait for those that stand in a collective, and
+    nobody would read of the error. `leave_after` ends the process as it is."""
+    if device.type == "cpu" or sys.exception() is None:
+        dist.destroy_process_group()
 
 
 def find_store(seconds: float = 60.0) -> None:

@@ -61,6 +61,7 @@ def settings(stage: int) -> dict[str, Any]:
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # it refuses a sum at stage 3
         "gradient_clipping": 0.0,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # which would wait for the device at each forward
         "zero_optimization": zero,
     }
 

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,10 +29,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moesaic.kernels import autotune, bench, tiles
-from moesaic.launch import comm_bench, generate, metrics, mixture, preflight, startup
+from moesaic.launch import comm_bench, generate, metrics, mixture, preflight, startup, train
 from moesaic.launch.schema import Config
 from moesaic.moe import attention, experts
-from moesaic.parallel import checkpoint, fsdp, probe, zero
+from moesaic.parallel import checkpoint, collectives, engine, fsdp, mesh, probe, zero
 
 CUDA = torch.device("cuda", 0)
 
@@ -76,6 +77,53 @@ def test_a_save_waits_for_copies_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -
         ((_, copy),) = checkpoint.Saver._copy(saver, [(piece, values.as_subclass(OnGPU))])  # type: ignore[arg-type,list-item]
         assert torch.equal(copy, values)
     assert events == [24, "waits", "waits"], "memory is locked once, and every copy is waited for"
+
+
+def test_loaded_steps_lie_beside_their_parameters() -> None:
+    """AdamW's fused kernel reads them through pointers, on a GPU by the GPU."""
+    p = nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.AdamW([p])
+    engine.make_moments(optimizer, [p])
+    engine.set_steps(optimizer, torch.tensor(3.0))
+    assert optimizer.state[p]["step"].device == p.device
+
+
+def test_an_error_of_one_rank_waits_for_no_communicator(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("destroyed"))
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def program(device: torch.device) -> None:
+        try:
+            raise RuntimeError("CUDA out of memory")
+        finally:
+            mesh.end(device)
+
+    for device in (CUDA, torch.device("cpu")):
+        mesh.leave_after(lambda device=device: program(device))
+        assert "RuntimeError: CUDA out of memory" in capsys.readouterr().err
+    mesh.end(CUDA)
+    assert ended == [1, "destroyed", 1, "destroyed"]
+
+
+def test_a_handle_that_was_waited_for_is_let_go() -> None:
+    event = collectives.Event(0, "", "", "", "", "", "", 1, [0], 1.0)
+    work, recorder = mock.Mock(), collectives.Recorder.__new__(collectives.Recorder)
+    recorder.works = {id(work): (work, event)}
+    for _ in range(2):
+        recorder.waited(work, 0.5)
+    assert not recorder.works and event.exposed == 0.5 and event.ended is not None
+
+
+def test_a_batch_goes_to_the_gpu_from_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    locked = SimpleNamespace(to=lambda *where, **how: asked.append((*where, how)) or "there")
+    monkeypatch.setattr(Tensor, "pin_memory", lambda host: asked.append(host.shape) or locked)
+    assert train.to_device(np.zeros((0, 3), np.int64), CUDA) == "there"
+    assert asked == [(0, 3), (CUDA, {"non_blocking": True})]
+    assert train.to_device(np.ones((1, 3), np.int64), torch.device("cpu")).tolist() == [[1, 1, 1]]
 
 
 def test_flex_attention_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,13 @@ def test_jobset_says_one_number_of_nodes() -> None:
     assert container["command"][0] == LAUNCH.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_nccl_has_shared_memory(name: str) -> None:
+    """A container's own /dev/shm has 64 MiB (docs.nvidia.com/deeplearning/nccl, troubleshooting)."""
+    text = MANIFESTS[name].read_text()
+    assert "{name: memory, mountPath: /dev/shm}" in text and "emptyDir: {medium: Memory}" in text
+
+
 def test_trainjob_hands_on_what_trainer_tells(tmp_path: Path) -> None:
     trainer = yaml.safe_load(MANIFESTS["trainjob"].read_text())["spec"]["trainer"]
     command = [word.replace("/moesaic/launch", f"{ROOT}/launch") for word in [*trainer["command"], *trainer["args"]]]
