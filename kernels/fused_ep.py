@@ -90,7 +90,11 @@ N_PHASES = tl.constexpr(len(PHASES))
 # ---------------------------------------------------------------- the kernel
 
 
-@jit
+# A code of its own for a rank or layer of number 0, 1 or 16 would have others wait in their kernels while it is compiled.
+NUMBERS = ("T", "me", "call", "TILES", "spins", "programs", "first")
+
+
+@functools.partial(jit, any_value=NUMBERS)
 def _fused_forward_kernel(
     x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF,
     kept_RD, y_TD, table, tables, sent_WP, b_up, b_down, shared_up, shared_down, T, me, call, TILES, spins, programs, first,

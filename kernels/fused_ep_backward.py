@@ -19,7 +19,16 @@ from torch import Tensor
 
 from moesaic.kernels.experts import dact_quarters
 from moesaic.kernels.fused_bias import bias_scores, bias_sums
-from moesaic.kernels.fused_ep import N_PHASES, Pair, Setting, compile_setting, describe_experts, fused_options, n_shared
+from moesaic.kernels.fused_ep import (
+    N_PHASES,
+    NUMBERS,
+    Pair,
+    Setting,
+    compile_setting,
+    describe_experts,
+    fused_options,
+    n_shared,
+)
 from moesaic.kernels.fused_low import (
     BLOCK,
     Low,
@@ -123,7 +132,7 @@ def return_grads(parts_RP, more_M, tile, end, FT, run, W: tl.constexpr, BM: tl.c
     tl.store(to, tl.sum(parts, axis=1) + more_M, mask=real)
 
 
-@jit
+@functools.partial(jit, any_value=NUMBERS)
 def _fused_backward_kernel(
     dy_TD, x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S,
     counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,

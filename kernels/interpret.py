@@ -52,9 +52,10 @@ ARITHMETIC = """
 """.split()
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or its interpreted twin. Launched the same way: `kernel[grid](...)`."""
-    return InterpretedFunction(function) if INTERPRET else triton.jit(function)
+def jit(function: Callable[..., Any], any_value: tuple[str, ...] = ()) -> Any:
+    """`triton.jit`, or its interpreted twin. Launched the same way: `kernel[grid](...)`. any_value: integers of which Triton
+    makes no other code where they are 1 or multiples of 16."""
+    return InterpretedFunction(function) if INTERPRET else triton.jit(function, do_not_specialize=any_value)
 
 
 def _values(handle: TensorHandle) -> torch.Tensor:

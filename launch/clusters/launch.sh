@@ -17,6 +17,8 @@ done
 
 # A node that joins a running job needs it: docs/survival.md.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Experts have other numbers of rows at each step: without it, a GPU's memory falls into pieces.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
 
 meeting=(--standalone)
 [[ $NODES == 1 ]] || meeting=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$JOB_ID")
