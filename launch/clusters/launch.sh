@@ -17,7 +17,7 @@ done
 
 # A node that joins a running job needs it: docs/survival.md.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# Experts have other numbers of rows at each step: without it, a GPU's memory falls into pieces.
+# Experts have other numbers of rows at each step: without it, a GPU's memory may fall into pieces.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
 
 meeting=(--standalone)

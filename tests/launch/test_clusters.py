@@ -29,9 +29,9 @@ def launch(folder: Path, *knobs: str, **settings: str) -> subprocess.CompletedPr
 
 
 def shown(folder: Path, *knobs: str, **settings: str) -> list[str]:
-    """What launch.sh would start: a Python that prints its arguments and the variable meant for torchrun."""
+    """What launch.sh would start: a Python that prints its arguments and the variables meant for torch."""
     python = folder / "python"
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE"\n')
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$PYTORCH_ALLOC_CONF" "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE"\n')
     python.chmod(0o755)
     done = launch(folder, *knobs, PYTHON=str(python), **settings)
     assert done.returncode == 0, done.stderr
@@ -57,7 +57,9 @@ def test_several_nodes_meet_at_the_first(tmp_path: Path) -> None:
         f"{ROOT}/launch/train.py recipe=7b_moe run_dir=runs/x ",
     ):
         assert part in text
-    assert words[-2] == "data.files=a b", "a knob with a space stays one"
+    assert words[-3:-1] == ["data.files=a b", "expandable_segments:True"], "a knob with a space stays one"
+    chosen = shown(tmp_path, RUN_DIR="runs/x", RANKS_PER_NODE="1", PYTORCH_CUDA_ALLOC_CONF="backend:native")
+    assert chosen[-2] == "backend:native"
     assert {"SIGTERM", "SIGUSR1"} <= set(words[words.index("--signals-to-handle") + 1].split(",")) and words[-1] == "1"
 
 
