@@ -395,5 +395,6 @@ def compile_cases(target: str) -> Any:
     cases |= {f"swiglu, {name}": functools.partial(case, "swiglu", dtype, False) for name, dtype in
               (("fp16", torch.float16), ("fp32", torch.float32))}  # fmt: skip
     cases["geglu, bf16, biases"] = functools.partial(case, "geglu", torch.bfloat16, True)
+    cases["swiglu, bf16, D 7168, F 2048"] = functools.partial(case, "swiglu", torch.bfloat16, False, 7168, 2048)
     cases["swiglu, bf16, D 1001, F 333"] = functools.partial(case, "swiglu", torch.bfloat16, False, 1001, 333)
     return cases

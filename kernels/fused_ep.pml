@@ -5,7 +5,8 @@
    and at the end: rows that are not there yet, and rows overwritten while they are read, are both a failed assertion.
 
    W ranks, P programs of each, N launches, X experts of a rank, BM rows of a tile, FT and NT columns, WAVE tiles of a wave, MT
-   matrix tiles of an expert's gradients, CT token tiles of a rank, MOST rows of a source and expert. With TRACE, and trace.pml, which
+   matrix tiles of an expert's gradients, CT token tiles of a rank, MOST rows of a source and expert. With APART launches are in
+   turn those of kernels/fused_rows.py: rows out, up tasks waiting for them and no more, and results back. With TRACE, and trace.pml, which
    tests/kernels/spin.py writes of a kernel's events, every event must be the next one of the trace. */
 
 #ifndef W
@@ -45,6 +46,15 @@
 #define CT 1
 #endif
 #define E (W * X)
+#ifdef APART
+#define GIVES(n) ((n) % 2 == 0)         /* results back, of the rows that the launch before took out */
+#define COMBINES(n) GIVES(n)
+#define COUNTED(n) (!backward[n] && !GIVES(n))
+#else
+#define GIVES(n) false
+#define COMBINES(n) true
+#define COUNTED(n) (!backward[n])
+#endif
 
 /* Kinds of tasks and events, numbered as in the trace. */
 #define PLAN 0
@@ -103,7 +113,7 @@ inline decode() {
     for (a : 0 .. W - 1) {
       for (b : 0 .. TILES - 1) {
         if
-        :: kind == NONE && b < tiles[n * W + (w + a) % W] && HAS(n, (w + a) % W, b, w) ->
+        :: kind == NONE && !GIVES(n) && b < tiles[n * W + (w + a) % W] && HAS(n, (w + a) % W, b, w) ->
           if
           :: k == 0 -> kind = DISPATCH; peer = (w + a) % W; tile = b
           :: else -> k--
@@ -112,6 +122,14 @@ inline decode() {
         fi
       }
     }
+#ifdef APART
+    first = (GIVES(n) -> NT : 1);
+    if
+    :: kind == NONE && k < tiles[n * W + w] * first -> kind = (GIVES(n) -> DOWN : UP); tile = k / first; column = k % first
+    :: kind == NONE && k >= tiles[n * W + w] * first -> k = k - tiles[n * W + w] * first
+    :: else
+    fi;
+#else
     first = 0;
     do
     :: kind == NONE && first < tiles[n * W + w] ->
@@ -136,8 +154,9 @@ inline decode() {
       fi
     :: else
     fi;
+#endif
     if
-    :: kind == NONE && k < CT * NT -> kind = COMBINE; tile = k / NT; column = k % NT
+    :: kind == NONE && COMBINES(n) && k < CT * NT -> kind = COMBINE; tile = k / NT; column = k % NT
     :: else
     fi
   }
@@ -148,7 +167,7 @@ inline check_reads() {
   d_step {
     assert(kind == PLAN || tables[w] == n);
     if
-    :: kind == PLAN && !backward[n] ->
+    :: kind == PLAN && COUNTED(n) ->
       for (a : 0 .. W - 1) { assert(counts PARITY(w, n, a) == n) }
     :: kind == UP || kind == DOWN || kind == WEIGHT ->
       for (b : 0 .. TILES - 1) {
@@ -157,7 +176,7 @@ inline check_reads() {
           for (a : 0 .. W - 1) {
             if
             :: HAS(n, w, b, a) ->
-              assert(rows TILE(w, b, a) == n);
+              assert(rows TILE(w, b, a) == n - GIVES(n));
               for (first : 0 .. TILES - 1) {
                 if
                 :: kind != DOWN && first < b && ALIAS(n, w, b, a, first) -> assert(rows TILE(w, first, a) == n)
@@ -167,7 +186,9 @@ inline check_reads() {
             :: else
             fi
           }
+#ifndef APART
           for (a : 0 .. UPS(n) - 1) { assert(kind == UP || h LOCAL(w, b, a) == n) }
+#endif
         :: else
         fi
       }
@@ -217,7 +238,7 @@ launch:
     :: kind == PLAN ->
       i = 0;
       do                                /* stores of counts, before any flag */
-      :: i < W && !backward[n] -> counts PARITY(i, n, w) = n; i++
+      :: i < W && COUNTED(n) -> counts PARITY(i, n, w) = n; i++
       :: else -> break
       od;
       i = 0
@@ -261,7 +282,9 @@ launch:
         fi
       :: else -> break
       od
+#ifndef APART
     :: kind == DOWN -> wait_ready(tile)
+#endif
     :: kind == WEIGHT ->
       do
       :: i < tiles[n * W + w] ->
@@ -301,7 +324,9 @@ launch:
     if
     :: kind == PLAN -> tables[w] = n
     :: kind == DISPATCH -> rows TILE(peer, tile, w) = n
+#ifndef APART
     :: kind == UP -> h LOCAL(w, tile, column) = n
+#endif
     :: kind == DOWN ->
       for (a : 0 .. W - 1) {
         if
@@ -316,7 +341,9 @@ launch:
     if
     :: kind == PLAN -> EVENT(4, NIL, NIL, NIL, n); planned[w] = n
     :: kind == DISPATCH -> EVENT(6, tile, NIL, peer, n); arrived TILE(peer, tile, w) = n
+#ifndef APART
     :: kind == UP -> EVENT(8, tile, column, NIL, n); ready LOCAL(w, tile, column) = n
+#endif
     :: kind == DOWN ->
       do
       :: i < W ->
@@ -358,8 +385,9 @@ finish:
 inline choose() {
   for (l : 1 .. N) {
     if
-    :: backward[l] = false
-    :: backward[l] = true
+    :: GIVES(l) -> backward[l] = backward[l - 1]
+    :: !GIVES(l) -> backward[l] = false
+    :: !GIVES(l) -> backward[l] = true
     fi;
 #ifdef RELATED
     if
@@ -372,8 +400,26 @@ inline choose() {
 #endif
 #if X > 1
     if
-    :: shared[l] = false
-    :: shared[l] = true
+    :: GIVES(l) -> shared[l] = shared[l - 1]
+    :: !GIVES(l) -> shared[l] = false
+    :: !GIVES(l) -> shared[l] = true
+    fi;
+#endif
+#ifdef APART
+    if
+    :: GIVES(l) ->
+      d_step {
+        for (r : 0 .. W - 1) {
+          tiles[l * W + r] = tiles[(l - 1) * W + r];
+          for (tile : 0 .. TILES - 1) {
+            sources[(l * W + r) * TILES + tile] = sources[((l - 1) * W + r) * TILES + tile];
+            EXPERT(l, r, tile) = EXPERT(l - 1, r, tile)
+          }
+        }
+        r = 0; tile = 0
+      };
+      goto chosen
+    :: else
     fi;
 #endif
     for (r : 0 .. W - 1) {
@@ -410,6 +456,8 @@ inline choose() {
       }
       tiles[l * W + r] = tile
     }
+chosen:
+    skip
   }
   relation = 0; was = 0; l = 0; r = 0; x = 0; s = 0; tile = 0; all = 0; count = 0
 }

@@ -75,7 +75,7 @@ from moesaic.kernels.fused_tasks import (
     take,
     wave_task,
 )
-from moesaic.kernels.grouped_gemm import describe, launch_options
+from moesaic.kernels.grouped_gemm import all_registers, describe, launch_options
 from moesaic.kernels.interpret import jit
 from moesaic.kernels.permute import Rows
 from moesaic.kernels.scaled_gemm import e4m3
@@ -91,10 +91,10 @@ N_PHASES = tl.constexpr(len(PHASES))
 
 
 # A code of its own for a rank or layer of number 0, 1 or 16 would have others wait in their kernels while it is compiled.
-NUMBERS = ("T", "me", "call", "TILES", "spins", "programs", "first")
+ANY = ("T", "me", "call", "TILES", "spins", "programs", "first")
 
 
-@functools.partial(jit, any_value=NUMBERS)
+@functools.partial(jit, any_value=ANY)
 def _fused_forward_kernel(
     x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, source_S, expert_S, bag, starts, weights_S, counts_E, h_RG, a_RF,
     kept_RD, y_TD, table, tables, sent_WP, b_up, b_down, shared_up, shared_down, T, me, call, TILES, spins, programs, first,
@@ -189,12 +189,12 @@ def _fused_forward_kernel(
                         y_MN = with_bias(y_MN, b_down, j, column * BN + tl.arange(0, BN), 0, D, D)
                     row_return(
                         y_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, TILES, run, NT, D, W, BM, BN, TRACE,
-                        N_PHASES, TYPE, True,
+                        N_PHASES, TYPE,
                     )  # fmt: skip
         else:
             alive = combine(
                 task, task - combining, y_TD, weights_S, None, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW,
-                BM, BN, BT, TRACE, True,
+                BM, BN, BT, TRACE,
             )  # fmt: skip
         task = take(control)
     record(0, -1, task, -1, NONE, once(), run, W, TRACE)
@@ -242,9 +242,11 @@ def fused_options(setting: Setting, x: Tensor, *weights: Tensor) -> dict[str, An
     heap, (_, shared) = setting.heap, launch_options(setting.tile, x, *weights)
     options = {name: shared[name] for name in ("BM", "BN", "BK", "PRECISION", "num_warps", "num_stages")}
     assert options["BM"] == setting.tile.m
-    amd = target_name(x.device).startswith("gfx")
+    target = target_name(x.device)
+    amd = target.startswith("gfx")
     if amd:  # two waves a SIMD: for a third, the compiler would put registers into memory
         options["waves_per_eu"] = 2
+    options |= all_registers(target)
     return options | {
         "W": heap.ranks, "E": setting.experts, "BE": triton.next_power_of_2(setting.experts),
         "BW": triton.next_power_of_2(heap.ranks), "WAVE": setting.wave, "ONCE": setting.once, "TRACE": setting.trace,
@@ -342,10 +344,11 @@ def forward(
 
 
 def compile_setting(
-    target: str, d: int, f: int, dtype: torch.dtype, once: bool, mode: str, n: int = 0
+    target: str, d: int, f: int, dtype: torch.dtype, once: bool, mode: str, n: int = 0, ragged: bool = False
 ) -> tuple[Setting, dict[str, Any]]:
     """A setting of 8 ranks and 64 experts, and what a rank of them has, on the meta device. mode: high, or what is of fp8: rows,
-    or products too; or one of the former beside products of other layers, which decide the tile. n: shared experts."""
+    or products too; or one of the former beside products of other layers, which decide the tile. n: shared experts. ragged:
+    where tokens have any number of slots."""
     from moesaic.kernels.targets import meta
 
     ranks, tokens, k, tile = 8, 4096, 8, fused_tile(target, "products" in mode)
@@ -357,7 +360,8 @@ def compile_setting(
     table = meta(len(shapes), ranks, dtype=torch.int64)
     heap = Heap(0, ranks, shapes, meta(starts(shapes)[1], dtype=torch.uint8), [], table)
     index, rows_R = meta(tokens * k, dtype=torch.int64), tiles * tile.m
-    rows = Rows(index, index, index, meta(tokens, k, dtype=torch.int64), None, meta(n_experts, dtype=torch.int64))
+    bag, begins = (index, meta(tokens + 1, dtype=torch.int64)) if ragged else (meta(tokens, k, dtype=torch.int64), None)
+    rows = Rows(index, index, index, bag, begins, meta(n_experts, dtype=torch.int64))
     coded, x = not mode.startswith("high"), meta(tokens, d, dtype=dtype)
     low = meta_low(e, d, f, rows_R) if mode == "products" else None
     weight = dtype if low is None else e4m3(x.device)
@@ -374,8 +378,17 @@ def compile_setting(
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
-    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str, biased: bool = False, n: int = 0) -> None:
-        s, g = compile_setting(target, d, f, dtype, once, mode, n)
+    def case(
+        d: int,
+        f: int,
+        dtype: torch.dtype,
+        once: bool,
+        mode: str,
+        biased: bool = False,
+        n: int = 0,
+        ragged: bool = False,
+    ) -> None:
+        s, g = compile_setting(target, d, f, dtype, once, mode, n, ragged)
         rest = dict(
             keep=not once, coded=g["coded"], low=g["low"], shared=g["shared"], **(g["biases"] if biased else {})
         )
@@ -388,4 +401,6 @@ def compile_cases(target: str) -> Any:
     for name, sizes in tables.items():
         if sizes[-1] == "high":
             cases[f"{name}, 2 shared experts"] = functools.partial(case, *sizes, n=2)
+        if "beside" not in sizes[-1]:
+            cases[f"{name}, any slots a token"] = functools.partial(case, *sizes, ragged=True)
     return cases

@@ -20,8 +20,8 @@ from torch import Tensor
 from moesaic.kernels.experts import dact_quarters
 from moesaic.kernels.fused_bias import bias_scores, bias_sums
 from moesaic.kernels.fused_ep import (
+    ANY,
     N_PHASES,
-    NUMBERS,
     Pair,
     Setting,
     compile_setting,
@@ -132,7 +132,7 @@ def return_grads(parts_RP, more_M, tile, end, FT, run, W: tl.constexpr, BM: tl.c
     tl.store(to, tl.sum(parts, axis=1) + more_M, mask=real)
 
 
-@functools.partial(jit, any_value=NUMBERS)
+@functools.partial(jit, any_value=ANY)
 def _fused_backward_kernel(
     dy_TD, x_TD, w_up, w_down, up_scales, down_scales, a_scales_RB, h_RG, kept_RD, source_S, expert_S, bag, starts, weights_S,
     counts_E, dh_RG, a_RF, parts_RP, dx_TD, dweights_S, dw_up, dw_down, table, tables, sent_WP,
@@ -239,7 +239,7 @@ def _fused_backward_kernel(
                         count_bytes(sent_WP, rank, 3, rows_of_rank * 4, (rows_of_rank > 0) & (rank != me), N_PHASES)
                     row_return(
                         dx_MN, tile, column, end, rank, rows_of_rank, sent_WP, SIZE, TILES, run, NT, D, W, BM, BN, TRACE,
-                        N_PHASES, TYPE, LOW,
+                        N_PHASES, TYPE, not AMD,
                     )  # fmt: skip
         elif task < combining:
             record(0, -1, task, -1, WEIGHTS, once(), run, W, TRACE)
@@ -295,7 +295,7 @@ def _fused_backward_kernel(
         else:
             alive = combine(
                 task, task - combining, dx_TD, None, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D, NT, W, E, BW,
-                BM, BN, BT, TRACE, LOW,
+                BM, BN, BT, TRACE, not AMD,
             )  # fmt: skip
         task = take(control)
     record(0, -1, task, -1, NONE, once(), run, W, TRACE)
@@ -343,8 +343,17 @@ def backward(
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
-    def case(d: int, f: int, dtype: torch.dtype, once: bool, mode: str, biased: bool = False, n: int = 0) -> None:
-        s, g = compile_setting(target, d, f, dtype, once, mode, n)
+    def case(
+        d: int,
+        f: int,
+        dtype: torch.dtype,
+        once: bool,
+        mode: str,
+        biased: bool = False,
+        n: int = 0,
+        ragged: bool = False,
+    ) -> None:
+        s, g = compile_setting(target, d, f, dtype, once, mode, n, ragged)
         kept = None if once else g["kept"]
         weights = g["weights"], g["up"], g["down"]
         rest = dict(
@@ -359,4 +368,6 @@ def compile_cases(target: str) -> Any:
     for name, sizes in tables.items():
         if sizes[-1] == "high":
             cases[f"{name}, 2 shared experts"] = functools.partial(case, *sizes, n=2)
+        if "beside" not in sizes[-1]:
+            cases[f"{name}, any slots a token"] = functools.partial(case, *sizes, ragged=True)
     return cases

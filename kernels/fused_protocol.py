@@ -15,11 +15,10 @@ from moesaic.kernels.symmetric import Heap, Regions
 
 # ---------------------------------------------------------------- the regions of the heap, by number
 
-NAMES = ("control", "counts", "met", "calls", "rows", "again", "origin", "alias", "weight", "arrived", "slots", "slot_grads",
-         "back", "ready", "failed", "trace")  # fmt: skip
-(CONTROL, COUNTS, MET, CALLS, ROWS, AGAIN, ORIGIN, ALIAS, WEIGHT, ARRIVED, SLOTS, SLOT_GRADS, BACK, READY, FAILED, TRACED) = (
-    tl.constexpr(i) for i in range(len(NAMES))
-)  # fmt: skip
+NAMES = ("control", "counts", "met", "calls", "rows", "again", "origin", "alias", "weight", "numbers", "arrived", "slots",
+         "slot_grads", "back", "ready", "failed", "trace")  # fmt: skip
+(CONTROL, COUNTS, MET, CALLS, ROWS, AGAIN, ORIGIN, ALIAS, WEIGHT, NUMBERS, ARRIVED, SLOTS, SLOT_GRADS, BACK, READY, FAILED,
+ TRACED) = (tl.constexpr(i) for i in range(len(NAMES)))  # fmt: skip
 # Words of `control`, each on a cache line of its own.
 QUEUE, DONE, EPOCH, PLANNED, CLAIMED, TICKET, RECORDS = (tl.constexpr(32 * i) for i in range(7))
 FAILURE = 8  # words of a failure: 1, wait, tile, index, peer, expected, seen, epoch
@@ -32,16 +31,18 @@ PLAN, DISPATCH, UP, DOWN, WEIGHTS, COMBINE, NONE = (tl.constexpr(i) for i in ran
 
 def regions(
     ranks: int, experts: int, width: int, dtype: torch.dtype, slots: int, tiles: int, m: int, columns: int, up_columns: int,
-    again: bool, trace: int = 0,
+    again: bool, trace: int = 0, numbers: bool = False,
 ) -> Regions:  # fmt: skip
     """Of a heap for `tiles` row tiles of m rows, and `slots` rows that a rank sends at most; `columns` column tiles of D,
-    `up_columns` of an expert's width. again: room for X beside dO in backward. trace: events recorded at most."""
+    `up_columns` of an expert's width. again: room for X beside dO in backward. trace: events recorded at most. numbers: room
+    for those of tokens."""
     rows, word = tiles * m, torch.int32
     shapes = {
         "control": ((32 * 7,), word), "counts": ((2, ranks, experts), word), "met": ((2, ranks), word),
         "calls": ((2, ranks), word),
         "rows": ((rows, width), dtype), "again": ((rows if again else 0, width), dtype), "origin": ((rows,), torch.int64),
-        "alias": ((rows,), word), "weight": ((rows,), torch.float32), "arrived": ((tiles, ranks), word),
+        "alias": ((rows,), word), "weight": ((rows,), torch.float32),
+        "numbers": ((rows if numbers else 0,), torch.int64), "arrived": ((tiles, ranks), word),
         "slots": ((slots, width), dtype), "slot_grads": ((slots,), torch.float32), "back": ((ranks, tiles, columns), word),
         "ready": ((tiles, up_columns), word), "failed": ((ranks, FAILURE), word), "trace": ((trace, 9), torch.int64),
     }  # fmt: skip
@@ -95,11 +96,11 @@ def records(heap: Heap) -> list[list[int]]:
 
 
 @jit
-def address(table, REGION: tl.constexpr, rank, W: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr = False):
+def address(table, REGION: tl.constexpr, rank, W: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr = True):
     """A pointer to a region of `rank`, or pointers, of a block of ranks.
 
-    WIDE: the compiler is told how it is aligned, which it doesn't see through a conversion; said outside of this function it
-    would be lost. Of `slots`, backward spills without it if it has products of fp8, and with it (6 on sm_100a) if it has not.
+    WIDE: the compiler is told how it is aligned, which it doesn't see through a conversion: else rows would be read and stored
+    two bytes at a time. Said outside of this function it would be lost. (Of `slots`, backward spills with it on AMD.)
     """
     where = tl.load(table + REGION * W + rank).to(tl.pointer_type(TYPE))
     return tl.multiple_of(where, 16) if WIDE else where

@@ -225,7 +225,8 @@ def rows_by_expert(
 @jit
 def row_return(
     values_MN, tile, n, end, rank, rows_of_rank, sent_WP, size, TILES, run, NT: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TRACE: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+    WIDE: tl.constexpr = True,
 ):  # fmt: skip
     """Store columns n of a tile's results into the slots they belong to, wherever; raise `back` there."""
     table, me, _, _, _, _ = run
@@ -286,12 +287,9 @@ def wait_slots(
 def combine(
     task, local, to_TD, weights_S, dweights_S, expert_S, bag, starts, K, T, tables, TILES, run, D: tl.constexpr, NT: tl.constexpr,
     W: tl.constexpr, E: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, TRACE: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr = True,
 ):  # fmt: skip
-    """Add up the slots of each token: forward by weight; backward as they are, and take their dS. Whether they were there.
-
-    WIDE: as `address` takes it.
-    """
+    """Add up the slots of each token: forward by weight; backward as they are, and take their dS. Whether they were there."""
     table, me, _, _, _, _ = run
     TYPE: tl.constexpr = to_TD.dtype.element_ty
     record(0, -1, task, -1, COMBINE, once(), run, W, TRACE)
@@ -304,13 +302,14 @@ def combine(
     slots = address(table, SLOTS, me, W, TYPE, WIDE)
     for k in range(tl.max(n, axis=0)):
         if alive != 0:
-            need = k < n
-            slot = tl.load(bag + at + k, mask=need, other=0)
-            mask = need[:, None] if D % BN == 0 else need[:, None] & (ns < D)[None, :]
-            values = slots + slot.to(tl.int64)[:, None] * D + ns[None, :]
+            # T x 1: of one dimension, with `starts`, Triton 3.7.1 fails to give pointers and masks one layout.
+            need = (k < n)[:, None]
+            slot = tl.load(bag + at[:, None] + k, mask=need, other=0)
+            mask = need if D % BN == 0 else need & (ns < D)[None, :]
+            values = slots + slot.to(tl.int64) * D + ns[None, :]
             values_TN = tl.load(values, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
             if weights_S is not None:
-                values_TN *= tl.load(weights_S + slot, mask=need, other=0.0)[:, None]
+                values_TN *= tl.load(weights_S + slot, mask=need, other=0.0)
             total_TN += values_TN
             if dweights_S is not None:  # noqa: SIM102 - the compiler decides this one, the kernel the next
                 if column == 0:

@@ -295,10 +295,16 @@ def launch_options(tile: Tile, *operands: Tensor, any_m: bool = False) -> tuple[
         m, n, depth = min(m, 64) if any_m else m, min(n, 64), min(depth, 32)
         stages = 1 if target.startswith("gfx") else stages
     dies = 8 if target.startswith("gfx") and programs % 8 == 0 else 1
-    return (programs,), {
+    return (programs,), all_registers(target) | {
         "BM": m, "BN": n, "BK": depth, "GROUP": GROUP, "XCDS": dies,
         "PRECISION": product_precision(device, operands[0].dtype), "num_warps": tile.warps, "num_stages": stages,
     }  # fmt: skip
+
+
+def all_registers(target: str) -> dict[str, int]:
+    """An option of launches whose grid is persistent: one program is on a multiprocessor, with all of its registers. To have room
+    for two, NVIDIA's assembler would spill a few."""
+    return {"maxnreg": 255} if target.startswith("sm_") else {}
 
 
 def _in_rows(*tensors: Tensor) -> bool:

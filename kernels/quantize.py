@@ -129,8 +129,9 @@ def _mix64(x: Tensor) -> Tensor:
 
 def line_hash(key: int, ids: Tensor, odd: int) -> Tensor:
     """int32, of the key and the number of a row (odd: 0) or column (1)."""
-    # The key is hashed first: else the draws of two keys could be the same numbers, shifted.
-    seed, golden = _mix64(torch.tensor(key)).to(ids.device), 0x9E3779B97F4A7C15 - 2**64
+    # The key is hashed first: else the draws of two keys could be the same numbers, shifted. On the host, whatever device is the
+    # default: a number of its own is an argument of a kernel, where a copy of it to the device would have the host wait.
+    seed, golden = _mix64(torch.tensor(key, device="cpu")), 0x9E3779B97F4A7C15 - 2**64
     return (_mix64(seed + (ids * 2 + odd) * golden) & 0xFFFFFFFF).int()
 
 
@@ -252,10 +253,15 @@ def _pairwise(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
+def divided(x: Tensor, by: float) -> Tensor:
+    """x / by. By a number, torch multiplies with its inverse on CUDA, and may lose a bit."""
+    return x / torch.full((), by, device=x.device)
+
+
 def power_scales(amax: Tensor, rule: str, kind: Element) -> Tensor:
     """A power of two for each block, by one of the rules of scale `pow2` (but quest): at least 2^-127."""
     if rule == "rceil":
-        amax = F.threshold(amax / kind.largest, 2.0**-127, 0.0)
+        amax = F.threshold(divided(amax, kind.largest), 2.0**-127, 0.0)
     bits, exponent = amax.view(torch.int32), 0 if rule == "rceil" else kind.exponent
     if rule in ("ceil", "rceil"):
         bits = bits + 0x7FFFFF
@@ -306,7 +312,7 @@ def _quantize(
         if amax is None:
             amax = block.view(parts, -1).amax(dim=1) if block.numel() else block.new_zeros(parts)
         return _two_levels(x_NK, form, block, key, rows_N, columns_K, run, amax, scratch_NK)
-    scales = _not_zero(block / kind.largest) if form.scale == "fp32" else power_scales(block, form.rule, kind)
+    scales = _not_zero(divided(block, kind.largest)) if form.scale == "fp32" else power_scales(block, form.rule, kind)
     scales = torch.where(block < torch.inf, scales, torch.nan)
     scaled = per_block(torch.div, x_NK, scales, form.block, out=scratch_NK)
     if form.rule == "shrink":
@@ -347,7 +353,7 @@ def factor_of(amax: Tensor, form: Format) -> Tensor:
     """Of scales e4m3, for a largest magnitude."""
     # Room to multiply a scale by 6 / 4, or by eden's correction, within e4m3.
     largest_scale = 256.0 if form.rounding == "eden" or form.rule == "four_six" else 448.0
-    factor = _not_zero(amax * room_of(form) / (ELEMENTS[form.element].largest * largest_scale))
+    factor = _not_zero(divided(amax * room_of(form), ELEMENTS[form.element].largest * largest_scale))
     return torch.where(amax.isfinite(), factor, torch.nan)
 
 
@@ -424,8 +430,11 @@ class Packed:
         return sum(x.nbytes for x in (self.codes, self.scales, self.factor, self.trusted) if x is not None)
 
     def unpack(self) -> Quantized:
-        table = _values_of_bytes(self.format.element, self.codes.device)
-        values = table.index_select(0, self.codes.view(torch.uint8).flatten().int()).view(torch.float32)
+        if self.format.element in BYTES:
+            values = self.codes.float()
+        else:
+            table = _values_of_bytes(self.format.element, self.codes.device)
+            values = table.index_select(0, self.codes.view(torch.uint8).flatten().int()).view(torch.float32)
         per_byte = 8 // ELEMENTS[self.format.element].bits
         codes_NK = values.view(*self.codes.shape[:-1], self.codes.shape[-1] * per_byte)[
             ..., : self.columns

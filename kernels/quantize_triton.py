@@ -77,10 +77,12 @@ def _values(x_NK, x_scales, x_factor, weights_N, places, rows, ks, inside, strid
 def _remember(largest, x_MK):
     """The bits of the largest magnitude; of integers, so that the order doesn't matter."""
     # Over both axes at once: one by one, of a rotation's product, Triton 3.7.1 fails for sm_100a.
-    tl.atomic_max(largest, tl.max(x_MK.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
+    tl.atomic_max(largest, tl.max(x_MK.to(tl.int32, bitcast=True) & 0x7FFFFFFF), sem="relaxed")
 
 
-@jit
+@functools.partial(
+    jit, any_value=("N", "BC")
+)  # else there is other code for other numbers of rows, in the middle of a run
 def _quantize_kernel(
     x_NK, x_scales, x_factor, weights_N, source_N, factor, largest, trusted, row_codes, row_scales, row_hash_N, column_hash_K,
     row_rotation, CR, BR, column_codes, column_scales, row_hash_K, column_hash_N, column_rotation, CC, BC,
@@ -324,6 +326,7 @@ def quantize_tiles(
         k = x_NK.shape[1]
     assert plan.m == TILE and x_NK.stride(-1) == 1, (plan.m, x_NK.stride())
     n = (x_NK if source_N is None else source_N).shape[0]
+    assert ids_N is None or ids_N.numel() == n, (ids_N, n)
     pack = 2 if form.element == "e2m1" else 1
     width = max(g, size, 64)
     m_tiles, k_tiles = n // TILE + n_experts, triton.cdiv(k, width)
@@ -403,8 +406,8 @@ def compile_cases(target: str) -> Any:
     def plan(n_experts: int = 128) -> Schedule:
         return schedule(meta(n_experts, dtype=torch.int64), TILE)
 
-    def case(form: Format, size: int) -> None:
-        quantize_tiles(meta(8 * 24576, 1536), form, plan(), columns=True, size=size)
+    def case(form: Format, size: int, width: int = 1536) -> None:
+        quantize_tiles(meta(8 * 24576, width), form, plan(), columns=True, size=size)
 
     def forward(form: Format, size: int = 0) -> None:
         quantize_tiles(x, form, plan(1), size=size)
@@ -448,6 +451,7 @@ def compile_cases(target: str) -> Any:
     return nvfp4 | mxfp4 | {
         "fp8, fp32 scales": functools.partial(case, Format("e4m3", (1, 128), "fp32", "amax"), 0),
         "fp8": functools.partial(case, fp8, 0),
+        "fp8, D 1001": functools.partial(case, fp8, 0, 1001),
         "fp8, of codes": functools.partial(again, fp8, fp8, 0),
         "fp8, of weighted rows": functools.partial(weighted, fp8),
         "mxfp8": functools.partial(case, Format("e4m3", (1, 32), "e8m0", "rceil"), 0),

@@ -282,7 +282,8 @@ def compile_cases(target: str) -> Any:
         if fits(form, f, activation):
             scaled_up(packed(24576, d), source, w_up, b_up, plan.counts_E, plan, form, activation, torch.bfloat16)
         h = meta(rows, g)
-        scaled_dact(packed(24576, d), source, w_down, h, weights, plan, activation, "" if name == "fp8" else "a")
+        stored = "" if name == "fp8" and d < 2048 else "a"
+        scaled_dact(packed(24576, d), source, w_down, h, weights, plan, activation, stored)
         if biased:
             expert_sums(h, plan, source, weights)
 
@@ -292,4 +293,9 @@ def compile_cases(target: str) -> Any:
     cases |= {
         f"swiglu, {name}, D 1001, F 333": functools.partial(case, name, "swiglu", False, 1001, 333) for name in names
     }
+    # Widths of DeepSeek-V3, and of a smaller model, of which 1408 is no power of two times a tile.
+    for d, f in ((7168, 2048), (2048, 1408)):
+        cases |= {
+            f"swiglu, {name}, D {d}, F {f}": functools.partial(case, name, "swiglu", False, d, f) for name in names
+        }
     return cases | {"geglu, fp8, biases": functools.partial(case, "fp8", "geglu", True)}

@@ -33,7 +33,7 @@ FORMATS = {
     "mxfp4": Scaled("e2m1", 32, torch.float8_e8m0fnu),
     "nvfp4": Scaled("e2m1", 16, torch.float8_e4m3fn),
 }
-# sm_90a has no mx products: Triton makes bf16 of codes and scales first, which loses nothing.
+# sm_90a has no mx products: Triton makes bf16 of codes and scales first, which loses nothing but a scale of 2^-127, then 0.
 TARGETS_OF = {
     "fp8": ("sm_90a", "sm_100a", "gfx942", "gfx950", "cpu"),
     "mxfp8": ("sm_90a", "sm_100a", "gfx950", "cpu"),

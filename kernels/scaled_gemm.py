@@ -9,7 +9,8 @@
              matrix units, of fewer bits, short (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
     mxfp8    e4m3 codes, mxfp4 e2m1 codes, e8m0 scales of 1x32 (W: also 32x32); nvfp4 e2m1 codes, e4m3 scales of 1x16 (W: also
              16x16). `tl.dot_scaled`: the matrix units of sm_100a and gfx950 take the scales, nvfp4's those of sm_100a alone. For
-             sm_90a, Triton makes bf16 of the mx formats' codes and scales first, which loses nothing; for gfx942, nothing.
+             sm_90a, Triton makes bf16 of the mx formats' codes and scales first, which loses nothing but a scale of 2^-127,
+             then 0; for gfx942, nothing.
 
 W is (E, N, K): its depth is contiguous, as 8-bit matrix units want it. For the gradient of x pass transposed codes and scales
 (`transposed`: square blocks are the same either way), or W cast along its columns (`by_column`, which copies nothing). varlen_k's
@@ -36,6 +37,7 @@ from torch import Tensor
 from moesaic.kernels.grouped_gemm import (
     GROUP,
     Schedule,
+    all_registers,
     describe,
     find_tile,
     first_tile,
@@ -141,7 +143,7 @@ def _scaled_varlen_m_kernel(
         tl.store(places, acc_MN.to(y_RN.dtype.element_ty), mask=real[:, None] & (ns < N)[None, :])
 
 
-@jit
+@functools.partial(jit, any_value=("scale_l", "scale_r"))  # they follow from the number of rows
 def _scaled_varlen_k_kernel(
     left, left_scales, right, right_scales, factor, out_EPQ, counts_E, tile_ends_E, order_E, E, P, Q, C,
     stride_l, stride_r, scale_l, scale_r,
@@ -264,7 +266,7 @@ def product_options(x: Packed, w: Packed, tile: Tile, width: int, size: int) -> 
     name, known = one_format(x, w)
     programs, target = processors(x.codes.device), target_name(x.codes.device)
     assert name != "fp8" or tile.k == known.group, tile
-    return {
+    return all_registers(target) | {
         "BM": tile.m, "BN": min(tile.n, 64) if width * size % 16 else tile.n,  # rows at odd addresses take registers
         "BC": tile.k // known.pack, "G": known.group, "PACK": known.pack, "ELEMENT": known.element, "SCALED": name != "fp8",
         "GROUP": GROUP, "XCDS": 8 if target.startswith("gfx") and programs % 8 == 0 else 1, "num_warps": tile.warps,
@@ -375,7 +377,7 @@ def compile_cases(target: str) -> Any:
     names = [name for name in FORMATS if target in TARGETS_OF[name]]
     rows = {"fp8": 128, "mxfp8": 1, "mxfp4": 1, "nvfp4": 16}
     cases: dict[str, Any] = {}
-    for d, f in ((1536, 256), (1001, 333)):
+    for d, f in ((1536, 256), (7168, 2048), (1408, 2048), (1001, 333)):
         cases |= {f"D {d}, F {f}, {name}": functools.partial(by_rows, name, rows[name], d, f) for name in names}
         cases |= {f"D {d}, F {f}, {name}, weights": functools.partial(by_experts, name, d, f) for name in names}
     return cases

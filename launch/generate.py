@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.launch import cli, options
@@ -44,7 +45,7 @@ def sample_tokens(
 ) -> list[list[int]]:  # fmt: skip
     """`tokens` ids after each of the prompts (int64, at least one id), each from the last `context` ids; none are made any more
     once `ends(row, ids so far)` was true of all rows. Every rank of a spread model must call it, with the same arguments; all get
-    the same ids, for they draw from the same seeds on the CPU: seed + row.
+    the same ids, those of rank 0, which draws on the CPU from the seeds seed + row.
 
     Up to `context` ids, keys and values are kept and a step computes one new position of each prompt, padded on the left. Beyond,
     the window moves, with it what every position has seen, and each step computes all of it.
@@ -74,8 +75,12 @@ def sample_tokens(
                 logits_BV = torch.cat([
                     model(torch.tensor([row[-context:]], device=device)).logits[:, -1].float().cpu() for row in ids
                 ])  # fmt: skip
-            for row, logits_V in enumerate(logits_BV):
-                ids[row].append(chosen(logits_V, temperature, top_k, generators[row]))
+            picked = zip(logits_BV, generators, strict=True)
+            next_B = torch.tensor([chosen(logits_V, temperature, top_k, g) for logits_V, g in picked], device=device)
+            if dist.is_initialized():  # ranks whose logits differ in a bit would call the model another number of times
+                dist.broadcast(next_B, src=0)
+            for row, token in enumerate(next_B.tolist()):
+                ids[row].append(token)
                 done[row] = done[row] or ends(row, ids[row][prompts[row].numel() :])
             length += 1
             if all(done):

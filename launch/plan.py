@@ -23,6 +23,7 @@ from moesaic.launch.schema import Config
 from moesaic.moe.config import require
 from moesaic.moe.flops import flops_per_token, parameter_counts
 from moesaic.parallel import hardware as machines
+from moesaic.parallel.apart import products_inside
 from moesaic.parallel.hardware import Hardware
 from moesaic.parallel.layout import Layout, collectives, layout_of
 from moesaic.parallel.memory_plan import Memory, memory_of
@@ -96,9 +97,11 @@ def make_plan(config: Config, chosen: PlanOptions) -> Plan:
         precision = "fp4" if element in ("e2m1", "int4") else "fp8"
     machine.rate(precision)
     layout = layout_of(config.model, config.parallel, world, machine.node, micro, 1, train.seq_len, compute)
+    kernels = config.parallel.expert_path == "fused" and low.quantizes("experts")
+    inside = kernels and products_inside(low, machine.target)
     layout = dataclasses.replace(with_batch(layout, micro, train.global_batch), imbalance=chosen.imbalance,
                                  dispatch=low.dispatch, combine=low.combine, target=machine.target,
-                                 low=low.quantizes("experts"))  # fmt: skip
+                                 low=inside, apart=kernels and not inside, numbers=kernels and low.chance)  # fmt: skip
     efficiency = chosen.efficiency or EFFICIENCY["cpu" if machine.target == "cpu" else "gpu"]
     timing = time_of(config.model, layout, machine, precision, efficiency=efficiency)
     return Plan(config, machine, layout, precision, efficiency, memory_of(config.model, layout), timing)
@@ -261,7 +264,9 @@ def describe_dry_run(plan: Plan) -> list[str]:
     """The real model without memory, beside the formulas."""
     from moesaic.parallel.dry_run import dry_run  # torch's distributed parts take seconds to import
 
-    layout = dataclasses.replace(plan.layout, micro_batches=1, low=False)  # its products are bf16
+    layout = dataclasses.replace(
+        plan.layout, micro_batches=1, low=False, apart=False, numbers=False
+    )  # its products are bf16
     counted, planned = dry_run(plan.config.model, layout, plan.config.parallel), memory_of(plan.config.model, layout)
     want = Counter((c.phase, c.operation, c.ranks, c.size) for c in collectives(plan.config.model, layout)
                    if c.operation != "fused")  # fmt: skip

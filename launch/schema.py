@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 
 from moesaic.moe.config import ModelConfig, require
-from moesaic.moe.precision import PrecisionConfig, of_fp8_block
+from moesaic.moe.precision import PrecisionConfig
 from moesaic.parallel.config import ParallelConfig, shared_experts
 
 
@@ -172,16 +172,6 @@ class Config:
         self.init_from = os.path.expanduser(self.init_from) if self.init_from else None
 
 
-def _check_fused(p: PrecisionConfig) -> None:
-    require(p.combine == "high", f"precision.combine={p.combine}: must be high with parallel.expert_path=fused")
-    if not p.quantizes("experts"):
-        return
-    require(of_fp8_block(p), f"precision={p.recipe}: experts of parallel.expert_path=fused take the products of fp8_block as it "
-            "is shipped, no others; use that, all_to_all, or precision.layers=[attention,dense]")  # fmt: skip
-    require(p.dispatch == "fp8", f"precision.dispatch={p.dispatch}: must be fp8 with precision={p.recipe} and "
-            "parallel.expert_path=fused, whose products read nothing else")  # fmt: skip
-
-
 def _check_fused_shared(p: PrecisionConfig) -> None:
     """What the kernels have for rows of fp8 is not what a shared expert beside them computes."""
     told = "with parallel.fused_shared=true"
@@ -242,7 +232,8 @@ def check(c: Config) -> None:
     require(expert == "auto" or c.model_from_init or c.model.n_experts % int(expert) == 0,
             f"parallel.expert={expert}: must divide model.n_experts={c.model.n_experts}")  # fmt: skip
     if c.parallel.expert_path == "fused":
-        _check_fused(c.precision)
+        combine = c.precision.combine
+        require(combine == "high", f"precision.combine={combine}: must be high with parallel.expert_path=fused")
     if c.parallel.fused_shared:
         _check_fused_shared(c.precision)
         if not c.model_from_init:

@@ -65,11 +65,12 @@ from moesaic.moe.balance import load_figures, update_bias
 from moesaic.moe.flops import flops_per_token, parameter_counts
 from moesaic.moe.model import Output, Transformer
 from moesaic.parallel import checkpoint, trace
+from moesaic.parallel.apart import products_inside
 from moesaic.parallel.apply import expert_path, greatest, parallelize, start_engine, total
 from moesaic.parallel.deoscillate import Deoscillation
 from moesaic.parallel.engine import Engine
 from moesaic.parallel.expert import wire_figures
-from moesaic.parallel.fused import check_fused
+from moesaic.parallel.fused import check_fused, settle
 from moesaic.parallel.mesh import check_degrees, end, end_with_parent, expert_degree, leave_after, make_meshes, start
 from moesaic.parallel.overload import OverloadError
 from moesaic.parallel.two_hop import node_ranks
@@ -112,7 +113,7 @@ def train(config: Config, device: torch.device) -> None:
     together(lambda: check_degrees(expert, config.parallel.replicate, world))
     together(lambda: node_ranks(config.parallel.node_size, expert))
     if config.parallel.expert_path == "fused":
-        together(lambda: check_fused(config.parallel, expert, device, config.precision.quantizes("experts")))
+        together(lambda: check_fused(config.parallel, expert, device))
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     together(lambda: open_data(config.data, config.train.seq_len, say) if first_of_node else None)
     data = together(lambda: open_data(config.data, config.train.seq_len))
@@ -192,8 +193,10 @@ def train(config: Config, device: torch.device) -> None:
     )
     quantized = ""
     if config.precision.quantized:
-        inside = config.parallel.expert_path == "fused" and config.precision.quantizes("experts")
-        told = model.precision.told(device) + (", those of routed experts in the fused kernels" if inside else "")
+        told = model.precision.told(device)
+        if config.parallel.expert_path == "fused" and config.precision.quantizes("experts"):
+            where = "in" if products_inside(config.precision, device) else "apart from"
+            told += f", those of routed experts {where} the fused kernels"
         quantized = f", but those of precision={config.precision.recipe} ({told})"
     say(
         f"ranks: {world} ({device.type}), parallel.expert={expert} ({expert_path(config.parallel, meshes)}), "
@@ -259,6 +262,7 @@ def train(config: Config, device: torch.device) -> None:
             profile.begin(step + 1)
         my_loss, rows_LE, figures_LF, my_losses_B = train_step(engine, ahead, config.train, samples, device, separator)
         loss, asked = guards.agree(my_loss, guards.asked())
+        settle(model)
         norm = engine.step(config.optim.clip, skip=not math.isfinite(loss)).item()
         if profile:
             meter.stop()

@@ -348,7 +348,8 @@ class Experts(nn.Module):
 
     def chunk(self, x_ND: Tensor, rows: Rows) -> int:
         """Columns of y that kernels make at a time."""
-        return _column_chunks(x_ND.shape[1], rows.source_R.numel() * x_ND.element_size(), self.chunk_mib)[0].stop
+        step = _column_chunks(x_ND.shape[1], rows.source_R.numel() * x_ND.element_size(), self.chunk_mib)[0].stop
+        return step if step < 128 or step == x_ND.shape[1] else step // 128 * 128  # whole tiles
 
     def forward(
         self, x_ND: Tensor, weights_R: Tensor, rows: Rows, ids_N: Tensor | None = None,

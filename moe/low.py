@@ -283,14 +283,14 @@ class _LowExperts(torch.autograd.Function):
             h_RG, weights_R, b_down, rows.bag, rows.starts, source_R, expert_R, ids_R, ids_N, *saver.tensors
         )
         ctx.forms, ctx.up, ctx.down, ctx.counts, ctx.activation = saver.forms, up, down, counts, activation
-        ctx.shapes, ctx.first, ctx.has_bias = (x_ND.shape, w_up.shape, w_down.shape), first, b_up is not None
+        ctx.shapes, ctx.first, ctx.has_bias = (x_ND.shape, w_down.shape), first, b_up is not None
         return sum_bags(y_RD, rows.bag, rows.starts).to(x_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         h_RG, weights_R, b_down, bag, starts, source_R, expert_R, ids_R, ids_N = (next(tensors) for _ in range(9))
-        (_, d), (e, _, _), (_, _, f) = ctx.shapes
+        (_, d), (_, _, f) = ctx.shapes
         up, down, counts, dtype = ctx.up, ctx.down, ctx.counts, dy_ND.dtype
         x, trusted_x = kept(tensors, ctx.forms[0], d)
         w_up, trusted_up = kept(tensors, ctx.forms[1], d)
@@ -316,7 +316,8 @@ class _LowExperts(torch.autograd.Function):
         dw_up = weight_gradient(up, dh_RG, xs, counts, ids_R, trusted_up, d)
         db_up = db_down = None
         if ctx.has_bias:
-            db_up, db_down = (s.new_zeros(e, s.shape[1]).index_add_(0, expert_R, s) for s in (dh_RG, dy_RD))
+            # By expert: on CUDA, `index_add_` would add up in any order.
+            db_up, db_down = (torch.stack([own.sum(dim=0) for own in s.split(counts)]) for s in (dh_RG, dy_RD))
 
         dhq = up.cast("dgrad", "dy", dh_RG, ids_R)
         w = up.again("dgrad", "w", w_up, first=ctx.first)

@@ -34,6 +34,7 @@ from moesaic.kernels.scaled_gemm import (
     scaled_varlen_k,
     scaled_varlen_m,
     transposed,
+    without_minus_zero,
 )
 from moesaic.moe.experts import activate, activate_backward
 from moesaic.moe.low import Low, Weight, mark_of
@@ -115,7 +116,7 @@ def cast_weights(weight: Weight, w_ENK: Tensor, first: int) -> Packed:
     if not supported(form) or (form.block[0] > 1 and rotation["size"]):
         low = weight.cast("fprop", "w", w_ENK, first=first)
         assert low.quantized is not None
-        return pack(low.quantized)
+        return without_minus_zero(pack(low.quantized))
     if form.block[0] > 1:
         return quantize_squares(w_ENK, form)
     packed, _ = quantize_tiles(w_ENK.flatten(0, 1), form, groups(e, n, device), keys=(key, 0), first=first, **rotation)
@@ -140,7 +141,7 @@ def weights_again(weight: Weight, w: Tensor | Packed, first: int) -> Packed:
     if form.block[0] > 1:
         low = weight.again("dgrad", "w", Low.of(w.unpack()) if isinstance(w, Packed) else w, first=first)
         assert low.quantized is not None
-        return pack(low.quantized)
+        return without_minus_zero(pack(low.quantized))
     if isinstance(w, Packed) and w.format.block[0] > 1:
         w = w.unpack().dequantize()
     flat = each_of(w, lambda x: x.flatten(0, 1)) if isinstance(w, Packed) else w.flatten(0, 1)

@@ -146,6 +146,12 @@ class PrecisionConfig:
         """Whether any product is."""
         return any(operand.element for product in PRODUCTS for _, operand in operands(getattr(self, product)))
 
+    @property
+    def chance(self) -> bool:
+        """Whether any cast draws random numbers."""
+        every = [operand for product in PRODUCTS for _, operand in operands(getattr(self, product))]
+        return any(operand.element and operand.rounding != "even" for operand in every)
+
     def quantizes(self, kind: str) -> bool:
         """Whether products of `kind`, one of LAYERS, are quantized."""
         return self.quantized and kind in self.layers
@@ -332,8 +338,7 @@ class Precision:
             None
         )  # told when the high tail of a run begins, or a run goes back
         self.ids_T: Tensor | None = None
-        forms = [o.form for p in self.products.values() for o in p.sides.values() if o.form]
-        self.chance = any(form.rounding != "even" for form in forms)
+        self.chance = config.chance
         # The last two casts of inputs, for others that read them: a shared expert has two before the routed ones cast, MLA's
         # queries two before its latent; each for its own stream. See moesaic.moe.low.
         self.casts: list[Any] = []

@@ -13,6 +13,7 @@ from moesaic.moe.layer import MoE
 from moesaic.moe.low import lower
 from moesaic.moe.model import Block, Fill, Transformer, initialize
 from moesaic.moe.precision import PrecisionConfig
+from moesaic.parallel.apart import products_inside
 from moesaic.parallel.cast import compute_in
 from moesaic.parallel.codec import codecs
 from moesaic.parallel.config import ParallelConfig
@@ -54,7 +55,8 @@ def parallelize(
     path, fsdp = expert_path(parallel, meshes), parallel.engine == "fsdp"
     new_path: Callable[[str], ExpertPath] | None = None
     if path == "fused":
-        new_path = fused_paths(config, parallel, meshes, compute, device, tokens, low.quantizes("experts"))
+        inside, numbers = products_inside(low, device), low.quantizes("experts") and low.chance
+        new_path = fused_paths(config, parallel, meshes, compute, device, tokens, inside, numbers)
     elif path != "local":
         new_path = communicating_path(path, parallel, meshes)
     for i, block in enumerate(model.blocks):

@@ -339,19 +339,17 @@ class AllToAllPath:
             self.limit.check(loads, self.ranks)
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        return self.travel(x_TD, routing, experts, None)
+        return self.travel(x_TD, routing, experts, experts)
 
-    def travel(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, operation: Callable[..., Tensor] | None
-    ) -> Tensor:
-        """Out, through the experts, and back. operation: what the experts call in the place of their own."""
+    def travel(self, x_TD: Tensor, routing: Routing, experts: Experts, compute: Callable[..., Tensor]) -> Tensor:
+        """Out, through `compute`, called as the experts are, and back."""
         plan = once("plan", lambda: self.plan(x_TD, routing, experts))
-        ids_N = None if operation else experts.numbers(x_TD.shape[0], x_TD.device)
+        ids_N = experts.numbers(x_TD.shape[0], x_TD.device)
         for leg in plan.legs if ids_N is not None else ():
             ids_N = leg.go(ids_N, "dispatch")()  # type: ignore[arg-type]
         x_ND, weights_S = _Dispatch.apply(x_TD, routing.weights_S, plan, self.codec)
         _, rows = plan.arrive()
-        y_ND = experts(x_ND, weights_S.index_select(0, rows.slot_R), rows, ids_N, operation)
+        y_ND = compute(x_ND, weights_S.index_select(0, rows.slot_R), rows, ids_N)
         return _Combine.apply(y_ND, plan.legs, self.back)
 
     def plan(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Plan:

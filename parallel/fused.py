@@ -12,8 +12,8 @@ Where the group spans several nodes there are two hops, `TwoHopFusedPath`: betwe
 moesaic.parallel.two_hop; inside each, by the kernels, which see the node's ranks and experts alone and have a heap of their own.
 
 **Low precision**: with `precision.dispatch=fp8` rows of X travel as the codes and scales of moesaic.parallel.codec; with
-`precision=fp8_block` products are of fp8, of a cast of each weight that is made once a forward pass and kept for backward. Other
-recipes are refused with the knobs.
+`precision=fp8_block` products are of fp8, of a cast of each weight that is made once a forward pass and kept for backward. Of
+other recipes, and on AMD, products are apart from the kernels: moesaic.parallel.apart.
 
 **A shared expert** of width n F (`parallel.fused_shared`) is the sum of n experts of width F that each rank has for its own
 tokens alone: `with_shared` gives each token n more slots, of weight 1, to the first n of the e + n experts of its rank. Dispatch
@@ -27,10 +27,12 @@ Letters: T tokens of this rank, D model width, E experts that the ranks of a hea
 each, F width of an expert, W ranks of a heap, S slots, P phases, I rows that came to this rank from all nodes.
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,7 +48,9 @@ from moesaic.moe.config import ModelConfig
 from moesaic.moe.dispatch import sorted_rows
 from moesaic.moe.experts import Experts
 from moesaic.moe.low import LowExperts, Weight
+from moesaic.moe.model import Transformer
 from moesaic.moe.router import Routing
+from moesaic.parallel.apart import apart
 from moesaic.parallel.config import ParallelConfig, check_shared, shared_experts
 from moesaic.parallel.expert import AllToAllPath, Sent
 from moesaic.parallel.mesh import Meshes
@@ -54,7 +58,9 @@ from moesaic.parallel.overload import Limit, limit_of
 from moesaic.parallel.trace import short, unhurried
 from moesaic.parallel.two_hop import node_ranks, nodes_mesh
 
-POLLS = {"cpu": 2_000, "cuda": 1_000_000}  # of a wait, a second, about: an interpreted one, and one of an L2 cache
+# Polls of a wait a second: an interpreted one's; on CUDA so few that the wait ends before the watchdog ends the process, which
+# looks on from outside there. How long a poll takes is not measured; one of an L2 cache takes more than a microsecond.
+POLLS = {"cpu": 2_000, "cuda": 300_000}
 
 
 def most_slots(config: ModelConfig, tokens: int, tile: int) -> int:
@@ -77,9 +83,11 @@ def heap_regions(
     target: str | torch.device,
     low: bool = False,
     nodes: int = 1,
+    numbers: bool = False,
 ) -> Regions:
     """Of the heap of a rank that gives and takes the rows of calls of `tokens` at most, among `ranks` in `nodes`, of which those
-    of a node share heaps. low: where layers have products of fp8. Rows of shared experts are beside what bounds the others."""
+    of a node share heaps. low: where layers have products of fp8. numbers: where those of tokens travel. Rows of shared experts
+    are beside what bounds the others."""
     from moesaic.kernels import fused_ep  # only here: without a GPU it starts Triton's interpreter
     from moesaic.kernels.fused_protocol import regions
 
@@ -97,24 +105,25 @@ def heap_regions(
     tiles = fused_ep.room(ranks, n_experts, rows + own, tile.m)
     return regions(
         ranks, n_experts, d, compute, slots + own, tiles, tile.m, fused_ep.most_columns(d, tile),
-        fused_ep.most_columns(f, tile, gated), not parallel.fused_keep,
+        fused_ep.most_columns(f, tile, gated), not parallel.fused_keep, numbers=numbers,
     )  # fmt: skip
 
 
 class Space:
     """The heap of an expert group, or of those of its ranks that are in a node, and what all launches in it share.
 
-    group: the ranks that share it; whole: all those that divide the experts (None: the same).
+    group: the ranks that share it; whole: all those that divide the experts (None: the same). low: whether products of fp8 are
+    inside the kernels; numbers: whether those of tokens travel.
     """
 
     def __init__(
         self, group: dist.ProcessGroup, config: ModelConfig, parallel: ParallelConfig, compute: torch.dtype,
-        device: torch.device, low: bool = False, whole: dist.ProcessGroup | None = None,
+        device: torch.device, low: bool = False, whole: dist.ProcessGroup | None = None, numbers: bool = False,
     ) -> None:  # fmt: skip
         from moesaic.kernels.fused_ep import grid_programs  # only here: without a GPU it starts Triton's interpreter
 
         self.group, self.config, self.parallel, self.compute, self.device = group, config, parallel, compute, device
-        self.whole, self.low = whole or group, low
+        self.whole, self.low, self.numbers = whole or group, low, numbers
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.nodes = dist.get_world_size(self.whole) // self.ranks
         self.shared = shared_experts(config, parallel)
@@ -124,6 +133,7 @@ class Space:
         self.setting: Any = None  # moesaic.kernels.fused_ep.Setting, when there is room
         self.watched: list[tuple[Any, Tensor, str]] = []
         self.calls = itertools.count()  # of layers
+        self.carried = -1  # the layer's call whose rows, and where they belong, are in the heap, of products apart
         self.stream: int | None = None
 
     def reserve(self, tokens: int) -> None:
@@ -137,7 +147,9 @@ class Space:
             return
         config, device = self.config, self.device
         ranks = self.ranks * self.nodes
-        shapes = heap_regions(config, self.parallel, ranks, tokens, self.compute, device, self.low, self.nodes)
+        shapes = heap_regions(
+            config, self.parallel, ranks, tokens, self.compute, device, self.low, self.nodes, self.numbers
+        )
         allocate = shared_memory if self.device.type == "cpu" else self.device_memory
         heap = make_heap(self.rank, shapes, self.exchange, allocate)
         spins = min(int(self.parallel.timeout * POLLS[self.device.type]), 2**30)
@@ -183,18 +195,25 @@ class Space:
 
     def check(self, what: str) -> None:
         """Raises FusedError on every rank if one of them failed: on a CPU in this launch, on CUDA in one that has ended."""
-        from moesaic.kernels.fused_protocol import failures
-
         failed = self.setting.heap.view("failed")
         event = None
         if failed.is_cuda:
             failed, event = failed.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
         self.watched.append((event, failed, what))
+        self.look()
+
+    def look(self) -> None:
+        """At the launches that `check` was told of and that have ended. Raises FusedError."""
+        from moesaic.kernels.fused_protocol import failures
+
         while self.watched and (self.watched[0][0] is None or self.watched[0][0].query()):
             _, failed, what = self.watched.pop(0)
             if failed[:, 0].any():
-                self.finish()
+                if (
+                    self.device.type == "cuda"
+                ):  # the launches alone: collectives behind them may wait for a rank that has left
+                    torch.cuda.current_stream(self.device).synchronize()
                 found = failures(failed)
                 told = "; ".join(map(str, found))
                 if self.nodes > 1:
@@ -245,6 +264,19 @@ class FusedPath(AllToAllPath):
         _paths[self.number] = self
 
     @property
+    def counters(self) -> Tensor:
+        """To which the kernels add the bytes of this call."""
+        return self.counters_WP if self.counting else self.uncounted_WP
+
+    @contextlib.contextmanager
+    def launched(self, what: str) -> Iterator[None]:
+        """Around a launch."""
+        self.space.one_stream()
+        with unhurried():  # the kernel's own waits end, and tell who did not come
+            yield
+        self.space.check(f"{what} of {self.layer}")
+
+    @property
     def sent(self) -> Sent:
         return _Sent(self.counters_WP, self.space.rank, self.exchanged)
 
@@ -268,7 +300,15 @@ class FusedPath(AllToAllPath):
             routing = with_shared(routing, self.space.shared, self.space.ranks, self.space.rank)
         rows = sorted_rows(routing, experts, x_TD)
         weights_S = routing.weights_S.index_select(0, rows.slot_R)
-        return experts(x_TD, weights_S, rows, operation=self.fused)
+        return self.compute(experts, x_TD, weights_S, rows, experts.numbers(routing.tokens, x_TD.device))
+
+    def compute(
+        self, experts: Experts, x_TD: Tensor, weights_S: Tensor, rows: Rows, numbers_T: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """What all experts of the heap's ranks make of x_TD, each token's rows added up."""
+        if self.low is None or self.space.low:
+            return experts(x_TD, weights_S, rows, operation=self.fused)
+        return apart(self, experts, x_TD, weights_S, rows, numbers_T)
 
     def fused(
         self, x_TD: Tensor, weights_S: Tensor, rows: Rows, w_up: Tensor, w_down: Tensor, b_up: Tensor | None,
@@ -309,7 +349,7 @@ class TwoHopFusedPath(FusedPath):
         return load.new_empty(0)
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        return self.travel(x_TD, self.begin(routing, experts), experts, self.fused)
+        return self.travel(x_TD, self.begin(routing, experts), experts, functools.partial(self.compute, experts))
 
 
 def with_shared(routing: Routing, n: int, ranks: int, rank: int) -> Routing:
@@ -352,52 +392,59 @@ def as_shared(up_nGD: Tensor, down_nDF: Tensor, like: Tensor) -> tuple[Tensor, T
 @torch.no_grad()
 def coded(weight: Weight, w: Tensor) -> tuple[Tensor, Tensor]:
     """(codes, fp32 scales of their blocks) of an expert matrix, as the device's matrix units take them."""
-    from moesaic.kernels.scaled_gemm import e4m3, without_minus_zero
+    from moesaic.kernels.quantize_triton import quantize_squares
+    from moesaic.kernels.scaled_gemm import e4m3
 
-    quantized = weight.cast("fprop", "w", w).quantized
-    assert quantized is not None
-    packed, kind = without_minus_zero(pack(quantized)), e4m3(w.device)
+    form, kind = weight.precision.products["fprop"].sides["w"].form, e4m3(w.device)
+    assert form is not None
+    if weight.precision.native(w.device):
+        packed = quantize_squares(w, form)
+    else:  # the same; on a CPU the kernel would be interpreted
+        quantized = weight.cast("fprop", "w", w).quantized
+        assert quantized is not None
+        packed = pack(quantized)
     return packed.codes.view(kind), packed.scales.float() * (2 if kind is torch.float8_e4m3fnuz else 1)
 
 
-def check_fused(parallel: ParallelConfig, degree: int, device: torch.device, low: bool) -> None:
-    """Raises ValueError where experts divided over `degree` ranks can't have the fused path. low: some have products of fp8."""
+def check_fused(parallel: ParallelConfig, degree: int, device: torch.device) -> None:
+    """Raises ValueError where experts divided over `degree` ranks can't have the fused path."""
     from moesaic.kernels.fused_ep import grid_programs
-    from moesaic.kernels.fused_low import has_products
 
     if parallel.fused_shared:
         check_shared(degree // node_ranks(parallel.node_size, degree))
-    if low and not has_products(device):
-        raise ValueError(
-            "parallel.expert_path=fused: has no products of fp8_block on AMD GPUs; use all_to_all, or leave experts out of "
-            "precision.layers"
-        )
     grid_programs(device, parallel.comm_sms)
 
 
 def fused_paths(
     config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, compute: torch.dtype, device: torch.device,
-    tokens: int | None, low: bool = False,
+    tokens: int | None, low: bool = False, numbers: bool = False,
 ) -> Callable[[str], FusedPath]:  # fmt: skip
     """What makes the path of each layer, given the layer's name. Collective.
 
-    low: some layers have products of fp8.
+    low: some layers have products of fp8 in the kernels. numbers: those of tokens travel with their rows.
     tokens: of a call of any rank, at most; None: of the first call.
     """
     group, degree = meshes.experts.get_group("expert"), meshes.expert_parallel
     node = node_ranks(parallel.node_size, degree)
-    check_fused(parallel, degree, device, low)
+    check_fused(parallel, degree, device)
     if node == degree:
-        space = Space(group, config, parallel, compute, device, low)
+        space = Space(group, config, parallel, compute, device, low, numbers=numbers)
     else:
         mesh = nodes_mesh(meshes, node)
-        space = Space(mesh.get_group("place"), config, parallel, compute, device, low, group)
+        space = Space(mesh.get_group("place"), config, parallel, compute, device, low, group, numbers)
         across = mesh.get_group("node")
     if tokens is not None:
         space.reserve(tokens)
     if node == degree:
         return lambda layer: FusedPath(space, limit_of(parallel, layer), layer)
     return lambda layer: TwoHopFusedPath(space, across, limit_of(parallel, layer), layer)
+
+
+def settle(model: Transformer) -> None:
+    """Where the host has waited for the device: raises FusedError if a launch failed, before what it computed is used."""
+    for layer in model.moe_layers():
+        if isinstance(layer.path, FusedPath):
+            layer.path.space.look()
 
 
 # ---------------------------------------------------------------- one operation for autograd and FSDP
@@ -437,17 +484,14 @@ def _forward(
 
     caller = _paths[path]
     setting = caller.space.setting
-    caller.space.one_stream()
-    sent = caller.counters_WP if caller.counting else caller.uncounted_WP
     a_scales = _new_a_scales(x_TD, setting.heap.regions["rows"][0][0], w_down_eDF, down_scales)
     up, down = (w if codes is None else codes for w, codes in ((w_up_eGD, up_codes), (w_down_eDF, down_codes)))
-    with unhurried():  # the kernel's own waits end, and tell who did not come
+    with caller.launched("forward"):
         y_TD, h_RG, tables, kept = forward(
-            x_TD, weights_S, up, down, _rows(source, expert, bag, starts, counts_E), activation, setting, sent,
+            x_TD, weights_S, up, down, _rows(source, expert, bag, starts, counts_E), activation, setting, caller.counters,
             caller.space.parallel.fused_keep, caller.call, coded=coded, low=_low(up_scales, down_scales, a_scales),
             b_up=b_up_eG, b_down=b_down_eD, shared=_shared(shared_up, shared_down, w_down_eDF),
         )  # fmt: skip
-    caller.space.check(f"forward of {caller.layer}")
     return y_TD, h_RG, tables, x_TD.new_empty(0) if kept is None else kept, a_scales
 
 
@@ -461,16 +505,13 @@ def _backward(
     from moesaic.kernels.fused_ep_backward import backward
 
     caller = _paths[path]
-    caller.space.one_stream()
-    with unhurried():
-        grads = backward(
+    with caller.launched("backward"):
+        return backward(
             dy_TD, x_TD, h_RG, kept if kept.numel() else None, tables, weights_S, up, down,
             _rows(source, expert, bag, starts, counts_E), activation, caller.space.setting, caller.counters_WP,
             caller.call + 1, coded=coded, low=_low(up_scales, down_scales, a_scales), b_down=b_down_eD,
             shared=_shared(shared_up, shared_down, down),
         )  # fmt: skip
-    caller.space.check(f"backward of {caller.layer}")
-    return grads
 
 
 _op = torch.library.custom_op("moesaic::fused_experts", _forward, mutates_args=())

@@ -40,6 +40,7 @@ class Layout:
                   moesaic.kernels.tiles.TILES, whose tiles decide how much room its heap has
     shared        experts that the shared one is in the fused kernels, 0 where it is beside them (parallel.fused_shared)
     low           whether the fused kernels' products are of fp8, which have other tiles
+    apart, numbers    whether the fused path's experts are computed apart from its kernels, and those of tokens travel then
     """
 
     world: int
@@ -63,6 +64,8 @@ class Layout:
     target: str = "sm_90a"
     shared: int = 0
     low: bool = False
+    apart: bool = False
+    numbers: bool = False
 
     @property
     def tokens(self) -> int:
@@ -362,15 +365,16 @@ def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Colle
         there = [
             ("counts", 4 * (e + layout.shared) * places),
             ("dispatch", rows * x),
-            ("slots", 12 * slots),
+            ("slots", (12 + 4 * layout.apart + 8 * layout.numbers) * slots),
             ("combine", slots * row),
         ]
         back = [
-            ("dispatch", rows * (row + (0 if layout.keep else x))),
-            ("slots", 16 * slots),
+            ("dispatch", rows * (row + (0 if layout.keep or layout.apart else x))),
+            ("slots", (12 if layout.apart else 16) * slots),
             ("combine", slots * (row + 4)),
         ]
-        for phase, parts in (("forward", there), ("backward", [*there, *back] if layout.remat == "full" else back)):
+        again = there[:-1] if layout.apart else there  # what is computed again ends with the experts
+        for phase, parts in (("forward", there), ("backward", [*again, *back] if layout.remat == "full" else back)):
             for purpose, size in parts:
                 yield Collective(layer, phase, purpose, "fused", places, 1, places * size)
         legs = [(nodes, places, 1 + places * e, load.node_rows, load.slots * places)] if nodes > 1 else []

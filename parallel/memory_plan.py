@@ -241,7 +241,7 @@ def _work_of(model: ModelConfig, layout: Layout, dense: bool) -> _Work:
     return _Work(
         start=start, whole=whole, kept=experts, rest=rest, attended=kept_by_attention(model, layout) - output,
         experts=0 if dense else backward_of_experts(model, layout),
-        rows=0 if layout.hops in ("local", "fused") else b * load_of(model, layout).received * d,
+        rows=0 if layout.hops == "local" or _inside(layout) else b * _came(model, layout) * d,
         feed_forward=b * max(2 * t * width + weights // 3, again),
         attention=b * (t * (queries + others + out) + weights + math.prod(own["attention.wo.weight"])),
     )  # fmt: skip
@@ -253,7 +253,20 @@ def heap_of(model: ModelConfig, layout: Layout) -> Regions:
         expert_path="fused", fused_keep=layout.keep, max_recv_tokens_factor=layout.limit, fused_shared=layout.shared > 0
     )
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[layout.compute]
-    return heap_regions(model, knobs, layout.expert, layout.tokens, compute, layout.target, layout.low, layout.nodes)
+    return heap_regions(
+        model, knobs, layout.expert, layout.tokens, compute, layout.target, layout.low, layout.nodes, layout.numbers
+    )
+
+
+def _inside(layout: Layout) -> bool:
+    """Whether experts are computed inside of the fused kernels."""
+    return layout.hops == "fused" and not layout.apart
+
+
+def _came(model: ModelConfig, layout: Layout) -> int:
+    """Rows that experts compute with: a token's once, or apart from the fused kernels once for each of its experts here."""
+    load = load_of(model, layout)
+    return load.computed if layout.hops == "fused" else load.received
 
 
 def _passed_on(model: ModelConfig, layout: Layout) -> int:
@@ -325,7 +338,7 @@ def _kept_by_router(model: ModelConfig, layout: Layout) -> int:
 
 def _stay(layout: Layout) -> bool:
     """Whether the experts' inputs are this rank's own tokens."""
-    return layout.hops == "local" or (layout.hops == "fused" and layout.nodes == 1)
+    return layout.hops == "local" or (_inside(layout) and layout.nodes == 1)
 
 
 def _decided(model: ModelConfig, layout: Layout) -> int:
@@ -355,14 +368,14 @@ def _kept_by_experts(model: ModelConfig, layout: Layout) -> int:
     """Rows that came, the pre-activation, weights, and the numbers of rows."""
     load, b = load_of(model, layout), layout.width
     g = model.d_expert * (1 if model.activation == "relu2" else 2)
-    if layout.hops == "fused":  # h, and the rows, for as many as there is room for
+    if _inside(layout):  # h, and the rows, for as many as there is room for
         room = heap_of(model, layout)["rows"][0][0]
         row = b * model.d_model
         if layout.dispatch == "fp8":  # codes and scales, in whole 16 bytes
             row = -(-sum(row_bytes("fp8", model.d_model, b)) // 16) * 16
         passed_on = _passed_on(model, layout) * b * model.d_model
         return room * (b * g + (row if layout.keep else 0)) + passed_on + _indices(model, layout)
-    came = 0 if layout.hops == "local" else load.received * b * model.d_model
+    came = 0 if layout.hops == "local" else _came(model, layout) * b * model.d_model
     return came + load.computed * b * (g + 1) + _indices(model, layout)
 
 
@@ -372,8 +385,8 @@ def backward_of_experts(model: ModelConfig, layout: Layout) -> int:
     t, b, d, f = layout.tokens, layout.width, model.d_model, model.d_expert
     load = load_of(model, layout)
     g = f * (1 if model.activation == "relu2" else 2)
-    r, n, e = load.computed, load.received, model.n_experts // layout.expert
-    if layout.hops == "fused":  # dh, a, parts of dS, the gradients of X and the weights
+    r, n, e = load.computed, _came(model, layout), model.n_experts // layout.expert
+    if _inside(layout):  # dh, a, parts of dS, the gradients of X and the weights
         room = heap_of(model, layout)["rows"][0][0]
         inputs = _passed_on(model, layout)
         e += layout.shared * (2 if layout.shared > 1 else 1)  # several are made of a shared expert's matrices by a copy

@@ -186,11 +186,13 @@ def time_of(
             exchanges = exchanged + stored
             shared = sum(s for name, s in work.items() if name.startswith("product shared"))
             hidden = min(shared, exchanged * 0.5) if hardware.target != "cpu" else 0.0
-            if stored and hardware.target != "cpu":  # one kernel: tiles are computed while others travel
+            if (
+                stored and not layout.apart and hardware.target != "cpu"
+            ):  # one kernel: tiles are computed while others travel
                 inside = ("product experts", "product shared") if layout.shared else ("product experts",)
                 hidden += min(sum(s for name, s in work.items() if name.startswith(inside)), stored)
             hidden += overlapped * (exchanges - hidden)
-            if exchanged and phase == "forward" and hardware.target != "cpu":
+            if (exchanged or layout.apart) and phase == "forward" and hardware.target != "cpu":
                 work["issuing"] += AFTER_WAIT * launch
             work["exposed exchange of rows"] = exchanges - hidden * (1 - SENDING)
             kept = gathers if hardware.target == "cpu" else max(0.0, gathers - max(busy, issue))

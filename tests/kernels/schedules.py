@@ -10,6 +10,7 @@ reference, and to themselves.
 """
 
 import argparse
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.kernels import fused_ep, fused_ep_backward
+from moesaic.kernels import fused_ep, fused_ep_backward, fused_rows
 from moesaic.kernels.experts import experts_reference
 from moesaic.kernels.fused_protocol import EPOCH, failures, records, regions
 from moesaic.kernels.interpret import interpreter
@@ -38,7 +39,8 @@ TILE = Tile(16, 16, 16)
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps: of each launch, (layer, micro-batch, whether backward), in order."""
+    """steps: of each launch, (layer, micro-batch, whether backward), in order. apart: of rows out and of results back, a launch
+    each, instead (moesaic.kernels.fused_rows)."""
 
     seed: int
     ranks: int
@@ -54,6 +56,7 @@ class Schedule:
     steps: tuple[tuple[int, int, bool], ...]
     d: int = 20
     f: int = 12
+    apart: bool = False
 
 
 def drawn(seed: int) -> Schedule:
@@ -69,7 +72,7 @@ def drawn(seed: int) -> Schedule:
     return Schedule(
         seed, ranks, programs, experts, r.randint(1, min(3, experts)),
         tuple(r.choice([0, 1, 2, 7, 18]) for _ in range(ranks)), r.choice([0.0, 0.0, 2.0, 20.0]), r.random() < 0.6,
-        r.random() < 0.5, r.choice([1, 2, 32]), r.choice([0.0, 1e-4, 2e-3]), r.choice(orders),
+        r.random() < 0.5, r.choice([1, 2, 32]), r.choice([0.0, 1e-4, 2e-3]), r.choice(orders), apart=r.random() < 0.3,
     )  # fmt: skip
 
 
@@ -96,6 +99,12 @@ class Inputs:
     down: Tensor
     results: dict[str, Any] = field(default_factory=dict)
 
+    def made(self, d: int, back: bool) -> Tensor:
+        """(S, D + 1), a function of the inputs."""
+        slots = len(self.rows.source_R)
+        g = torch.Generator().manual_seed(int(self.weights.sum() * 1e6) + back)
+        return torch.randn(slots, d + 1, generator=g)
+
 
 def inputs(s: Schedule, layer: int, batch: int) -> list[Inputs]:
     g = torch.Generator().manual_seed(s.seed)
@@ -116,6 +125,9 @@ def inputs(s: Schedule, layer: int, batch: int) -> list[Inputs]:
     return made
 
 
+Before = tuple[Callable[[], None], Tensor] | None  # what a rank's first program does, and then says in shared memory
+
+
 class Captured:
     """Takes a kernel's place: notes launches instead of making them."""
 
@@ -129,31 +141,80 @@ class Captured:
 def launches(
     s: Schedule, heaps: list[Heap], settings: list[fused_ep.Setting]
 ) -> tuple[list[list[Any]], dict[Any, list[Inputs]]]:
-    """([rank][step] of (kernel, arguments, options), inputs by (layer, micro-batch)); all in shared memory."""
-    real = fused_ep._fused_forward_kernel, fused_ep_backward._fused_backward_kernel
+    """([rank][step] of (kernel, arguments, options, what to do before), inputs by (layer, micro-batch)); all in shared memory."""
+    names = ("_fused_forward_kernel", "_fused_backward_kernel", "_carry_kernel", "_give_back_kernel")
+    files = (fused_ep, fused_ep_backward, fused_rows, fused_rows)
+    real = [getattr(file, name) for file, name in zip(files, names, strict=True)]
     data: dict[Any, list[Inputs]] = {}
     steps: list[list[Any]] = [[] for _ in heaps]
-    captured = Captured()
-    fused_ep._fused_forward_kernel = fused_ep_backward._fused_backward_kernel = captured
+    captured = [Captured() for _ in files]
     try:
+        for file, name, capture in zip(files, names, captured, strict=True):
+            setattr(file, name, capture)
         for layer, batch, back in s.steps:
             mine = data.setdefault((layer, batch), inputs(s, layer, batch))
-            for rank, i in enumerate(mine):
+            for rank in range(s.ranks):
                 sent = torch.zeros(s.ranks, len(fused_ep.PHASES), dtype=torch.int64)
-                common = (i.weights, i.up, i.down, i.rows, "swiglu", settings[rank], sent)
-                if back:
-                    y, h, tables, kept = i.results["forward"]
-                    i.results["backward"] = fused_ep_backward.backward(i.dy, i.x, h, kept, tables, *common)
-                else:
-                    i.results["forward"] = fused_ep.forward(i.x, *common, keep=s.keep)
-                args, options = captured.calls.pop()
-                for value in args:
-                    if isinstance(value, Tensor) and value.data_ptr() not in {h.table.data_ptr() for h in heaps}:
-                        value.share_memory_()
-                steps[rank].append((real[back], args, options))
+                before = (launch_apart if s.apart else launch)(s, mine, rank, settings[rank], sent, back)
+                for kernel, capture in zip(real, captured, strict=True):
+                    for args, options in capture.calls:
+                        for value in args:
+                            if isinstance(value, Tensor) and value.data_ptr() not in {
+                                h.table.data_ptr() for h in heaps
+                            }:
+                                value.share_memory_()
+                        steps[rank].append((kernel, args, options, before if kernel is real[-1] else None))
+                    capture.calls.clear()
     finally:
-        fused_ep._fused_forward_kernel, fused_ep_backward._fused_backward_kernel = real
+        for file, name, kernel in zip(files, names, real, strict=True):
+            setattr(file, name, kernel)
     return steps, data
+
+
+def launch(
+    s: Schedule, ranks: list[Inputs], rank: int, setting: fused_ep.Setting, sent: Tensor, back: bool
+) -> None:  # fmt: skip
+    i = ranks[rank]
+    common = (i.weights, i.up, i.down, i.rows, "swiglu", setting, sent)
+    if back:
+        y, h, tables, kept = i.results["forward"]
+        i.results["backward"] = fused_ep_backward.backward(i.dy, i.x, h, kept, tables, *common)
+    else:
+        i.results["forward"] = fused_ep.forward(i.x, *common, keep=s.keep)
+
+
+def launch_apart(
+    s: Schedule, ranks: list[Inputs], rank: int, setting: fused_ep.Setting, sent: Tensor, back: bool
+) -> Before:  # fmt: skip
+    """Results are made here, as if by experts: of each slot a row and a number, wherever it is computed. Returned: what looks at
+    the rows that came, between the launches."""
+    i, name = ranks[rank], "backward" if back else "forward"
+    y = torch.cat([other.made(s.d, back)[at] for other, at in slots_of(s, ranks, rank)])
+    numbers = torch.arange(len(i.x)) + 1000 * rank
+    given = dict(tables=i.results["tables"]) if back else dict(weights_S=i.weights, numbers_T=numbers)
+    tables = fused_rows.carry(i.dy if back else i.x, i.rows, setting, sent, int(back), **given)
+    i.results["tables"] = tables
+    dweights = y[:, -1].contiguous() if back else None
+    i.results[name] = fused_rows.give_back(
+        y[:, :-1].contiguous(), i.rows, len(i.x), setting, tables, sent, int(back), dweights
+    )
+    seen = y.new_full((len(y), s.d + 3), torch.nan).share_memory_()
+    i.results[f"{name} came"], looked = seen, torch.zeros(1).share_memory_()
+
+    def look() -> None:
+        came = fused_rows.arrived(setting, tables)
+        parts = [came.values(setting), came.of(setting, "weight")[:, None], came.of(setting, "numbers")[:, None]]
+        seen.copy_(torch.cat([*parts, came.rows.expert_R[:, None]], dim=1))
+        looked.fill_(1)
+
+    return look, looked
+
+
+def slots_of(s: Schedule, ranks: list[Inputs], rank: int) -> list[tuple[Inputs, Tensor]]:
+    """Those that come to a rank, in the order of their rows: (whose, which), by expert and source."""
+    e = s.experts // s.ranks
+    experts = range(rank * e, rank * e + e)
+    return [(i, (i.rows.expert_R == x).nonzero()[:, 0]) for x in experts for i in ranks]
 
 
 # ---------------------------------------------------------------- one program
@@ -182,10 +243,14 @@ def program(s: Schedule, heap: Heap, steps: list[Any], rank: int, number: int) -
     if s.delay:
         delay_steps(s.seed * 97 + rank * 11 + number, s.delay)
     epoch = heap.view("control")
-    for n, (kernel, args, options) in enumerate(steps):
+    for n, (kernel, args, options, before) in enumerate(steps):
         while int(epoch[EPOCH.value]) != n:  # a launch begins when the one before has ended, as on a stream
             if int(heap.view("failed")[:, 0].sum()):
                 os._exit(0)
+            time.sleep(1e-3)
+        if before and number == 0:
+            before[0]()
+        while before and not before[1].item():
             time.sleep(1e-3)
         kernel[(1,)](*args[:-1], number, **options)
     os._exit(0)
@@ -210,7 +275,7 @@ def run(
     tiles = fused_ep.room(s.ranks, s.experts, sum(s.tokens) * s.top_k, TILE.m)
     shapes = regions(
         s.ranks, s.experts, s.d, torch.float32, max(1, max(s.tokens) * s.top_k), tiles, TILE.m, fused_ep.most_columns(s.d, TILE),
-        fused_ep.most_columns(s.f, TILE, True), not s.keep, trace,
+        fused_ep.most_columns(s.f, TILE, True), not s.keep, trace, s.apart,
     )  # fmt: skip
     heaps = shared_heaps(s.ranks, shapes)
     settings = [fused_ep.Setting(h, s.experts, TILE, s.once, spins, s.programs, s.wave, trace) for h in heaps]
@@ -244,7 +309,10 @@ def run(
         raise ScheduleFailed(f"{s}: {[str(f) for f in failed[0]]}")
     if left:
         raise ScheduleFailed(f"{s}: a hang, of programs {[i for i, code in enumerate(codes) if code is None]}")
-    check(s, data)
+    if s.apart:
+        check_apart(s, data)
+    else:
+        check(s, data)
     return sorted(record for heap in heaps for record in records(heap)) if trace else []
 
 
@@ -275,6 +343,31 @@ def check(s: Schedule, data: dict[Any, list[Inputs]]) -> None:
                 error = (a - b).abs().max() / max(scale, 1e-6) if a.numel() else torch.zeros(())
                 if not error < 1e-5:
                     raise ScheduleFailed(f"{s}: rank {rank} layer {layer} batch {batch}: {name} off by {error:.1e}")
+
+
+def check_apart(s: Schedule, data: dict[Any, list[Inputs]]) -> None:
+    """Which rows came, with what, and sums of what was given back, slot by slot."""
+    for (layer, batch), ranks in data.items():
+        for rank, name in itertools.product(range(s.ranks), ("forward", "backward")):
+            i, back = ranks[rank], name == "backward"
+            if name not in i.results:
+                continue
+            made, (y, dweights) = i.made(s.d, back), i.results[name]
+            want = torch.zeros_like(y).index_add_(0, i.rows.source_R, made[:, :-1])
+            right = torch.allclose(y, want, atol=1e-5) and (dweights is None or torch.equal(dweights, made[:, -1]))
+            came = []
+            for other, at in slots_of(s, ranks, rank):
+                tokens = other.rows.source_R[at]
+                numbers = tokens + 1000 * [i is other for i in ranks].index(True)
+                whose = other.rows.expert_R[at] - rank * (s.experts // s.ranks)
+                told = torch.stack([other.weights[at], numbers, whose], dim=1)
+                came.append(torch.cat([(other.dy if back else other.x)[tokens], told], dim=1))
+            seen = i.results[f"{name} came"]
+            numbers_too = s.d if back else s.d + 2  # backward sends no weights and numbers
+            want = torch.cat(came)
+            right &= torch.equal(seen[:, :numbers_too], want[:, :numbers_too]) and torch.equal(seen[:, -1], want[:, -1])
+            if not right:
+                raise ScheduleFailed(f"{s}: rank {rank} layer {layer} batch {batch}: {name} is wrong")
 
 
 def main() -> int:

@@ -65,7 +65,8 @@ def layout(s: Schedule) -> tuple[list[str], int]:
     alias: dict[tuple[int, int, int, int], int] = {}
     needs: dict[tuple[int, int, int, int], int] = {}
     sources: dict[tuple[int, int, int], int] = {}
-    for n, (layer, batch, back) in enumerate(s.steps, 1):
+    steps = [step for step in s.steps for _ in range(1 + s.apart)]  # apart: rows out, results back
+    for n, (layer, batch, back) in enumerate(steps, 1):
         lines.append(f"backward[{n}] = {int(back)}")
         ranks = inputs(s, layer, batch)
         for w in range(s.ranks):
@@ -138,9 +139,9 @@ def replay(s: Schedule, events: Sequence[Sequence[int]]) -> str:
     """Empty if the model has a run with these events; else the first event that it has none with, or what the run violates."""
     lines, tiles = layout(s)
     ft, back_ft, nt, gates = (-(-size // TILE.n) for size in (2 * s.f, s.f, s.d, 2 * s.f))
-    n = len(s.steps)
+    n = len(s.steps) * (1 + s.apart)
     sizes = {"W": s.ranks, "P": s.programs, "N": n, "X": s.experts // s.ranks, "BM": TILE.m, "TILES": tiles, "FT": ft, "NT": nt,
-             "WAVE": s.wave, "MT": nt * back_ft + gates * nt}  # fmt: skip
+             "WAVE": s.wave, "MT": nt * back_ft + gates * nt} | ({"APART": 1} if s.apart else {})  # fmt: skip
     records = in_order(events)
     head = [
         "#undef CT",
@@ -201,6 +202,10 @@ MUTATIONS: dict[str, tuple[list[Change], Places]] = {
     "a launch before the last has ended": ([("epoch[w] == n - 1; ", "skip; ")], {"W": 1, "P": 2, "N": 3}),
     "a task taken twice": (
         [("queue[w]; queue[w] = queue[w] + 1;", "queue[w] }; atomic { queue[w] = number + 1;")], {"P": 2, "N": 1}),
+    "rows out without a wait for them": ([("arrived TILE(w, t, s) == n;", "skip;")], {"APART": 1, "N": 2}),
+    "results back without a wait for the others' plans": (
+        [("met PARITY(w, n, i) == n; EVENT(3", "EVENT(3")], {"APART": 1, "N": 4}),
+    "results added up without a wait": ([("back RETURN(w, i, j, column) == n;", "skip;")], {"APART": 1, "N": 2}),
     "no flag for other ranks": ([(":: HAS(n, w, tile, i) -> EVENT(10", ":: i == w && HAS(n, w, tile, i) -> EVENT(10")], {}),
 }  # fmt: skip
 
@@ -227,6 +232,11 @@ CAMPAIGN: dict[str, Campaign] = {
     "2 ranks, 1 program, 1 launch, 2 experts a rank, rows shared, all": (
         {"W": 2, "P": 1, "N": 1, "X": 2, "BM": 1, "FT": 2, "NT": 2, "WAVE": 2}, False, ALL),
     "3 ranks, 1 program, 2 launches, chosen counts": ({"W": 3, "P": 1, "N": 2}, True, ALL),
+    "products apart, 2 ranks, 2 programs, 2 launches, all": ({"W": 2, "P": 2, "N": 2, "APART": 1}, False, ALL),
+    "products apart, 2 ranks, 1 program, 4 launches, all": ({"W": 2, "P": 1, "N": 4, "APART": 1}, False, ALL),
+    "products apart, 2 ranks, 1 program, 2 launches, 2 experts a rank, rows shared, all": (
+        {"W": 2, "P": 1, "N": 2, "X": 2, "BM": 1, "NT": 2, "APART": 1}, False, ALL),
+    "products apart, 3 ranks, 1 program, 2 launches, chosen counts": ({"W": 3, "P": 1, "N": 2, "APART": 1}, True, ALL),
 } | {
     f"3 ranks, 2 programs, 2 launches, a sample in the order of seed {seed}": (
         {"W": 3, "P": 2, "N": 2}, False, (SAMPLE[0], [*SAMPLE[1], f"-RS{seed}", f"-h{seed}"]))

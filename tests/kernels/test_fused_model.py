@@ -35,6 +35,12 @@ def test_traces_are_runs_of_the_model(programs: int) -> None:
     assert spin.replay(s, run(s, trace=4000)) == ""
 
 
+@pytest.mark.parametrize("programs", [1, 2])
+def test_traces_with_products_apart_are_runs_of_the_model(programs: int) -> None:
+    s = dataclasses.replace(ONE, programs=programs, apart=True)
+    assert spin.replay(s, run(s, trace=4000)) == ""
+
+
 def without(event: int):
     """A child whose kernels go on where they would wait for one kind of flag."""
 
@@ -57,13 +63,14 @@ def without(event: int):
     return change
 
 
-@pytest.mark.parametrize("event", [5, 9])
-def test_a_kernel_without_a_wait_is_rejected(event: int) -> None:
+@pytest.mark.parametrize(("event", "apart"), [(5, False), (9, False), (5, True)])
+def test_a_kernel_without_a_wait_is_rejected(event: int, apart: bool) -> None:
     """With one program a rank the plan and h are always there in time and the results are right: the trace alone shows it."""
-    events = run(ONE, trace=4000, change=without(event))
+    s = dataclasses.replace(ONE, apart=apart)
+    events = run(s, trace=4000, change=without(event))
     assert all(e[4] != event for e in events)
     # Its programs read without it, or take a task.
-    assert re.search(r"^rank \d, program 0, epoch 1, event [01],", spin.replay(ONE, events))
+    assert re.search(r"^rank \d, program 0, epoch 1, event [01],", spin.replay(s, events))
 
 
 def test_a_kernel_that_adds_up_slots_before_its_waits_is_rejected() -> None:

@@ -21,6 +21,11 @@ def test_drawn(seed: int) -> None:
     run(drawn(seed))
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_drawn_with_products_apart(seed: int) -> None:
+    run(dataclasses.replace(drawn(seed), apart=True))
+
+
 def test_trace() -> None:
     events = run(SMALL, trace=4000)
     assert [event[0] for event in events] == list(range(len(events)))  # one order, nothing lost

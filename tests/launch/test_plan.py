@@ -106,6 +106,13 @@ def test_a_picture_that_cannot_be_written_loses_nothing(capsys, tmp_path, name):
     [
         ["parallel.engine=deepspeed", "parallel.zero_stage=1", "parallel.expert=8", "search=true"],
         ["parallel.expert_path=fused", "parallel.expert=8", "parallel.max_recv_tokens_factor=1.5"],
+        [
+            "parallel.expert_path=fused",
+            "parallel.expert=8",
+            "parallel.max_recv_tokens_factor=1.5",
+            "precision=mxfp8",
+            "parallel.remat=selective",
+        ],
     ],
 )
 def test_both_engines_and_the_fused_path_are_planned(capsys, knobs):
@@ -145,6 +152,10 @@ def test_heap_of_fp8_products_has_their_tiles():
             options.parse(plan.PlanOptions, ["nodes=1"]),
         )
         rows[layers] = heap_of(made.config.model, made.layout)["rows"][0][0]
+    apart = cli.compose(["recipe=7b_moe", *knobs, "precision.dispatch=high"])
+    made = plan.make_plan(apart, options.parse(plan.PlanOptions, ["nodes=1"]))
+    assert made.timing.hidden["exchange of rows"] == 0
+    assert made.layout.apart and heap_of(made.config.model, made.layout)["rows"][0][0] == rows["[attention]"]
     own = rows["[attention]"] - rows["[attention,experts]"]
     assert own == 64 * made.config.model.n_experts // 8
 

@@ -245,3 +245,16 @@ def test_bytes_that_fused_kernels_store():
         ("backward", "combine"): load.slots * (row + 4),
     }  # fmt: skip
     assert sent["true"]["backward", "dispatch"] == load.rows * row
+
+    # As tests/parallel/test_fused_low.py counts them: products apart from the kernels, of a recipe with chance.
+    apart = dataclasses.replace(layout, apart=True, numbers=True, remat="full", keep=False)
+    stored = {(c.phase, c.purpose): 0 for c in collectives(config.model, apart, [0]) if c.operation == "fused"}
+    for c in collectives(config.model, apart, [0]):
+        if c.operation == "fused":
+            stored[c.phase, c.purpose] += c.size // 8
+    assert stored == {
+        ("forward", "counts"): 4 * config.model.n_experts, ("forward", "dispatch"): load.rows * row,
+        ("forward", "slots"): 24 * load.slots, ("forward", "combine"): load.slots * row,
+        ("backward", "counts"): 4 * config.model.n_experts, ("backward", "dispatch"): 2 * load.rows * row,
+        ("backward", "slots"): 36 * load.slots, ("backward", "combine"): load.slots * (row + 4),
+    }  # fmt: skip

@@ -19,6 +19,8 @@ from moesaic.launch.cli import UserError, compose
 from moesaic.moe.config import RouterConfig
 from moesaic.moe.dispatch import LocalPath
 from moesaic.moe.layer import FeedForward
+from moesaic.moe.low import LowExperts
+from moesaic.moe.precision import Precision
 from moesaic.moe.router import topk_routing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.fused import FusedPath, Space, as_experts, as_shared, fused_paths, most_slots, with_shared
@@ -316,8 +318,10 @@ def one_rank_dies(how: str) -> str:
     """Rank 1 dies, or stops, when it has sent its first row; what the others raise."""
     from moesaic.kernels import interpret
 
-    path = make_path(timeout=1.0 if how == "stall" else 2.0)
+    path = make_path(timeout=2.0 if how == "die" else 1.0)
     rank, part = dist.get_rank(), experts_of(False, dist.get_world_size(), dist.get_rank())
+    if how == "stall, products apart":
+        part.low = LowExperts(Precision(compose(["recipe=tiny_moe", "precision=mxfp8"]).precision), "layer 0", EXPERTS)
     run(path, part, "uniform", rank)
     if rank == 1:
         calls = iter(range(10**9))
@@ -342,7 +346,7 @@ def one_rank_dies(how: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("how", ["die", "stall"])
+@pytest.mark.parametrize("how", ["die", "stall", "stall, products apart"])
 def test_a_rank_that_dies_or_stops_ends_all_with_its_name(how: str) -> None:
     with Pool(2, timeout=280, patience=200) as pool:
         if how == "die":
@@ -352,8 +356,9 @@ def test_a_rank_that_dies_or_stops_ends_all_with_its_name(how: str) -> None:
             pool.run(compare, ["uniform"])  # started anew, with memory of its own
         else:
             told = pool.run(one_rank_dies, how)
+            where = "forward" if how == "stall" else "dispatch in forward"
             assert all(
-                line.startswith("LostError: parallel.expert_path=fused, forward of layer 0: rank 0") for line in told
+                line.startswith(f"LostError: parallel.expert_path=fused, {where} of layer 0: rank 0") for line in told
             )
             assert all("waited in vain for" in line and "of rank 1" in line for line in told), told
 
@@ -488,12 +493,16 @@ def on_a_pretend_gpu() -> None:
     on_device = MagicMock(is_cuda=True, to=lambda device, non_blocking: failed)
     events = [MagicMock(**{"query.return_value": False}), MagicMock(**{"query.return_value": True})]
     space.setting = SimpleNamespace(heap=SimpleNamespace(view=lambda name: on_device))
-    with patch.object(torch.cuda, "Event", side_effect=events), patch.object(torch.cuda, "synchronize") as wait:
+    with patch.object(torch.cuda, "Event", side_effect=events), patch.object(torch.cuda, "current_stream") as stream:
         space.check("forward of a")
+        space.look()
         events[0].query.return_value = True
         with pytest.raises(RuntimeError) as told:
+            space.look()  # once the host has waited for the device: before what was computed is used
+        assert stream.return_value.synchronize.called  # before memory that its launches use may go
+        space.watched.append((events[1], failed, "forward of a"))
+        with pytest.raises(RuntimeError):
             space.check("backward of b")
-        assert wait.called  # before memory that its launches use may go
     streams = [SimpleNamespace(cuda_stream=n) for n in (7, 7, 8)]
     with patch.object(torch.cuda, "current_stream", side_effect=streams):
         space.one_stream()

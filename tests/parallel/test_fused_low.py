@@ -1,4 +1,5 @@
-"""The fused expert path with rows and products of fp8, on two ranks, against the all-to-all path, which emulates them."""
+"""The fused expert path in low precision, on two ranks, against the all-to-all path, which emulates it: rows and products of fp8
+in the kernels, and recipes whose products are apart from them."""
 
 from collections import Counter
 from typing import Any
@@ -9,8 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesaic.launch.cli import UserError, compose
+from moesaic.moe.low import Weight
+from moesaic.moe.precision import Precision
+from moesaic.parallel.apart import products_inside
 from moesaic.parallel.apply import parallelize
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.fused import coded
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.pool import Pool
 
@@ -27,11 +32,21 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "products, kept": (["precision=fp8_block", "model.expert_bias=true"], dict(fused_keep=True)),
     "high tail": (["precision=fp8_block", "precision.high_tail=0.5"], {}),
 }
+APART: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "mxfp8": (["precision=mxfp8", "model.expert_bias=true"], dict(fused_once=False)),
+    "mxint8, rows of fp8": (["precision=mxint8", "precision.dispatch=fp8"], dict(fused_keep=True)),
+    "fp8_block, high rows": (["precision=fp8_block", "precision.dispatch=high"], {}),
+    "nvfp4": (["precision=nvfp4", "precision.high_last=0"], dict(remat="full")),
+    "quartet": (["precision=quartet"], dict(remat="selective")),
+    "quartet2": (["precision=quartet2"], {}),
+    "mxfp4_deosc": (["precision=mxfp4_deosc"], {}),
+}
+BOTH = CASES | APART
 
 
 def step(case: str, path: str) -> tuple[dict[str, Tensor], Counter, list[int]]:
     """(loss and gradients, bytes sent, rows and slots that this rank sent to the other, slots that it got from it)."""
-    overrides, knobs = CASES[case]
+    overrides, knobs = BOTH[case]
     c = compose(["recipe=tiny_moe", *KNOBS, *overrides])
     parallel = ParallelConfig(expert="2", expert_path=path, **(knobs if path == "fused" else {}))
     meshes = make_meshes("cpu", 2, 1)
@@ -82,26 +97,48 @@ def test_equals_the_emulation_and_sends_fewer_bytes() -> None:
                 assert sent["intra", "counts"] == forward * 4 * EXPERTS, case
 
 
+def test_products_apart_from_the_kernels() -> None:
+    """The same casts of the same rows, chance included: a token's number travels with them."""
+    with Pool(2, timeout=600) as pool:
+        for case, (overrides, knobs) in APART.items():
+            for errors, sent, (rows, slots, back) in pool.run(both, case):
+                wrong = {n: e for n, e in errors.items() if not e < 2e-6}
+                assert not wrong, (case, wrong)
+                x, row = D + 2 if "rows of fp8" in case else 4 * D, 4 * D
+                forward = 2 if knobs.get("remat") == "full" else 1  # up to the experts
+                slot = 16 + 8 * compose(["recipe=tiny_moe", *overrides]).precision.chance
+                assert sent["intra", "dispatch"] == rows * (forward * x + row), case
+                assert sent["intra", "combine"] == back * (2 * row + 4), case
+                assert sent["intra", "slots"] == slots * (forward * slot + 12), case
+                assert sent["intra", "counts"] == forward * 4 * EXPERTS, case
+
+
 @pytest.mark.parametrize(
-    ("overrides", "line"),
+    ("overrides", "target", "inside"),
     [
-        (["precision=nvfp4"],
-         "precision=nvfp4: experts of parallel.expert_path=fused take the products of fp8_block as it is shipped, no others; "
-         "use that, all_to_all, or precision.layers=[attention,dense]"),
-        (["precision=fp8_block", "precision.fprop.x.scale=fp32", "precision.fprop.x.rule=amax"],
-         "precision=fp8_block: experts of parallel.expert_path=fused take the products of fp8_block as it is shipped, no others; "
-         "use that, all_to_all, or precision.layers=[attention,dense]"),
-        (["precision=fp8_block", "precision.dispatch=high"],
-         "precision.dispatch=high: must be fp8 with precision=fp8_block and parallel.expert_path=fused, whose products read "
-         "nothing else"),
-        (["precision.combine=logfmt8"], "precision.combine=logfmt8: must be high with parallel.expert_path=fused"),
+        (["precision=fp8_block"], "sm_90a", True),
+        (["precision=fp8_block"], "gfx950", False),
+        (["precision=fp8_block", "precision.dispatch=high"], "sm_90a", False),
+        (["precision=fp8_block", "precision.fprop.x.scale=fp32", "precision.fprop.x.rule=amax"], "sm_90a", False),
+        (["precision=fp8_block", "precision.layers=[attention]"], "sm_90a", False),
+        (["precision=nvfp4"], "sm_90a", False),
     ],
-)  # fmt: skip
-def test_other_recipes_are_refused(overrides: list[str], line: str) -> None:
+)
+def test_where_products_are(overrides: list[str], target: str, inside: bool) -> None:
+    config = compose(["recipe=tiny_moe", "parallel.expert_path=fused", *overrides])
+    assert products_inside(config.precision, target) == inside
+
+
+def test_weights_of_the_kernels_are_cast_alike_on_a_gpu() -> None:
+    """There by a kernel, on a CPU by the emulation."""
+    config = compose(["recipe=tiny_moe", "precision=fp8_block"]).precision
+    w = torch.randn(3, 150, 260, generator=torch.Generator().manual_seed(0))
+    both = [coded(Weight(Precision(config, backend=backend), "w"), w) for backend in ("torch", "triton")]
+    for one, other in zip(*both, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def test_the_way_back_is_high() -> None:
     with pytest.raises(UserError) as refused:
-        compose(["recipe=tiny_moe", "parallel.expert_path=fused", *overrides])
-    assert str(refused.value) == line
-
-
-def test_recipes_that_leave_experts_high_are_taken() -> None:
-    compose(["recipe=tiny_moe", "parallel.expert_path=fused", "precision=nvfp4", "precision.layers=[attention]"])
+        compose(["recipe=tiny_moe", "parallel.expert_path=fused", "precision.combine=logfmt8"])
+    assert str(refused.value) == "precision.combine=logfmt8: must be high with parallel.expert_path=fused"

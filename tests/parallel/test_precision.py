@@ -32,6 +32,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "all_to_all, remat": dict(expert="2", remat="full"),
     "deepspeed": dict(expert="2", engine="deepspeed", zero_stage=2),
     "deepspeed, local": dict(expert="1", engine="deepspeed", zero_stage=3),
+    "fused": dict(expert="2", expert_path="fused"),
+    "deepspeed, fused": dict(expert="2", engine="deepspeed", zero_stage=2, expert_path="fused"),
 }
 SEQUENCES, LENGTH = 2, 40
 
@@ -108,7 +110,8 @@ def test_layouts_agree(tmp_path: Path) -> None:
 
 def test_two_hops_agree(tmp_path: Path) -> None:
     """Over two nodes of two ranks: rows of fp8, and the numbers of tokens that chance depends on, arrive in two hops."""
-    layouts, recipes = {"": dict(expert="4", expert_path="two_hop", node_size="2")}, ["fp8_block", "quartet"]
+    layouts = {path: dict(expert="4", expert_path=path, node_size="2") for path in ("two_hop", "fused")}
+    recipes = ["fp8_block", "quartet"]
     knobs = ["model.n_experts=8"]
     found = run_ranks(on_a_rank, 4, tmp_path, recipes, layouts, *knobs, timeout=200)[0]
     for recipe in recipes:
@@ -116,11 +119,13 @@ def test_two_hops_agree(tmp_path: Path) -> None:
         model = build(c.model, 0, CPU)
         lower(model, c.precision)
         loss = sum(backward(model, rank) for rank in range(4))
-        other, gradients = found["", recipe]
-        assert other == pytest.approx(loss, rel=1e-6), recipe
-        for name, p in model.named_parameters():
-            assert p.grad is not None
-            assert snr(gradients[name], p.grad) > (BLOCKS[recipe] if ".experts." in name else 100), (recipe, name)
+        for path in layouts:
+            other, gradients = found[path, recipe]
+            assert other == pytest.approx(loss, rel=1e-6), (recipe, path)
+            for name, p in model.named_parameters():
+                assert p.grad is not None
+                least = BLOCKS[recipe] if ".experts." in name else 100
+                assert snr(gradients[name], p.grad) > least, (recipe, path, name)
 
 
 NATIVE, SMALL = ["fp8_block", "mxfp8"], ["model.n_layers=1", "model.d_shared=0", "model.n_experts=4"]
