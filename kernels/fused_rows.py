@@ -13,6 +13,7 @@ Letters: T tokens, D model width, E experts in all, e on a rank, W ranks, S slot
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -255,23 +256,25 @@ class Arrived(NamedTuple):
     holder_N: Tensor
     place_N: Tensor
 
-    def values(self, setting: Setting, coded: bool = False) -> Tensor:
-        """(N, D); coded: uint8 (N, `coded_bytes`), codes and scales."""
-        region, width = setting.heap.view("rows"), setting.heap.regions["rows"][0][1]
-        if coded:
-            region = region.view(torch.uint8)[:, : coded_bytes(width)]
-        return region.index_select(0, self.holder_N)
-
     def of(self, setting: Setting, region: str) -> Tensor:
         return setting.heap.view(region).index_select(0, self.place_N)
 
 
-def arrived(setting: Setting, tables: Tensor) -> Arrived:
-    """Which rows `carry` brought. The host waits for their number."""
+def values_of(setting: Setting, holder_N: Tensor, coded: bool = False) -> Tensor:
+    """(N, D), of rows that came; coded: uint8 (N, `coded_bytes`), codes and scales."""
+    region, width = setting.heap.view("rows"), setting.heap.regions["rows"][0][1]
+    if coded:
+        region = region.view(torch.uint8)[:, : coded_bytes(width)]
+    return region.index_select(0, holder_N)
+
+
+def arrived(setting: Setting, tables: Tensor, look: Callable[[], None] = lambda: None) -> Arrived:
+    """Which rows `carry` brought. The host waits for their number; then look() may raise, before anything is believed."""
     heap, e = setting.heap, setting.experts // setting.heap.ranks
     begin_eW = tables[3 + 4 * setting.experts :].view(e, heap.ranks + 1)
     begin_e, counts_e = begin_eW[:, 0].long(), (begin_eW[:, -1] - begin_eW[:, 0]).long()
     n = int(counts_e.sum())
+    look()
     expert_N = torch.arange(e, device=tables.device).repeat_interleave(counts_e, output_size=n)
     number_N = torch.arange(n, device=tables.device)
     place_N = number_N + (begin_e - counts_e.cumsum(0) + counts_e)[expert_N]

@@ -75,9 +75,12 @@ def sample_tokens(
                 logits_BV = torch.cat([
                     model(torch.tensor([row[-context:]], device=device)).logits[:, -1].float().cpu() for row in ids
                 ])  # fmt: skip
-            picked = zip(logits_BV, generators, strict=True)
-            next_B = torch.tensor([chosen(logits_V, temperature, top_k, g) for logits_V, g in picked], device=device)
+            next_B = torch.zeros(len(ids), dtype=torch.int64)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                picked = zip(logits_BV, generators, strict=True)
+                next_B = torch.tensor([chosen(logits_V, temperature, top_k, g) for logits_V, g in picked])
             if dist.is_initialized():  # ranks whose logits differ in a bit would call the model another number of times
+                next_B = next_B.to(device)
                 dist.broadcast(next_B, src=0)
             for row, token in enumerate(next_B.tolist()):
                 ids[row].append(token)

@@ -23,7 +23,7 @@ from moesaic.launch.schema import Config
 from moesaic.moe.config import require
 from moesaic.moe.flops import flops_per_token, parameter_counts
 from moesaic.parallel import hardware as machines
-from moesaic.parallel.apart import products_inside
+from moesaic.parallel.apart import all_apart, products_inside
 from moesaic.parallel.hardware import Hardware
 from moesaic.parallel.layout import Layout, collectives, layout_of
 from moesaic.parallel.memory_plan import Memory, memory_of
@@ -102,6 +102,8 @@ def make_plan(config: Config, chosen: PlanOptions) -> Plan:
     layout = dataclasses.replace(with_batch(layout, micro, train.global_batch), imbalance=chosen.imbalance,
                                  dispatch=low.dispatch, combine=low.combine, target=machine.target,
                                  low=inside, apart=kernels and not inside, numbers=kernels and low.chance)  # fmt: skip
+    if kernels and all_apart(low, machine.target):
+        layout = dataclasses.replace(layout, keep=True)
     efficiency = chosen.efficiency or EFFICIENCY["cpu" if machine.target == "cpu" else "gpu"]
     timing = time_of(config.model, layout, machine, precision, efficiency=efficiency)
     return Plan(config, machine, layout, precision, efficiency, memory_of(config.model, layout), timing)

@@ -337,6 +337,7 @@ def train(config: Config, device: torch.device) -> None:
         (text,) = sample_texts(
             engine.model, data.tokenizer, [""], every.sample, every.seq_len, seed=every.seed, device=device
         )
+        settle(model)
         say(f"--- sample\n{text}\n---")
     note("stopped" if asked and not ended else "end")
     if log and wandb:
@@ -433,7 +434,9 @@ def evaluate(
             break
     engine.model.train()
     engine.rest()
-    return (None if asked else total(loss).item() / (sequences * config.seq_len)), asked
+    mean = None if asked else total(loss).item() / (sequences * config.seq_len)
+    settle(engine.model)
+    return mean, asked
 
 
 def print_now(line: str) -> None:

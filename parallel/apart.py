@@ -6,7 +6,7 @@ experts, moesaic.moe.low computes what it does on every path, another launch tak
 
 Each row that came is an input of its own, also where a token visits several experts of a rank, though its values crossed once.
 They are cast as on every other path, by chance too, for a token's number travels with its row: the same bits. The host waits for
-the number of rows, once forward and once backward.
+the number of rows, once a call, as on the all-to-all path.
 
 Letters: T tokens of this rank, D model width, S slots, N rows that came.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from moesaic.kernels.permute import Rows
 from moesaic.moe.experts import Experts
 from moesaic.moe.precision import PrecisionConfig, of_fp8_block
+from moesaic.moe.replay import once
 
 
 def products_inside(precision: PrecisionConfig, target: str | torch.device) -> bool:
@@ -31,54 +32,68 @@ def products_inside(precision: PrecisionConfig, target: str | torch.device) -> b
     return has_products(target)
 
 
+def all_apart(precision: PrecisionConfig, target: str | torch.device) -> bool:
+    """Whether that holds for all experts, from the first step to the last: then X never travels again in backward."""
+    high = precision.high_first + precision.high_last > 0 or precision.high_tail > 0
+    return precision.quantizes("experts") and not high and not products_inside(precision, target)
+
+
 def apart(path: Any, experts: Experts, x_TD: Tensor, weights_S: Tensor, rows: Rows, numbers_T: Tensor | None) -> Tensor:
     """What the experts of all ranks of a `moesaic.parallel.fused.FusedPath` make of x_TD, each token's rows added up. rows, of
     weights_S: sorted by expert. numbers_T: of the tokens, where chance depends on them."""
-    trip = Trip(path, rows, x_TD.shape[0], numbers_T)
-    x_ND, weights_N = _Carry.apply(x_TD.contiguous(), weights_S.float().contiguous(), trip)
-    y_ND = experts(x_ND, weights_N, trip.came, trip.numbers_N)
+    trip = Trip(path, rows, x_TD.shape[0])
+    x_ND, weights_N, numbers_N = _Carry.apply(x_TD.contiguous(), weights_S.float().contiguous(), trip, numbers_T)
+    y_ND = experts(x_ND, weights_N, trip.came, numbers_N)
+    trip.came = None
     return _GiveBack.apply(y_ND, trip)
 
 
 class Trip:
-    """Of one call: its slots out and back, in forward and in backward. came, numbers_N: of the rows here, as `carry` found."""
+    """Of one call: its slots out and back, in forward and in backward. tables, holder_N: what forward found, and backward takes
+    from it, so that the host need not wait again. came: of the rows here, until the experts have them."""
 
-    def __init__(self, path: Any, rows: Rows, tokens: int, numbers_T: Tensor | None) -> None:
-        self.path, self.rows, self.tokens, self.numbers_T, self.sent_WP = path, rows, tokens, numbers_T, path.counters
+    def __init__(self, path: Any, rows: Rows, tokens: int) -> None:
+        self.path, self.rows, self.tokens, self.sent_WP = path, rows, tokens, path.counters
         self.tables: Tensor | None = None
+        self.holder_N: Any = None
         self.came: Any = None
-        self.numbers_N: Tensor | None = None
 
-    def carry(self, x_TD: Tensor, weights_S: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Rows to the ranks of their experts: (those that came, their weights). In backward, of dY, without weights."""
+    def out(
+        self, x_TD: Tensor, weights_S: Tensor, numbers_T: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Forward, rows to the ranks of their experts: (those that came, their weights, their tokens' numbers)."""
         from moesaic.kernels import fused_rows  # only here: without a GPU it starts Triton's interpreter
 
-        path, setting, back = self.path, self.path.space.setting, self.tables is not None
-        coded, numbers_T = path.codec is not None and not back, None if back else self.numbers_T
-        with path.launched("dispatch in backward" if back else "dispatch in forward"):
-            self.tables = fused_rows.carry(
-                x_TD, self.rows, setting, self.sent_WP, path.call + back, weights_S, numbers_T, self.tables, coded
+        path, setting, coded, d = self.path, self.path.space.setting, self.path.codec is not None, x_TD.shape[1]
+        with path.launched("dispatch in forward"):
+            self.tables = tables = fused_rows.carry(
+                x_TD, self.rows, setting, self.sent_WP, path.call, weights_S, numbers_T, coded=coded
             )
-        came = fused_rows.arrived(setting, self.tables)
-        path.space.look()  # before what came is believed: the host has waited for the launch
         path.space.carried = path.call
-        values = came.values(setting, coded)
+        came = once("came", lambda: fused_rows.arrived(setting, tables, path.space.look))
+        self.came, self.holder_N = came.rows, came.holder_N
+        values = fused_rows.values_of(setting, came.holder_N, coded)
         if coded:
-            d = x_TD.shape[1]
             values = path.codec.decode([values[:, :d], values[:, d:]], x_TD.dtype)
-        if back:
-            return values, None
-        self.came = came.rows
-        self.numbers_N = None if numbers_T is None else came.of(setting, "numbers")
-        return values, came.of(setting, "weight")
+        return values, came.of(setting, "weight"), None if numbers_T is None else came.of(setting, "numbers")
 
-    def give_back(self, y_ND: Tensor, dweights_N: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def out_again(self, dy_TD: Tensor) -> Tensor:
+        """The same of dY, in backward."""
+        from moesaic.kernels import fused_rows
+
+        path, setting = self.path, self.path.space.setting
+        with path.launched("dispatch in backward"):
+            fused_rows.carry(dy_TD, self.rows, setting, self.sent_WP, path.call + 1, tables=self.tables)
+        path.space.carried = path.call
+        return fused_rows.values_of(setting, self.holder_N)
+
+    def back(self, y_ND: Tensor, dweights_N: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Sums of each token's rows, and in backward the gradients of the slots' weights."""
         from moesaic.kernels import fused_rows
 
-        path, back = self.path, dweights_N is not None
+        path, backward = self.path, dweights_N is not None
         assert path.space.carried == path.call and self.tables is not None, (path.layer, path.space.carried)
-        with path.launched("combine in backward" if back else "combine in forward"):
+        with path.launched("combine in backward" if backward else "combine in forward"):
             return fused_rows.give_back(
                 y_ND,
                 self.rows,
@@ -86,22 +101,24 @@ class Trip:
                 path.space.setting,
                 self.tables,
                 self.sent_WP,
-                path.call + back,
+                path.call + backward,
                 dweights_N,
             )
 
 
 class _Carry(torch.autograd.Function):
-    """(x_TD, weights_S) -> (x_ND, weights of the rows that came)."""
+    """(x_TD, weights_S) -> (x_ND, weights of the rows that came, the numbers of their tokens)."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_S: Tensor, trip: Trip) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_S: Tensor, trip: Trip, numbers_T: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         ctx.trip = trip
-        return trip.carry(x_TD, weights_S)
+        return trip.out(x_TD, weights_S, numbers_T)
 
     @staticmethod
-    def backward(ctx: Any, dx_ND: Tensor, dweights_N: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return *ctx.trip.give_back(dx_ND.contiguous(), dweights_N.contiguous()), None
+    def backward(ctx: Any, dx_ND: Tensor, dweights_N: Tensor, _: Any) -> tuple[Tensor, Tensor | None, None, None]:
+        return *ctx.trip.back(dx_ND.contiguous(), dweights_N.contiguous()), None, None
 
 
 class _GiveBack(torch.autograd.Function):
@@ -110,8 +127,8 @@ class _GiveBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, trip: Trip) -> Tensor:
         ctx.trip = trip
-        return trip.give_back(y_ND.contiguous())[0]
+        return trip.back(y_ND.contiguous())[0]
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None]:
-        return ctx.trip.carry(dy_TD.contiguous())[0], None
+        return ctx.trip.out_again(dy_TD.contiguous()), None

@@ -1,5 +1,6 @@
 """The one place where a model is spread over ranks."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from moesaic.moe.layer import MoE
 from moesaic.moe.low import lower
 from moesaic.moe.model import Block, Fill, Transformer, initialize
 from moesaic.moe.precision import PrecisionConfig
-from moesaic.parallel.apart import products_inside
+from moesaic.parallel.apart import all_apart, products_inside
 from moesaic.parallel.cast import compute_in
 from moesaic.parallel.codec import codecs
 from moesaic.parallel.config import ParallelConfig
@@ -56,7 +57,10 @@ def parallelize(
     new_path: Callable[[str], ExpertPath] | None = None
     if path == "fused":
         inside, numbers = products_inside(low, device), low.quantizes("experts") and low.chance
-        new_path = fused_paths(config, parallel, meshes, compute, device, tokens, inside, numbers)
+        kernels = (
+            dataclasses.replace(parallel, fused_keep=True) if all_apart(low, device) else parallel
+        )  # no room for X again
+        new_path = fused_paths(config, kernels, meshes, compute, device, tokens, inside, numbers)
     elif path != "local":
         new_path = communicating_path(path, parallel, meshes)
     for i, block in enumerate(model.blocks):

@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -210,10 +211,9 @@ class Space:
         while self.watched and (self.watched[0][0] is None or self.watched[0][0].query()):
             _, failed, what = self.watched.pop(0)
             if failed[:, 0].any():
-                if (
-                    self.device.type == "cuda"
-                ):  # the launches alone: collectives behind them may wait for a rank that has left
-                    torch.cuda.current_stream(self.device).synchronize()
+                end = time.monotonic() + 10  # launches under way end, too; what is behind them may never
+                while any(event and not event.query() for event, *_ in self.watched) and time.monotonic() < end:
+                    time.sleep(0.01)
                 found = failures(failed)
                 told = "; ".join(map(str, found))
                 if self.nodes > 1:

@@ -203,7 +203,11 @@ def launch_apart(
 
     def look() -> None:
         came = fused_rows.arrived(setting, tables)
-        parts = [came.values(setting), came.of(setting, "weight")[:, None], came.of(setting, "numbers")[:, None]]
+        parts = [
+            fused_rows.values_of(setting, came.holder_N),
+            came.of(setting, "weight")[:, None],
+            came.of(setting, "numbers")[:, None],
+        ]
         seen.copy_(torch.cat([*parts, came.rows.expert_R[:, None]], dim=1))
         looked.fill_(1)
 

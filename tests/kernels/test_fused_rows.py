@@ -52,7 +52,7 @@ def test_rows_out_and_back(
     tables = fused_rows.carry(x, rows, setting, sent, 0, weights, numbers, coded=coded)
     came = fused_rows.arrived(setting, tables)
     assert torch.equal(came.rows.expert_R, rows.expert_R) and torch.equal(came.rows.counts_E, rows.counts_E)
-    values = came.values(setting, coded)
+    values = fused_rows.values_of(setting, came.holder_N, coded)
     if coded:
         codec = Fp8()
         values = codec.decode([values[:, :d], values[:, d:]], dtype)

@@ -144,6 +144,7 @@ def test_ranks_take_the_tokens_of_the_first(monkeypatch: pytest.MonkeyPatch) -> 
     """Else, where their logits differ in a bit, they could call the model unequally often, and wait for each other."""
     model = build(cli.compose(["recipe=tiny_moe", "model.n_layers=1"]).model, 0, torch.device("cpu"))
     monkeypatch.setattr(generate.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(generate.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(generate.dist, "broadcast", lambda tokens, src: tokens.fill_(7) if src == 0 else None)
     assert generate.sample_tokens(model, [torch.tensor([1, 2])], 3, 8, temperature=0.0, top_k=0, seed=0) == [[7, 7, 7]]
 

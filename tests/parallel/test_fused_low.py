@@ -1,6 +1,7 @@
 """The fused expert path in low precision, on two ranks, against the all-to-all path, which emulates it: rows and products of fp8
 in the kernels, and recipes whose products are apart from them."""
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -9,15 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesaic.kernels.symmetric import FusedError
 from moesaic.launch.cli import UserError, compose
-from moesaic.moe.low import Weight
+from moesaic.moe.low import LowExperts, Weight
 from moesaic.moe.precision import Precision
 from moesaic.parallel.apart import products_inside
 from moesaic.parallel.apply import parallelize
 from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.expert import AllToAllPath
 from moesaic.parallel.fused import coded
 from moesaic.parallel.mesh import make_meshes
 from tests.parallel.pool import Pool
+from tests.parallel.test_expert import CONFIG, WORKLOADS, difference, experts_of, routing_of, run, tokens_of
+from tests.parallel.test_expert import EXPERTS as EXPERTS_OF
+from tests.parallel.test_expert import D as D_OF
+from tests.parallel.test_fused import all_to, make_path
 
 CPU = torch.device("cpu")
 D, F, TOKENS, EXPERTS = 160, 75, 24, 4  # a block of 128 and a bit; gate and up share a block of W_up; odd addresses
@@ -111,6 +118,111 @@ def test_products_apart_from_the_kernels() -> None:
                 assert sent["intra", "combine"] == back * (2 * row + 4), case
                 assert sent["intra", "slots"] == slots * (forward * slot + 12), case
                 assert sent["intra", "counts"] == forward * 4 * EXPERTS, case
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    return max(difference(found[n], e) for n, e in expected.items())
+
+
+def low_part(recipe: str, bias: bool) -> Any:
+    """A rank's experts, by a recipe."""
+    part = experts_of(bias, 2, dist.get_rank())
+    config = compose(["recipe=tiny_moe", f"precision={recipe}"]).precision
+    part.low = LowExperts(Precision(config), "layer 0", part.w_up_EGD.shape[0] * 2)
+    return part
+
+
+def workloads() -> list[tuple[str, str, float]]:
+    """(recipe, workload, the largest difference to the all-to-all path): in training, and where nothing is kept."""
+    found, rank = [], dist.get_rank()
+    other = AllToAllPath(dist.group.WORLD)
+    for recipe, bias, once in (("mxint8", True, True), ("quartet", False, False)):
+        path, part = make_path(fused_once=once), low_part(recipe, bias)
+        path.space.numbers = True
+        path.space.tokens = -1
+        for name in WORKLOADS:
+            expected, got = run(other, part, name, rank), run(path, part, name, rank)
+            found.append((recipe, name, worst(got, expected)))
+        part.eval()
+        torch.manual_seed(2 + rank)
+        tokens = tokens_of("zipf", rank)
+        x, weights = torch.randn(tokens, D_OF), torch.rand(tokens, EXPERTS_OF)
+        with torch.inference_mode():
+            routing = routing_of("zipf", rank, x, weights)
+            found.append((recipe, "inference", difference(path(x, routing, part), other(x, routing, part))))
+    part, path = low_part("mxint8", False), make_path()
+    path.space.compute, path.space.tokens = torch.bfloat16, -1
+    expected, got = (run(p, part, "zipf", rank, torch.bfloat16) for p in (other, path))
+    return [*found, ("mxint8", "bf16", worst(got, expected))]
+
+
+def test_every_workload_with_products_apart() -> None:
+    """In bf16 each result is rounded, where the other path rounds a sum."""
+    with Pool(2, timeout=600) as pool:
+        for errors in pool.run(workloads):
+            wrong = [case for case in errors if not case[2] < (2e-2 if case[1] == "bf16" else 2e-6)]
+            assert not wrong and len(errors) == 2 * len(WORKLOADS) + 3, wrong
+
+
+def through_a_run(path: str, remat: str) -> dict[str, Tensor]:
+    """Steps before and in the high tail, of an evaluation and two micro-batches each, of a model whose first block is high."""
+    c = compose(["recipe=tiny_moe", *KNOBS, "precision=mxint8", "model.n_layers=2", "precision.high_first=1",
+                 "precision.high_tail=0.5"])  # fmt: skip
+    meshes, found = make_meshes("cpu", 2, 1), {}
+    model = parallelize(
+        c.model, ParallelConfig(expert="2", expert_path=path, remat=remat), meshes, seed=0, device=CPU, compute=torch.float32,
+        precision=c.precision, tokens=TOKENS,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for step in (1, 8):
+        model.precision.begin(step, 10)
+        batches = [torch.randint(0, 300, (2, length + 1), generator=generator) for length in (5, TOKENS // 2)]
+        model.eval()
+        with torch.no_grad():
+            found[f"evaluation {step}"] = model(batches[0][:, :-1], batches[0][:, 1:]).loss.clone()
+        model.train()
+        for i, tokens in enumerate(batches):
+            loss = model(tokens[:, :-1], tokens[:, 1:]).loss
+            loss.backward()
+            found[f"loss {step} {i}"] = loss.detach()
+    return found | {n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}
+
+
+def runs_differ(remat: str) -> float:
+    expected = through_a_run("all_to_all", remat)
+    return worst(through_a_run("fused", remat), expected)
+
+
+def test_inside_and_apart_in_one_run() -> None:
+    with Pool(2, timeout=600) as pool:
+        for remat in ("none", "full"):
+            assert max(pool.run(runs_differ, remat)) < 2e-6, remat
+
+
+def told_late(what: str) -> str:
+    """As on CUDA, where the host doesn't wait for a launch before it goes on; the error of this rank."""
+    rank, part = dist.get_rank(), low_part("mxfp8", False)
+    room = dict(tokens=25, max_recv_tokens_factor=1.0) if what == "room" else dict(timeout=1.0)
+    path = make_path(CONFIG, **room)
+    space = path.space
+    if space.tokens < 25:
+        space.reserve(25)
+    failed = space.setting.heap.view("failed")
+    space.check = lambda told: space.watched.append((None, failed.clone(), told))
+    x, weights = torch.randn(25, D_OF), torch.rand(25, EXPERTS_OF)
+    if what == "met" and rank == 1:
+        time.sleep(6)
+    with pytest.raises(FusedError) as error:
+        path(x, all_to(25, [6, 7], weights), part)
+    dist.barrier = lambda *a: None
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("what", "line"), [("room", "has no room: "), ("met", "waited in vain for `met` of rank 1")])
+def test_a_failure_is_told_before_rows_are_believed(what: str, line: str) -> None:
+    with Pool(2, timeout=120) as pool:
+        for told in pool.run(told_late, what):
+            assert told.startswith("parallel.expert_path=fused, dispatch in forward of layer 0: rank ") and line in told
 
 
 @pytest.mark.parametrize(
