@@ -235,6 +235,7 @@ def train(config: Config, device: torch.device) -> None:
             together(data_watch.check if first_of_node else nothing, guards.RunEndedError)
         if evaluating:
             losses, asked = evaluate_sets(engine, data.sets, config.train, device, separator)
+            settle(model)
             if losses:
                 evaluated, val_loss = step, losses["val_loss"]
                 record({"step": step, "tokens": tokens, **losses})
@@ -434,9 +435,7 @@ def evaluate(
             break
     engine.model.train()
     engine.rest()
-    mean = None if asked else total(loss).item() / (sequences * config.seq_len)
-    settle(engine.model)
-    return mean, asked
+    return (None if asked else total(loss).item() / (sequences * config.seq_len)), asked
 
 
 def print_now(line: str) -> None:
