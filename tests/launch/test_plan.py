@@ -155,6 +155,7 @@ def test_heap_of_fp8_products_has_their_tiles():
     apart = cli.compose(["recipe=7b_moe", *knobs, "precision.dispatch=high"])
     made = plan.make_plan(apart, options.parse(plan.PlanOptions, ["nodes=1"]))
     assert made.timing.hidden["exchange of rows"] == 0
+    assert heap_of(made.config.model, made.layout)["again"][0][0] == 0  # X never travels again
     assert made.layout.apart and heap_of(made.config.model, made.layout)["rows"][0][0] == rows["[attention]"]
     own = rows["[attention]"] - rows["[attention,experts]"]
     assert own == 64 * made.config.model.n_experts // 8
