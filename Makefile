@@ -29,7 +29,7 @@ help:
 	@echo "make fused-schedules   COUNT=2000 schedules from SEED=0 of the fused kernels, several programs a rank; some 2 s each on one core"
 	@echo "make study-rounding   what token rounding costs in quality, over seeds; about half an hour on two cores"
 	@echo "make study-precision  what each recipe of low precision costs in quality, over seeds; hours on two cores, goes on where it"
-	@echo "               stopped; ARGS='tokens=3000000 seeds=3 runs=main'"
+	@echo "               stopped; ARGS='tokens=3000000 seeds=3 start=0 runs=main'"
 	@echo "make clean     remove .venv, caches and build products; runs/ stays"
 
 install: .venv/installed

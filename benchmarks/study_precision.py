@@ -1,11 +1,12 @@
 """What low precision costs in quality: validation loss of small models, paired by seed, each recipe against fp32.
 
-    python benchmarks/study_precision.py [tokens=3000000] [seeds=3] [runs=main] [jobs=2] [data=]      (`make study-precision`)
+    python benchmarks/study_precision.py [tokens=3000000] [seeds=3] [start=0] [runs=main] [jobs=2] [data=]
 
 runs: `main`, the shipped recipes (bf16 only where the CPU has its products: without, one is a hundred times slower); `causes`,
 recipes with one thing changed, which tell what a gap comes from; `all`; or names with commas. data: text files, a glob pattern
 (default: the Python standard library). Every run is `launch/train.py recipe=tiny_moe` with MODEL's knobs (1.1M active parameters
-of 2.3M) in one process of one thread; runs of a seed start from the same weights and see the same batches.
+of 2.3M) in one process of one thread; runs of a seed start from the same weights and see the same batches. With start=0.5 they
+start where half of a run in fp32 has led: what is changed by then drifts apart less, so gaps show that are smaller.
 
 One file a run in benchmarks/results/precision/, so that a study goes on where it stopped, and more seeds and tokens add to it;
 a run that is interrupted goes on from its last checkpoint, in runs/study_precision/. The summary, with its curves, is
@@ -14,6 +15,7 @@ what needs no training: errors of casts and of products.
 """
 
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -21,7 +23,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +55,11 @@ MODEL = [
     "train.seq_len=128",
     "train.global_batch=16",
 ]
-STEP_TOKENS, POINTS = 16 * 128, 12
+STEP_TOKENS = 16 * 128
+POINTS, BATCHES = 12, 16  # evaluations of a run, and batches of each
+LATE_POINTS, LATE_BATCHES = 3, 128  # the same of a run with `start`, after it
 LEAST_EVERY = 12  # steps between evaluations, each of which takes as long as two or three
+TRUNKS: dict[int, Any] = defaultdict(threading.RLock)  # of a seed: held while its trunk is trained
 # Of glibc: freed memory stays with the process. Casts make and drop many tensors, and fresh pages are a fifth of their time.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
@@ -95,6 +103,17 @@ CAUSES = {
 }  # fmt: skip
 RUNS = MAIN | CAUSES
 UNTRAINED_ALIKE = ("mxfp4_deosc without de-oscillation", "nvfp4, last 15 % of steps high")  # as the recipe, in one step
+# What published work says of causes: a run, and the one that it should end above or below.
+CONTRASTS = [
+    ("quartet2, forward only", "quartet2, backward only"),
+    ("nvfp4, stochastic forward", "nvfp4, all blocks"),
+    ("quartet, backward to the nearest", "quartet"),
+    ("quartet, backward to the nearest, signs behind the rotation", "quartet, backward to the nearest"),
+    ("4-bit integers, blocks of 16", "4-bit floats, blocks of 16"),
+    ("4-bit integers, blocks of 16, rotated", "4-bit floats, blocks of 16, rotated"),
+    ("4-bit integers, blocks of 16, rotated", "4-bit integers, blocks of 16"),
+    ("4-bit floats, blocks of 16, rotated", "4-bit floats, blocks of 16"),
+]
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -110,60 +129,95 @@ emulated has sums in fp32, where hardware rounds more.
 """
 
 
+LATE = """ Every run of a seed goes on from the same
+checkpoint of fp32, weights and moments, so that pairs have half the way, and none of its wildest part, to drift apart in; what a
+recipe loses or breaks before is not in it."""
+
+
 @dataclass
 class Options:
     tokens: int = 3_000_000
     seeds: int = 3
+    start: float = 0.0
     runs: str = "main"
     jobs: int = 2
     data: str = ""
 
 
-def file_of(name: str, seed: int, tokens: int) -> Path:
+def file_of(name: str, seed: int, choice: Options) -> Path:
     slug = "".join(c if c.isalnum() or c in "_-" else "_" for c in name.replace(", ", "-").replace(" ", "_"))
-    return RESULTS / f"{slug}-tokens{tokens}-seed{seed}.json"
+    start = f"-start{choice.start:g}" if choice.start else ""
+    return RESULTS / f"{slug}-tokens{choice.tokens}{start}-seed{seed}.json"
 
 
 def run(name: str, seed: int, choice: Options) -> None:
     """One training, unless its file is there."""
-    path = file_of(name, seed, choice.tokens)
-    if path.exists():
-        return
+    with TRUNKS[seed] if name == "fp32" else nullcontext():
+        if not file_of(name, seed, choice).exists():
+            train(name, seed, choice)
+
+
+def train(name: str, seed: int, choice: Options) -> None:
+    """One training, and its file. With `start`, that of fp32 is the trunk, whose checkpoint there the others go on from."""
+    path = file_of(name, seed, choice)
     steps, folder = choice.tokens // STEP_TOKENS, WORK / path.stem
-    every = max(LEAST_EVERY, steps // POINTS)
+    begin = round(choice.start * steps)
+    every = max(LEAST_EVERY, (steps - begin) // (LATE_POINTS if begin else POINTS))
     knobs = [
-        "recipe=tiny_moe", *MODEL, f"run_dir={folder}", *RUNS[name], f"train.seed={seed}", f"train.steps={steps}",
-        "wandb.mode=disabled", "train.sample=0", "train.eval_batches=16",
-        f"train.eval_every={every}", f"train.checkpoint_every={every}", f"train.log_every={max(1, every // 5)}",
+        "recipe=tiny_moe", *MODEL, *RUNS[name], f"train.seed={seed}", f"train.steps={steps}",
+        "wandb.mode=disabled", "train.sample=0", f"train.eval_batches={LATE_BATCHES if begin else BATCHES}",
+        f"train.eval_every={every}", f"train.checkpoint_every={begin or every}", f"train.log_every={max(1, every // 5)}",
         f"optim.warmup={max(1, steps // 20)}",
     ]  # fmt: skip
     if choice.data:
         knobs += ["data.source=files", f"data.files=[{choice.data}]"]
     if "deosc" in name and "without" not in name:  # the recipe's own start is later than these runs end
-        knobs += [f"{P}.deosc_start={steps // 8}", f"{P}.deosc_period={max(2, steps // 75)}"]
+        knobs += [f"{P}.deosc_start={begin + steps // 8}", f"{P}.deosc_period={max(2, steps // 75)}"]
+    left_at = checkpoint.step_folder(WORK / file_of("fp32", seed, choice).stem / "checkpoints", begin)
+    own = [f"run_dir={folder}"]
+    if begin and name != "fp32":
+        with TRUNKS[seed]:
+            if not checkpoint.is_checkpoint(left_at):
+                train("fp32", seed, choice)
+        if not checkpoint.complete_checkpoints(str(folder / "checkpoints")):
+            own.append(f"resume={left_at}")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "train.py"), *knobs], env=os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"},
-        check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, str(ROOT / "launch" / "train.py"), *knobs, *own], check=False,
+        env=os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{name}, seed {seed}: exit code {done.returncode}\n{done.stdout[-2000:]}")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluated, trained = ([r for r in records if key in r] for key in ("val_loss", "loss"))
     result = {
-        "run": name, "seed": seed, "tokens": steps * STEP_TOKENS, "date": datetime.date.today().isoformat(),
-        "command": "launch/train.py " + " ".join(k for k in knobs if not k.startswith("run_dir")),
+        "run": name, "seed": seed, "tokens": steps * STEP_TOKENS, "start": begin * STEP_TOKENS,
+        "date": datetime.date.today().isoformat(), "command": " ".join(["launch/train.py", *knobs]),
         "val_loss": evaluated[-1]["val_loss"], "val_curve": [[r["tokens"], r["val_loss"]] for r in evaluated],
         "train_curve": [[r["tokens"], round(r["loss"], 5)] for r in trained],
         "grad_norm": statistics.median(r["grad_norm"] for r in trained), "skipped": trained[-1]["skipped"],
     }  # fmt: skip
-    if name == "fp32":
+    if begin:
+        result["left_at"] = digest(left_at)
+        base = file_of("fp32", seed, choice)
+        if base.exists() and json.loads(base.read_text())["left_at"] != result["left_at"]:
+            raise RuntimeError(
+                f"{base.name} is of a trunk with other weights, of another CPU perhaps: move away seed {seed}'s files"
+            )
+    elif name == "fp32":
         result["same_weights"] = at_same_weights(folder)
     RESULTS.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n")
     partial.replace(path)
-    shutil.rmtree(folder)
+    if not begin or name != "fp32":  # a trunk stays
+        shutil.rmtree(folder)
     print(f"{path.stem}: val_loss {result['val_loss']:.4f}", flush=True)
+
+
+def digest(path: str) -> str:
+    """Of the bytes of a checkpoint's tensors."""
+    files = checkpoint.read_manifest(path).files
+    return hashlib.sha256("".join(c for file in files for c in file.checksums).encode()).hexdigest()[:16]
 
 
 def at_same_weights(folder: Path) -> dict[str, list[float]]:
@@ -285,40 +339,53 @@ def gap(by: dict[tuple[str, int], dict[str, Any]], name: str, base: str) -> tupl
 
 
 def summary() -> str:
-    """Of all results that are there, by number of tokens. Writes the curves."""
+    """Of all results that are there, by number of tokens and where the recipes set in. Writes the curves."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     text = ["# What low precision costs\n", MEANING]
-    for tokens in sorted({r["tokens"] for r in results}):
-        by = {(r["run"], r["seed"]): r for r in results if r["tokens"] == tokens}
+    for tokens, start in sorted({(r["tokens"], r.get("start", 0)) for r in results}):
+        by = {(r["run"], r["seed"]): r for r in results if (r["tokens"], r.get("start", 0)) == (tokens, start)}
         dates = sorted({r["date"] for r in by.values()})
-        text.append(f"## {tokens:,} tokens ({' to '.join(dict.fromkeys((dates[0], dates[-1])))})\n")
+        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
         text.append(
-            "Nats a byte on held-out files; `python benchmarks/study_precision.py`, seeds and command of each run in its file.\n"
+            f"## {tokens:,} tokens, {f'the first {start:,} in fp32' if start else 'all by the recipe'} ({when})\n"
+        )
+        text.append(
+            f"Nats a byte on held-out files; seeds and command of each run in its file.{LATE if start else ''}\n"
         )
         text.append("| run | pairs | val_loss | against fp32 | 95 % interval | relative |\n|---|---|---|---|---|---|")
-        for name in RUNS:
+        for name in (n for n in RUNS if any(n == run for run, _ in by)):
             seeds = [seed for n, seed in by if n == name]
-            if not seeds:
-                continue
-            pairs, mean, half = gap(by, name, "fp32")
-            base = statistics.mean(
-                [by["fp32", seed]["val_loss"] for seed in seeds if ("fp32", seed) in by] or [math.nan]
-            )
-            cells = [name, pairs, f"{statistics.mean(by[name, seed]['val_loss'] for seed in seeds):.4f}"]
+            cells = [
+                name,
+                len(seeds),
+                f"{statistics.mean(by[name, seed]['val_loss'] for seed in seeds):.4f}",
+                "",
+                "",
+                "",
+            ]
             if name != "fp32":
-                cells += [
-                    f"{mean:+.4f}",
-                    f"± {half:.4f}" if pairs > 1 else "one pair tells none",
-                    f"{mean / base:+.2%}",
-                ]
-            else:
-                cells += ["", "", ""]
+                pairs, mean, half = gap(by, name, "fp32")
+                base = statistics.mean(by["fp32", seed]["val_loss"] for seed in seeds if ("fp32", seed) in by)
+                cells[1] = pairs
+                cells[3:] = [f"{mean:+.4f}", interval(pairs, half), f"{mean / base:+.2%}"]
             text.append("| " + " | ".join(map(str, cells)) + " |")
+        found = [(name, base, *gap(by, name, base)) for name, base in CONTRASTS]
+        if any(pairs for _, _, pairs, _, _ in found):
+            text.append("\n| run | against | pairs | difference | 95 % interval |\n|---|---|---|---|---|")
+            text += [
+                f"| {name} | {base} | {pairs} | {mean:+.4f} | {interval(pairs, half)} |"
+                for name, base, pairs, mean, half in found
+                if pairs
+            ]
         text += same_weights([r["same_weights"] for r in by.values() if "same_weights" in r])
-        file = f"precision-{tokens}.png"
-        draw(by, RESULTS.parent / file, tokens)
+        file = f"precision-{tokens}{f'-start{start}' if start else ''}.png"
+        draw(by, RESULTS.parent / file, f"{tokens:,} tokens{f', the first {start:,} in fp32' if start else ''}")
         text.append(f"\n![Validation loss above fp32 of the same seed]({file})\n")
     return "\n".join([*text, casts()])
+
+
+def interval(pairs: int, half: float) -> str:
+    return f"± {half:.4f}" if pairs > 1 else "one pair tells none"
 
 
 def same_weights(each: list[dict[str, list[float]]]) -> list[str]:
@@ -346,7 +413,7 @@ tell.
 """
 
 
-def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, tokens: int) -> None:
+def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, title: str) -> None:
     """Left: validation loss, of the seeds that all have; right: above fp32 of the same seed. Means over seeds, ranges shaded."""
     import matplotlib
 
@@ -367,7 +434,7 @@ def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, tokens: int) -> 
         gaps = [[paired[s][t] - bases[s][t] for s in paired] for t in at]
         right.plot(at, [statistics.mean(g) for g in gaps], **style)
         right.fill_between(at, [min(g) for g in gaps], [max(g) for g in gaps], color=style["color"], alpha=0.12)
-    left.set(xlabel="tokens", ylabel="validation loss, nats a byte", title=f"{tokens:,} tokens")
+    left.set(xlabel="tokens", ylabel="validation loss, nats a byte", title=title)
     right.set(xlabel="tokens", ylabel="above fp32, nats", title="difference to fp32 of the same seed")
     right.axhline(0, color="black", linewidth=0.6)
     left.legend(fontsize=7)
@@ -381,9 +448,8 @@ def chosen(runs: str) -> list[str]:
     groups = {"main": here, "causes": ["fp32", *CAUSES], "all": list(RUNS)}
     if runs in groups:
         return groups[runs]
-    names = [
-        next((n for n in RUNS if file_of(n, 0, 1) == file_of(part.strip(), 0, 1)), part) for part in runs.split(",")
-    ]
+    slugs = {file_of(name, 0, Options()): name for name in RUNS}
+    names = [slugs.get(file_of(part.strip(), 0, Options()), part) for part in runs.split(",")]
     for name in names:
         if name not in RUNS:
             raise ValueError(
@@ -396,6 +462,11 @@ def main(choice: Options) -> None:
     for name, least in (("tokens", STEP_TOKENS), ("seeds", 0), ("jobs", 1)):
         if getattr(choice, name) < least:
             raise ValueError(f"{name}={getattr(choice, name)}: must be at least {least}")
+    steps = choice.tokens // STEP_TOKENS
+    if choice.start and not 0 < round(choice.start * steps) < steps:
+        raise ValueError(
+            f"start={choice.start}: must be 0, or a share of the {steps} steps that leaves some before and after"
+        )
     pairs = [(name, seed) for seed in range(choice.seeds) for name in chosen(choice.runs)]
     with ThreadPoolExecutor(choice.jobs) as pool:
         list(pool.map(lambda pair: run(*pair, choice), pairs))
