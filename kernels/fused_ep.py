@@ -18,6 +18,7 @@ room for on a rank, P phases.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +45,13 @@ from moesaic.kernels.fused_low import (
 )
 from moesaic.kernels.fused_protocol import (
     NONE,
-    PLAN,
-    PLANNED,
     ROWS,
     UP,
     address,
-    count_bytes,
     finish,
-    meet,
     once,
-    publish,
-    raise_flags,
     record,
     regions,
-    scan,
     tables_size,
     wait_rows,
 )
@@ -67,7 +61,6 @@ from moesaic.kernels.fused_tasks import (
     begin_down,
     combine,
     end_dispatch,
-    planned,
     raise_ready,
     row_return,
     rows_by_expert,
@@ -111,27 +104,9 @@ def _fused_forward_kernel(
     BU: tl.constexpr = BN // 2 if PAIR else BN
     FT: tl.constexpr = (F + BU - 1) // BU
     NT: tl.constexpr = (D + BN - 1) // BN
-    run, control, task, alive = begin(table, me, spins, first, W, BW, AMD)
-    if task == 0:
-        if alive != 0:
-            record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
-            publish(counts_E, run, W, E, BE)
-            rank = tl.arange(0, BW)
-            others = (rank < W) & (rank != me)
-            count_bytes(sent_WP, rank, 0, rank * 0 + 4 * E, others, N_PHASES)
-            count_bytes(sent_WP, rank, 4, rank * 0 + 8, others, N_PHASES)
-            fine = meet(call, run, W, BW, TRACE)
-            if fine:
-                record(1, -1, -1, -1, PLAN, once(), run, W, TRACE)
-                fine = scan(tables, TILES, run, W, E, BE, BM, TRACE)
-            if fine:
-                raise_flags(control + PLANNED + tl.arange(0, 1), once(), 4, -1, -1, me, run, W, TRACE)
-        task = take(control)
-    if alive != 0:
-        alive = planned(control, run, W, BW, TRACE).to(tl.int32)
-    sending, tiles = 0, 0
-    if alive != 0:
-        sending, tiles = tl.load(tables), tl.load(tables + 1)
+    run, control, task, alive, sending, tiles = begin(
+        counts_E, table, tables, sent_WP, me, call, TILES, spins, first, W, E, BE, BW, BM, TRACE, AMD, N_PHASES
+    )
     up_down = 1 + sending
     combining = up_down + tiles * (FT + NT)
     end_of_queue = combining + tl.cdiv(T, BT) * NT
@@ -375,27 +350,18 @@ def compile_setting(
     }  # fmt: skip
 
 
-def compile_cases(target: str) -> Any:
-    """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
+def fused_cases(
+    target: str, launch: Callable[[Setting, dict[str, Any], bool, bool], object]
+) -> dict[str, Callable[[], None]]:
+    """Cases of a kernel of the fused path: launch(setting, what `compile_setting` gives, once, with biases)."""
 
     def case(
-        d: int,
-        f: int,
-        dtype: torch.dtype,
-        once: bool,
-        mode: str,
-        biased: bool = False,
-        n: int = 0,
-        ragged: bool = False,
-    ) -> None:
-        s, g = compile_setting(target, d, f, dtype, once, mode, n, ragged)
-        rest = dict(
-            keep=not once, coded=g["coded"], low=g["low"], shared=g["shared"], **(g["biases"] if biased else {})
-        )
-        forward(g["x"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", s, g["sent"], **rest)
+        d: int, f: int, dtype: torch.dtype, once: bool, mode: str, biased: bool = False, n: int = 0, ragged: bool = False
+    ) -> None:  # fmt: skip
+        launch(*compile_setting(target, d, f, dtype, once, mode, n, ragged), once, biased)
 
     tables = compiled(target)
-    cases = {name: functools.partial(case, *sizes) for name, sizes in tables.items()}
+    cases: dict[str, Callable[[], None]] = {name: functools.partial(case, *sizes) for name, sizes in tables.items()}
     name, sizes = next(iter(tables.items()))
     cases[f"{name}, biases"] = functools.partial(case, *sizes, True)
     for name, sizes in tables.items():
@@ -404,3 +370,15 @@ def compile_cases(target: str) -> Any:
         if "beside" not in sizes[-1]:
             cases[f"{name}, any slots a token"] = functools.partial(case, *sizes, ragged=True)
     return cases
+
+
+def compile_cases(target: str) -> Any:
+    """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
+
+    def launch(setting: Setting, g: dict[str, Any], once: bool, biased: bool) -> None:
+        rest = dict(
+            keep=not once, coded=g["coded"], low=g["low"], shared=g["shared"], **(g["biases"] if biased else {})
+        )
+        forward(g["x"], g["weights"], g["up"], g["down"], g["rows"], "swiglu", setting, g["sent"], **rest)
+
+    return fused_cases(target, launch)

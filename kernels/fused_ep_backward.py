@@ -24,8 +24,8 @@ from moesaic.kernels.fused_ep import (
     N_PHASES,
     Pair,
     Setting,
-    compile_setting,
     describe_experts,
+    fused_cases,
     fused_options,
     n_shared,
 )
@@ -35,7 +35,6 @@ from moesaic.kernels.fused_low import (
     cast_by_weight,
     cast_weight_tile,
     code_type,
-    compiled,
     decoded_weight_tile,
     kept_bytes,
     scales_low,
@@ -48,8 +47,6 @@ from moesaic.kernels.fused_protocol import (
     ALIAS,
     NONE,
     ORIGIN,
-    PLAN,
-    PLANNED,
     ROWS,
     SLOT_GRADS,
     UP,
@@ -59,9 +56,7 @@ from moesaic.kernels.fused_protocol import (
     begins,
     count_bytes,
     finish,
-    meet,
     once,
-    raise_flags,
     record,
     tile_ends,
     wait_ready,
@@ -73,7 +68,6 @@ from moesaic.kernels.fused_tasks import (
     begin_down,
     combine,
     end_dispatch,
-    planned,
     raise_ready,
     row_return,
     rows_by_expert,
@@ -152,20 +146,9 @@ def _fused_backward_kernel(
     e: tl.constexpr = E // W
     FT: tl.constexpr = (F + BN - 1) // BN
     NT: tl.constexpr = (D + BN - 1) // BN
-    run, control, task, alive = begin(table, me, spins, first, W, BW, AMD)
-    if task == 0:
-        if alive != 0:
-            record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
-            fine = meet(call, run, W, BW, TRACE)
-            rank = tl.arange(0, BW)
-            count_bytes(sent_WP, rank, 4, rank * 0 + 8, (rank < W) & (rank != me), N_PHASES)
-            if fine:
-                record(1, -1, -1, -1, PLAN, once(), run, W, TRACE)
-                raise_flags(control + PLANNED + tl.arange(0, 1), once(), 4, -1, -1, me, run, W, TRACE)
-        task = take(control)
-    if alive != 0:
-        alive = planned(control, run, W, BW, TRACE).to(tl.int32)
-    sending, tiles = tl.load(tables), tl.load(tables + 1)
+    run, control, task, alive, sending, tiles = begin(
+        None, table, tables, sent_WP, me, call, TILES, spins, first, W, E, BE, BW, BM, TRACE, AMD, N_PHASES
+    )
     FQ: tl.constexpr = (F + BQ - 1) // BQ  # tiles of dW_down and dW_up, BP x BQ
     DQ: tl.constexpr = (D + BQ - 1) // BQ
     down_tiles: tl.constexpr = (D + BP - 1) // BP * FQ
@@ -343,31 +326,12 @@ def backward(
 def compile_cases(target: str) -> Any:
     """What moesaic.kernels.targets compiles, of a layer of 64 experts on 8 ranks."""
 
-    def case(
-        d: int,
-        f: int,
-        dtype: torch.dtype,
-        once: bool,
-        mode: str,
-        biased: bool = False,
-        n: int = 0,
-        ragged: bool = False,
-    ) -> None:
-        s, g = compile_setting(target, d, f, dtype, once, mode, n, ragged)
+    def launch(setting: Setting, g: dict[str, Any], once: bool, biased: bool) -> None:
         kept = None if once else g["kept"]
         weights = g["weights"], g["up"], g["down"]
         rest = dict(
             coded=g["coded"], low=g["low"], b_down=g["biases"]["b_down"] if biased else None, shared=g["shared"]
         )
-        backward(g["x"], g["x"], g["h"], kept, g["tables"], *weights, g["rows"], "swiglu", s, g["sent"], **rest)
+        backward(g["x"], g["x"], g["h"], kept, g["tables"], *weights, g["rows"], "swiglu", setting, g["sent"], **rest)
 
-    tables = compiled(target)
-    cases = {name: functools.partial(case, *sizes) for name, sizes in tables.items()}
-    name, sizes = next(iter(tables.items()))
-    cases[f"{name}, biases"] = functools.partial(case, *sizes, True)
-    for name, sizes in tables.items():
-        if sizes[-1] == "high":
-            cases[f"{name}, 2 shared experts"] = functools.partial(case, *sizes, n=2)
-        if "beside" not in sizes[-1]:
-            cases[f"{name}, any slots a token"] = functools.partial(case, *sizes, ragged=True)
-    return cases
+    return fused_cases(target, launch)

@@ -27,8 +27,6 @@ from moesaic.kernels.fused_protocol import (
     NONE,
     NUMBERS,
     ORIGIN,
-    PLAN,
-    PLANNED,
     ROWS,
     SLOT_GRADS,
     UP,
@@ -37,12 +35,8 @@ from moesaic.kernels.fused_protocol import (
     begins,
     count_bytes,
     finish,
-    meet,
     once,
-    publish,
-    raise_flags,
     record,
-    scan,
     tables_size,
     wait_rows,
 )
@@ -51,7 +45,6 @@ from moesaic.kernels.fused_tasks import (
     begin_dispatch,
     combine,
     end_dispatch,
-    planned,
     row_return,
     rows_of,
     take,
@@ -70,29 +63,9 @@ def _carry_kernel(
     """counts_E: None where `tables` are those of an earlier launch with the same slots."""
     TYPE: tl.constexpr = x_TD.dtype.element_ty
     X_BYTES: tl.constexpr = D * (TYPE.primitive_bitwidth // 8) if CODE is None else D + (D + 127) // 128
-    run, control, task, alive = begin(table, me, spins, first, W, BW, AMD)
-    if task == 0:
-        if alive != 0:
-            record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
-            rank = tl.arange(0, BW)
-            others = (rank < W) & (rank != me)
-            if counts_E is not None:
-                publish(counts_E, run, W, E, BE)
-                count_bytes(sent_WP, rank, 0, rank * 0 + 4 * E, others, N_PHASES)
-            count_bytes(sent_WP, rank, 4, rank * 0 + 8, others, N_PHASES)
-            fine = meet(call, run, W, BW, TRACE)
-            if fine:
-                record(1, -1, -1, -1, PLAN, once(), run, W, TRACE)
-                if counts_E is not None:
-                    fine = scan(tables, TILES, run, W, E, BE, BM, TRACE)
-            if fine:
-                raise_flags(control + PLANNED + tl.arange(0, 1), once(), 4, -1, -1, me, run, W, TRACE)
-        task = take(control)
-    if alive != 0:
-        alive = planned(control, run, W, BW, TRACE).to(tl.int32)
-    sending, tiles = 0, 0
-    if alive != 0:
-        sending, tiles = tl.load(tables), tl.load(tables + 1)
+    run, control, task, alive, sending, tiles = begin(
+        counts_E, table, tables, sent_WP, me, call, TILES, spins, first, W, E, BE, BW, BM, TRACE, AMD, N_PHASES
+    )
     arriving = 1 + sending
     end_of_queue = arriving + tiles
     while (task < end_of_queue) & (alive != 0):
@@ -140,20 +113,9 @@ def _give_back_kernel(
     TYPE: tl.constexpr = y_ND.dtype.element_ty
     SIZE: tl.constexpr = TYPE.primitive_bitwidth // 8
     NT: tl.constexpr = (D + BN - 1) // BN
-    run, control, task, alive = begin(table, me, spins, first, W, BW, AMD)
-    if task == 0:
-        if alive != 0:
-            record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
-            fine = meet(call, run, W, BW, TRACE)
-            rank = tl.arange(0, BW)
-            count_bytes(sent_WP, rank, 4, rank * 0 + 8, (rank < W) & (rank != me), N_PHASES)
-            if fine:
-                record(1, -1, -1, -1, PLAN, once(), run, W, TRACE)
-                raise_flags(control + PLANNED + tl.arange(0, 1), once(), 4, -1, -1, me, run, W, TRACE)
-        task = take(control)
-    if alive != 0:
-        alive = planned(control, run, W, BW, TRACE).to(tl.int32)
-    tiles = tl.load(tables + 1)
+    run, control, task, alive, _, tiles = begin(
+        None, table, tables, sent_WP, me, call, TILES, spins, first, W, E, BE, BW, BM, TRACE, AMD, N_PHASES
+    )
     combining = 1 + tiles * NT
     end_of_queue = combining + tl.cdiv(T, BT) * NT
     while (task < end_of_queue) & (alive != 0):

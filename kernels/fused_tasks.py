@@ -17,6 +17,7 @@ from moesaic.kernels.fused_protocol import (
     DOWN,
     EPOCH,
     ORIGIN,
+    PLAN,
     PLANNED,
     QUEUE,
     READY,
@@ -28,10 +29,13 @@ from moesaic.kernels.fused_protocol import (
     firsts,
     fragments,
     has_failed,
+    meet,
     once,
     places,
+    publish,
     raise_flags,
     record,
+    scan,
     sources_of,
     wait_for,
     wait_ready,
@@ -41,25 +45,49 @@ from moesaic.kernels.interpret import jit
 
 
 @jit
-def begin(table, me, spins, first, W: tl.constexpr, BW: tl.constexpr, AMD: tl.constexpr):
-    """(run, the pointer to this rank's words, the first task, whether no rank has failed)."""
+def begin(
+    counts_E, table, tables, sent_WP, me, call, TILES, spins, first, W: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+    BW: tl.constexpr, BM: tl.constexpr, TRACE: tl.constexpr, AMD: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The plan, of the program that takes task 0; the others wait for it. counts_E: None where `tables` are there already, from a
+    launch before with the same slots.
+
+    Returns (run, the pointer to this rank's words, the next task, whether no rank has failed, dispatch tasks, row tiles)."""
     control = address(table, CONTROL, me, W, tl.int32)
     program = tl.program_id(0) + first
     run = (table, me, tl.load(control + EPOCH) + 1, spins, program, AMD)
-    return run, control, take(control), 1 - has_failed(run, W, BW).to(tl.int32)
+    task, alive = take(control), 1 - has_failed(run, W, BW).to(tl.int32)
+    zero = tl.zeros([1], tl.int32)
+    if task == 0:
+        if alive != 0:
+            record(0, -1, task, -1, PLAN, once(), run, W, TRACE)
+            rank = tl.arange(0, BW)
+            others = (rank < W) & (rank != me)
+            if counts_E is not None:
+                publish(counts_E, run, W, E, BE)
+                count_bytes(sent_WP, rank, 0, rank * 0 + 4 * E, others, P)
+            count_bytes(sent_WP, rank, 4, rank * 0 + 8, others, P)
+            fine = meet(call, run, W, BW, TRACE)
+            if fine:
+                record(1, -1, -1, -1, PLAN, once(), run, W, TRACE)
+                if counts_E is not None:
+                    fine = scan(tables, TILES, run, W, E, BE, BM, TRACE)
+            if fine:
+                raise_flags(control + PLANNED + tl.arange(0, 1), once(), 4, -1, -1, me, run, W, TRACE)
+        task = take(control)
+    sending, tiles = 0, 0
+    if alive != 0:
+        alive = wait_for(control + PLANNED + zero, once(), 1, 5, zero - 1, zero - 1, zero + me, run, W, BW, TRACE).to(
+            tl.int32
+        )
+    if alive != 0:
+        sending, tiles = tl.load(tables), tl.load(tables + 1)
+    return run, control, task, alive, sending, tiles
 
 
 @jit
 def take(control):
     return tl.atomic_add(control + QUEUE, 1, sem="relaxed", scope="gpu")
-
-
-@jit
-def planned(control, run, W: tl.constexpr, BW: tl.constexpr, TRACE: tl.constexpr):
-    """Wait for this rank's plan."""
-    _, me, _, _, _, _ = run
-    one, none = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32) - 1
-    return wait_for(control + PLANNED + one, one == 0, 1, 5, none, none, one + me, run, W, BW, TRACE)
 
 
 @jit

@@ -18,6 +18,7 @@ from moesaic.launch.data import open_data
 from moesaic.launch.schema import DataConfig, TrainConfig
 from moesaic.parallel import checkpoint
 from moesaic.parallel.fsdp import FSDPEngine
+from moesaic.parallel.fused import FusedError
 from tests.launch.launches import Place, here, losses, records, tensors
 from tests.parallel.ranks import run_ranks
 
@@ -157,6 +158,30 @@ def test_weights_that_are_not_finite_are_never_saved(
     with pytest.raises(guards.RunEndedError, match=r"step 4: a weight or moment is not finite.*step_00000002"):
         here(*place.knobs(run_dir, "train.checkpoint_every=2", "train.eval_every=0"))
     assert [Path(path).name for path in checkpoint.complete_checkpoints(run_dir / "checkpoints")] == ["step_00000002"]
+
+
+def test_a_failed_launch_is_told_before_its_gradients_are_used(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA, where the host has gone on without waiting for it: here `settle` says so in the third step."""
+    real, calls, steps = FSDPEngine.step, iter(range(1, 10)), []
+
+    def step(self: FSDPEngine, *args: Any, **kwargs: Any) -> torch.Tensor:
+        steps.append(len(steps) + 1)
+        return real(self, *args, **kwargs)
+
+    def settle(model: Any) -> None:
+        if next(calls) == 3:
+            raise FusedError("a launch failed")
+
+    monkeypatch.setattr(FSDPEngine, "step", step)
+    monkeypatch.setattr(train, "settle", settle)
+    with pytest.raises(guards.RunEndedError, match="a launch failed"):
+        here(*place.knobs(tmp_path / "run", "train.checkpoint_every=1", "train.eval_every=0"))
+    assert steps == [1, 2], "weights were changed by gradients that no launch computed"
+    assert [Path(path).name for path in checkpoint.complete_checkpoints(tmp_path / "run" / "checkpoints")][
+        -1
+    ] == "step_00000002"
 
 
 def jump_at(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> list[int]:
