@@ -428,6 +428,8 @@ def draw(by: dict[tuple[str, int], dict[str, Any]], path: Path, title: str) -> N
         at = sorted(set.intersection(*(set(c) for c in curves.values())) - {0})
         alike = [c for s, c in curves.items() if s in shared or not shared]
         left.plot(at, [statistics.mean(c[t] for c in alike) for t in at], label=name, **style)
+        if name == "fp32":
+            continue
         paired = {s: c for s, c in curves.items() if ("fp32", s) in by}
         bases = {s: dict(map(tuple, by["fp32", s]["val_curve"])) for s in paired}
         at = [t for t in at if paired and all(t in bases[s] for s in paired)]
