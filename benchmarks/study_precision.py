@@ -200,7 +200,7 @@ def train(name: str, seed: int, choice: Options) -> None:
         result["left_at"] = digest(left_at)
         base = file_of("fp32", seed, choice)
         if base.exists() and json.loads(base.read_text())["left_at"] != result["left_at"]:
-            raise RuntimeError(
+            raise ValueError(
                 f"{base.name} is of a trunk with other weights, of another CPU perhaps: move away seed {seed}'s files"
             )
     elif name == "fp32":
