@@ -179,6 +179,7 @@ def train(name: str, seed: int, choice: Options) -> None:
         with TRUNKS[seed]:
             if not checkpoint.is_checkpoint(left_at):
                 train("fp32", seed, choice)
+        trunk(left_at, seed, choice)
         if not checkpoint.complete_checkpoints(str(folder / "checkpoints")):
             own.append(f"resume={left_at}")
     done = subprocess.run(
@@ -197,12 +198,7 @@ def train(name: str, seed: int, choice: Options) -> None:
         "grad_norm": statistics.median(r["grad_norm"] for r in trained), "skipped": trained[-1]["skipped"],
     }  # fmt: skip
     if begin:
-        result["left_at"] = digest(left_at)
-        base = file_of("fp32", seed, choice)
-        if base.exists() and json.loads(base.read_text())["left_at"] != result["left_at"]:
-            raise ValueError(
-                f"{base.name} is of a trunk with other weights, of another CPU perhaps: move away seed {seed}'s files"
-            )
+        result["left_at"] = trunk(left_at, seed, choice)
     elif name == "fp32":
         result["same_weights"] = at_same_weights(folder)
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -214,10 +210,16 @@ def train(name: str, seed: int, choice: Options) -> None:
     print(f"{path.stem}: val_loss {result['val_loss']:.4f}", flush=True)
 
 
-def digest(path: str) -> str:
-    """Of the bytes of a checkpoint's tensors."""
+def trunk(path: str, seed: int, choice: Options) -> str:
+    """Digest of the checkpoint that a seed's runs leave. ValueError: it is not the one that fp32's result is of."""
     files = checkpoint.read_manifest(path).files
-    return hashlib.sha256("".join(c for file in files for c in file.checksums).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("".join(c for file in files for c in file.checksums).encode()).hexdigest()[:16]
+    base = file_of("fp32", seed, choice)
+    if base.exists() and json.loads(base.read_text())["left_at"] != digest:
+        raise ValueError(
+            f"{base.name} is of a trunk with other weights, of another CPU perhaps: move away seed {seed}'s files, or add a seed"
+        )
+    return digest
 
 
 def at_same_weights(folder: Path) -> dict[str, list[float]]:
