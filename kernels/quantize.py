@@ -25,7 +25,10 @@
 
 **Whatever is not finite stays visible.** An infinity or NaN makes the scale of its block NaN (and with a factor, the tensor), so
 that guards see it: saturation would hide it. A block of zeros has codes 0; its scale is 1, or the least of its type. Infinities
-cast without a scale saturate. Subnormal codes are used; a scale that underflows to 0 makes its block 0.
+cast without a scale saturate. Subnormal codes are used; a scale that underflows to 0 makes its block 0. Subnormal e4m3 scales, of
+blocks below 3.5e-5 of the tensor's largest value, have coarse steps: stochastic rounding then clips, and its mean is too small.
+Near the ends of fp32 (squares of quest from 1e19 on, a power of two above 2^127) a block becomes NaN or infinite.
+Not here: ties other than to even, a floor under amax (1e-4 in DeepSeek's), an overflow that becomes NaN, which others have.
 
 **Chance is a function of (key, row, column)**, with the global number of a row: the same draws on every layout, and in a kernel.
 

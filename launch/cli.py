@@ -33,6 +33,8 @@ from moesaic.launch.schema import Config
 # working directory, whether a program was started as a file or as a module.
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
+GROUPS = ("recipe", "model", "parallel", "data", "precision")  # of recipes/train.yaml
+
 # What Hydra, OmegaConf, a YAML file and a dataclass's own check raise while a configuration is put together.
 MISTAKES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
@@ -92,10 +94,10 @@ def run(main: Callable[[Config], None], in_jobs: bool = False) -> None:
     parser = get_args_parser()
     parser.error = _exit  # type: ignore[method-assign]
     parser.parse_args()
-    sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
     from moesaic.launch import sweep  # it imports this module
 
     try:
+        sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
         task: Callable[[DictConfig], None] = job
         kind = sweep.launcher(sys.argv[1:])
         if kind:
@@ -153,9 +155,12 @@ def as_typed(argument: str) -> str:
 
     Unquoted, Hydra takes the first for a syntax error and the second for the number 202601. A single text for a knob that
     holds a list becomes a list of one. What has a meaning of its own stays Hydra's: null, a list, a quoted value, and sweeps:
-    several values with commas, or a function such as `choice(a,b)`.
+    several values with commas, or a function such as `choice(a,b)`. Raises `UserError` for what Hydra would merge, or not name:
+    several recipes of a group as one, `precision=[mxfp8,nvfp4]`, or none.
     """
     key, _, value = argument.partition("=")
+    if key in GROUPS and (value == "null" or value.startswith("[")):
+        raise UserError(f"{argument}: must be one of {', '.join(choices_of(key))}")
     kind = knobs().get(key.lstrip("+"))
     if kind == list[str] and re.fullmatch(r"\[[^\[\]'\"\\]+\]", value):  # [web=a/*.txt,b]: each of the texts
         return f"{key}=[{','.join(repr(one.strip()) for one in value[1:-1].split(','))}]"
@@ -204,6 +209,11 @@ def checked(composed: Any) -> Config:
     return config
 
 
+def choices_of(group: str) -> list[str]:
+    """The names of its recipes."""
+    return sorted(path.stem for path in (RECIPES / group).glob("*.yaml"))
+
+
 def _explain(error: Exception) -> str:
     """The line for one of `MISTAKES`."""
     if isinstance(error, OverrideParseException):
@@ -213,7 +223,7 @@ def _explain(error: Exception) -> str:
         return f"{error.override}: can't be read; put the value in quotes: \"{key}='...'\""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, name = error.missing_cfg_file.rsplit("/", 1)
-        choices = error.options or sorted(path.stem for path in (RECIPES / group).glob("*.yaml"))
+        choices = error.options or choices_of(group)
         return f"{_unknown(f'{group}={name}', name, choices)}; must be one of {', '.join(choices)}"
     # Hydra wraps OmegaConf's exception: that of an override as the cause, that of a file as the context.
     wrapped = (error.__cause__ or error.__context__) if isinstance(error, HydraException) else None

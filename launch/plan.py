@@ -22,6 +22,7 @@ from moesaic.launch.batches import micro_batch
 from moesaic.launch.schema import Config
 from moesaic.moe.config import require
 from moesaic.moe.flops import flops_per_token, parameter_counts
+from moesaic.moe.low import check_low
 from moesaic.parallel import hardware as machines
 from moesaic.parallel.apart import all_apart, products_inside
 from moesaic.parallel.hardware import Hardware
@@ -95,15 +96,23 @@ def make_plan(config: Config, chosen: PlanOptions) -> Plan:
     if low.quantized and chosen.products == "auto":
         element = low.fprop.x.element or low.fprop.w.element or low.dgrad.dy.element or low.wgrad.dy.element or ""
         precision = "fp4" if element in ("e2m1", "int4") else "fp8"
+        check_low(low, config.model)
+        require(precision in machine.tflops,
+                f"precision={low.recipe}: hardware={machine.name} has products of {', '.join(machine.tflops)}, none of "
+                f"{precision}; a run emulates them, which is not planned: products={compute} has the rest")  # fmt: skip
     machine.rate(precision)
     layout = layout_of(config.model, config.parallel, world, machine.node, micro, 1, train.seq_len, compute)
     kernels = config.parallel.expert_path == "fused" and low.quantizes("experts")
     inside = kernels and products_inside(low, machine.target)
     layout = dataclasses.replace(with_batch(layout, micro, train.global_batch), imbalance=chosen.imbalance,
                                  dispatch=low.dispatch, combine=low.combine, target=machine.target,
-                                 low=inside, apart=kernels and not inside, numbers=kernels and low.chance)  # fmt: skip
+                                 low=inside, apart=kernels and not inside,
+                                 numbers=low.quantizes("experts") and low.chance)  # fmt: skip
     if kernels and all_apart(low, machine.target):
         layout = dataclasses.replace(layout, keep=True)
+    if low.quantized and chosen.products == "auto":
+        high = low.high_first, low.high_last, low.high_tail
+        layout = dataclasses.replace(layout, quantized=tuple(low.layers), high=high)
     efficiency = chosen.efficiency or EFFICIENCY["cpu" if machine.target == "cpu" else "gpu"]
     timing = time_of(config.model, layout, machine, precision, efficiency=efficiency)
     return Plan(config, machine, layout, precision, efficiency, memory_of(config.model, layout), timing)

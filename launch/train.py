@@ -64,6 +64,7 @@ from moesaic.moe.attention import document_ids
 from moesaic.moe.balance import load_figures, update_bias
 from moesaic.moe.flops import flops_per_token, parameter_counts
 from moesaic.moe.model import Output, Transformer
+from moesaic.moe.precision import without_effect
 from moesaic.parallel import checkpoint, trace
 from moesaic.parallel.apart import products_inside
 from moesaic.parallel.apply import expert_path, greatest, parallelize, start_engine, total
@@ -191,6 +192,8 @@ def train(config: Config, device: torch.device) -> None:
         f"model: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active a token; "
         f"{config.model.n_experts} experts, {config.model.router.top_k} a token"
     )
+    for line in without_effect(config.precision, every.steps):
+        say(f"warning: {line}")
     quantized = ""
     if config.precision.quantized:
         told = model.precision.told(device)

@@ -177,28 +177,26 @@ class Saver:
 
     def __init__(self) -> None:
         self.tensors: list[Tensor | None] = []
-        self.forms: list[tuple[Format, int] | None] = []
+        self.forms: list[tuple[Format | None, int]] = []
 
     def keep(self, high: Tensor, low: Low, packed: bool) -> None:
-        """`high`, or `low` packed; and what the cast did not clip, where it tells."""
+        """`high`, or `low` packed; and what the cast, which rotation may have made wider, did not clip, where it tells."""
         if packed:
             assert low.quantized is not None
             p = pack(low.quantized)
             self.tensors += [p.codes, p.scales, p.factor, p.trusted]
-            self.forms.append((p.format, p.columns))
         else:
             trusted = None if low.quantized is None else low.quantized.trusted_NK
             self.tensors += [high, None, None, None if trusted is None else pack_bits(trusted)]
-            self.forms.append(None)
+        self.forms.append((p.format if packed else None, low.values.shape[-1]))
 
 
-def kept(tensors: Iterator[Any], form: tuple[Format, int] | None, columns: int) -> tuple[Tensor | Low, Tensor | None]:
-    """What `Saver.keep` kept: the tensor, of so many columns, or the cast; and what was not clipped."""
+def kept(tensors: Iterator[Any], form: tuple[Format | None, int]) -> tuple[Tensor | Low, Tensor | None]:
+    """What `Saver.keep` kept: the tensor or its cast; and what that, of so many columns, did not clip."""
     a, scales, factor, trusted = (next(tensors) for _ in range(4))
-    if form is not None:
-        columns = form[1]
-        a = Low.of(Packed(form[0], a, scales, factor, columns).unpack())
-    return a, None if trusted is None else unpack_bits(trusted, columns)
+    if form[0] is not None:
+        a = Low.of(Packed(form[0], a, scales, factor, form[1]).unpack())
+    return a, None if trusted is None else unpack_bits(trusted, form[1])
 
 
 # ---------------------------------------------------------------- linear
@@ -223,8 +221,8 @@ class LowLinear(torch.autograd.Function):
         tensors, weight, ids_T = iter(ctx.saved_tensors), ctx.weight, ctx.ids_T
         (f, d), dtype = ctx.w_shape, dy.dtype
         dy_TF = dy.reshape(-1, f).float()
-        x, trusted_x = kept(tensors, ctx.forms[0], d)
-        w, trusted_w = kept(tensors, ctx.forms[1], d)
+        x, trusted_x = kept(tensors, ctx.forms[0])
+        w, trusted_w = kept(tensors, ctx.forms[1])
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = multiply(weight.cast("dgrad", "dy", dy_TF, ids_T), weight.again("dgrad", "w", w))
@@ -292,10 +290,10 @@ class _LowExperts(torch.autograd.Function):
         h_RG, weights_R, b_down, bag, starts, source_R, expert_R, ids_R, ids_N = (next(tensors) for _ in range(9))
         (_, d), (_, _, f) = ctx.shapes
         up, down, counts, dtype = ctx.up, ctx.down, ctx.counts, dy_ND.dtype
-        x, trusted_x = kept(tensors, ctx.forms[0], d)
-        w_up, trusted_up = kept(tensors, ctx.forms[1], d)
-        a, trusted_a = kept(tensors, ctx.forms[2], f)
-        w_down, trusted_down = kept(tensors, ctx.forms[3], f)
+        x, trusted_x = kept(tensors, ctx.forms[0])
+        w_up, trusted_up = kept(tensors, ctx.forms[1])
+        a, trusted_a = kept(tensors, ctx.forms[2])
+        w_down, trusted_down = kept(tensors, ctx.forms[3])
         used, dy_ND = h_RG.shape[0], dy_ND.float()
         w_R1 = weights_R[:used, None].float()
 
@@ -395,8 +393,9 @@ class LowExperts:
 def check_low(config: PrecisionConfig, model: ModelConfig) -> None:
     """Raises ValueError where no layer is left to quantize, or the kernels are asked for and no device has such products."""
     blocks, dense = model.n_layers, model.n_dense_layers
+    one, other = ("high_first", "high_last") if config.high_first else ("high_last", "high_first")
     require(config.high_first + config.high_last < blocks,
-            f"precision.high_first={config.high_first}: with precision.high_last={config.high_last} leaves none of "
+            f"precision.{one}={getattr(config, one)}: with precision.{other}={getattr(config, other)} leaves none of "
             f"model.n_layers={blocks} to quantize")  # fmt: skip
     routed = dense < blocks - config.high_last
     has = {"attention": True, "dense": config.high_first < dense or (routed and model.d_shared > 0), "experts": routed}

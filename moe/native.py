@@ -160,22 +160,21 @@ class Kept:
 
     def __init__(self) -> None:
         self.tensors: list[Tensor | None] = []
-        self.forms: list[tuple[Format, int] | None] = []
+        self.forms: list[tuple[Format | None, int]] = []
 
     def keep(self, high: Tensor | None, cast: Packed, packed: bool) -> None:
         """`high`, or the cast; and what that did not clip, where it tells."""
         self.tensors += [cast.codes, cast.scales, cast.factor] if packed else [high, None, None]
         self.tensors.append(cast.trusted)
-        self.forms.append((cast.format, cast.columns) if packed else None)
+        self.forms.append((cast.format if packed else None, cast.columns))
 
 
-def kept(tensors: Iterator[Any], form: tuple[Format, int] | None, columns: int) -> tuple[Any, Tensor | None]:
-    """(the tensor, of so many columns, or its cast; what was not clipped)."""
+def kept(tensors: Iterator[Any], form: tuple[Format | None, int]) -> tuple[Any, Tensor | None]:
+    """(the tensor or its cast; what that, of so many columns, did not clip)."""
     codes, scales, factor, trusted = (next(tensors) for _ in range(4))
-    if form is not None:
-        columns = form[1]
-        codes = Packed(form[0], codes, scales, factor, columns)
-    return codes, None if trusted is None else unpack_bits(trusted, columns)
+    if form[0] is not None:
+        codes = Packed(form[0], codes, scales, factor, form[1])
+    return codes, None if trusted is None else unpack_bits(trusted, form[1])
 
 
 def product(
@@ -217,8 +216,8 @@ class NativeLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         tensors, weight = iter(ctx.saved_tensors), ctx.weight
         d, dy_TF, plan = ctx.w_shape[1], in_rows(dy.reshape(-1, ctx.w_shape[0])), one_group(ctx.ids_T)
-        x, trusted_x = kept(tensors, ctx.forms[0], d)
-        w, trusted_w = kept(tensors, ctx.forms[1], d)
+        x, trusted_x = kept(tensors, ctx.forms[0])
+        w, trusted_w = kept(tensors, ctx.forms[1])
         dx = dw = None
         if ctx.needs_input_grad[0]:
             w = w if isinstance(w, Packed) else w[None]
@@ -286,10 +285,10 @@ class NativeExperts(torch.autograd.Function):
         h_RG, weights_R, b_down, ids_N, source_R, expert_R, bag, starts, counts_E = (next(tensors) for _ in range(9))
         rows, (d, f), dtype = Rows(source_R, source_R, expert_R, bag, starts, counts_E), ctx.widths, dy_ND.dtype
         plan, up, down = plan_of(rows, ids_N, ctx.first, ctx.experts), ctx.up, ctx.down
-        x, trusted_x = kept(tensors, ctx.forms[0], d)
-        w_up, trusted_up = kept(tensors, ctx.forms[1], d)
-        a, trusted_a = kept(tensors, ctx.forms[2], f)
-        w_down, trusted_down = kept(tensors, ctx.forms[3], f)
+        x, trusted_x = kept(tensors, ctx.forms[0])
+        w_up, trusted_up = kept(tensors, ctx.forms[1])
+        a, trusted_a = kept(tensors, ctx.forms[2])
+        w_down, trusted_down = kept(tensors, ctx.forms[3])
         dy_ND = dy_ND.contiguous()
 
         dyq = cast_rows(down, "dgrad", "dy", dy_ND, one_group(ids_N))

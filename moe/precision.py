@@ -132,7 +132,7 @@ class PrecisionConfig:
             require(kind in LAYERS, f"precision.layers={self.layers}: must be some of {', '.join(LAYERS)}")
         for name in ("high_first", "high_last", "deosc_period", "deosc_start"):
             require(getattr(self, name) >= 0, f"precision.{name}={getattr(self, name)}: must not be negative")
-        require(0 <= self.high_tail <= 1, f"precision.high_tail={self.high_tail}: must lie in 0..1")
+        require(0 <= self.high_tail < 1, f"precision.high_tail={self.high_tail}: must lie in 0..1, and below 1")
         require(self.deosc_ratio > 1, f"precision.deosc_ratio={self.deosc_ratio}: must be above 1")
         for product in ("fprop", "dgrad", "wgrad"):
             self._check_product(product, getattr(self, product))
@@ -203,10 +203,10 @@ def _check_operand(knob: str, o: OperandConfig, product: str, side: str, p: Any,
         require(other.rule != "quest" or other.element is None,
                 f"{knob}.source=high: must be fprop, for what precision.fprop.{name}.rule=quest clips is told in the space of "
                 f"precision.fprop.rotation={fprop.rotation}")  # fmt: skip
-    if o.element is None:
-        return
     require(o.rule in SCALES[o.scale],
             f"{knob}.rule={o.rule}: must be one of {', '.join(SCALES[o.scale])} with {knob}.scale={o.scale}")  # fmt: skip
+    if o.element is None:
+        return
     require(o.scale != "e4m3" or o.element in ("e2m1", "int4"),
             f"{knob}.scale=e4m3: is for elements of 4 bits, not {o.element}")  # fmt: skip
     for name, value in (("rule", "four_six"), ("rule", "quest"), ("rounding", "eden")):
@@ -224,6 +224,32 @@ def _check_operand(knob: str, o: OperandConfig, product: str, side: str, p: Any,
         require(p.rotation > 0 and p.rotation % columns == 0 and p.signs == "step",
                 f"{knob}.rounding=eden: needs precision.{product}.signs=step and a rotation in whole blocks of {o.block}, not "
                 f"{p.signs} and {p.rotation}")  # fmt: skip
+
+
+def without_effect(config: PrecisionConfig, steps: int) -> list[str]:
+    """A line for each knob that a run of so many steps is given for nothing."""
+    found = []
+    first = config.deosc_start + config.deosc_period
+    if not config.quantized:
+        plain = PrecisionConfig()
+        knobs = [
+            k for k in ("layers", "high_first", "high_last", "high_tail") if getattr(config, k) != getattr(plain, k)
+        ]
+        knobs += [f"{p}.rotation" for p in PRODUCTS if getattr(config, p).rotation]
+        found += [
+            f"precision.{knob}: does nothing, for precision={config.recipe} quantizes no product" for knob in knobs
+        ]
+    elif config.high_tail and tail_of(config, steps) >= steps:
+        found.append(f"precision.high_tail={config.high_tail}: is no step of train.steps={steps}")
+    if config.deosc_period and first > tail_of(config, steps):
+        found.append(f"precision.deosc_start={config.deosc_start}: the first window of precision.deosc_period="
+                     f"{config.deosc_period} does not end within what train.steps={steps} quantizes")  # fmt: skip
+    return found
+
+
+def tail_of(config: PrecisionConfig, steps: int) -> int:
+    """The step, from 0, from which on everything is high."""
+    return round((1 - config.high_tail) * steps)
 
 
 def of_fp8_block(config: PrecisionConfig) -> bool:
@@ -372,7 +398,7 @@ class Precision:
     def begin(self, step: int, steps: int) -> None:
         """Step `step` of `steps`, from 0, begins."""
         self.step, self.casts, self.signs = step, [], {}
-        tail = step >= round((1 - self.config.high_tail) * steps)
+        tail = step >= tail_of(self.config, steps)
         self.high = tail or not self.config.quantized
         if tail != self.tail:
             self.tail = tail

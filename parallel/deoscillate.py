@@ -45,7 +45,10 @@ class Deoscillation:
     def after(self, step: int) -> int | None:
         """`step` steps are done. At the end of a window, how many weights of all ranks were moved, else None. Collective."""
         config = self.precision.config
-        if not self.state or self.precision.high:
+        if self.precision.high:  # to the end of the run: no window begins any more
+            self.state = {}
+            return None
+        if not self.state:
             self.start(step)
             return None
         ended = (step - config.deosc_start) % config.deosc_period == 0

@@ -18,6 +18,7 @@ node, intra: within one) and phase. With n_w of this rank's tokens visiting rank
 rank w to this one, e experts a rank, b bytes a row (D times those of a number), for each other rank w:
 
     counts    8 (e + 1)       slots     8 s_w     dispatch        n_w b     combine         m_w b       forward
+              and 8 n_w for dispatch, the numbers of tokens, where a recipe rounds by chance
     combine_grad    n_w b     dispatch_grad     m_w b     slots_grad      4 r_w                         backward
 
 What a limit on the load gathers, 8 bytes of each rank or 8 W, is left out: how it travels is the backend's choice.

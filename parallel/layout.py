@@ -20,6 +20,7 @@ import torch
 
 from moesaic.moe.config import ModelConfig, RouterConfig, require
 from moesaic.moe.model import Block
+from moesaic.moe.precision import LAYERS
 from moesaic.parallel.config import ParallelConfig, check_shared, shared_experts
 from moesaic.parallel.mesh import check_degrees, expert_degree
 
@@ -40,7 +41,9 @@ class Layout:
                   moesaic.kernels.tiles.TILES, whose tiles decide how much room its heap has
     shared        experts that the shared one is in the fused kernels, 0 where it is beside them (parallel.fused_shared)
     low           whether the fused kernels' products are of fp8, which have other tiles
-    apart, numbers    whether the fused path's experts are computed apart from its kernels, and those of tokens travel then
+    apart         whether the fused path's experts are computed apart from its kernels
+    numbers       whether those of tokens travel with their rows, for chance depends on them
+    quantized, high   precision.layers; precision.high_first, high_last and high_tail: what products of fp8 or fp4 there are
     """
 
     world: int
@@ -66,6 +69,8 @@ class Layout:
     low: bool = False
     apart: bool = False
     numbers: bool = False
+    quantized: tuple[str, ...] = LAYERS
+    high: tuple[int, int, float] = (0, 0, 0.0)
 
     @property
     def tokens(self) -> int:
@@ -384,7 +389,8 @@ def _exchanges(layer: int, model: ModelConfig, layout: Layout) -> Iterator[Colle
             (places, 1, nodes * (1 + e), load.rows * nodes, load.slots * nodes),
         ]
     for n, stride, told, rows, slots in legs:
-        out = [("dispatch", rows * size) for size in row_bytes(layout.dispatch, model.d_model, layout.width)]
+        sizes = [8] * layout.numbers + row_bytes(layout.dispatch, model.d_model, layout.width)
+        out = [("dispatch", rows * size) for size in sizes]
         back = [("combine", rows * size) for size in row_bytes(layout.combine, model.d_model, layout.width)]
         forward = [("counts", 8 * told), ("slots", 8 * slots), *out, *back]
         backward = [("combine_grad", rows * row), ("dispatch_grad", rows * row), ("slots_grad", 4 * slots)]

@@ -32,6 +32,7 @@ EFFICIENCY = {"cpu": 1.0, "gpu": 0.62}
 # Of the peak: what large products reach, by precision; and attention, which is in bf16 whatever the rest is in.
 PRODUCT = {"fp32": 0.9, "tf32": 0.75, "bf16": 0.8, "fp8": 0.7, "fp4": 0.6}
 ATTENTION, MEMORY = 0.55, 0.8
+LOW = ("fp8", "fp4")
 LAUNCHES = {"forward": 120, "backward": 110}  # operations that a block issues, views left out: counted
 # On a CPU, and more for each head of a sequence and block of its queries, multiplied one by one; and more where rows travel.
 ON_CPU, TRAVELLING = {"forward": (150, 4.0), "backward": (200, 8.5)}, 95
@@ -93,6 +94,16 @@ def product_seconds(p: Product, hardware: Hardware, precision: str, width: int, 
     return max(2 * waves * hardware.processors * tile.m * tile.n * p.k / rate, moved)
 
 
+def quantized_share(p: Product, model: ModelConfig, layout: Layout, dense: bool) -> float:
+    """Of a product of dense or of MoE layers: the part of these blocks, and of the steps, that has it quantized."""
+    layer = "experts" if p.kind == "grouped" else "dense" if p.name.split()[0] in ("dense", "shared") else "attention"
+    if p.kind not in ("dense", "grouped") or layer not in layout.quantized:
+        return 0.0
+    first, last, tail = layout.high
+    blocks = range(model.n_dense_layers) if dense else range(model.n_dense_layers, model.n_layers)
+    return (1 - tail) * sum(first <= i < model.n_layers - last for i in blocks) / len(blocks)
+
+
 def launches(model: ModelConfig, layout: Layout, phase: str, cpu: bool, dense: bool = False) -> float:
     """Operations that the host issues for a block."""
     if not cpu:
@@ -146,7 +157,8 @@ def time_of(
     travelled = 0 if layout.hops == "local" else load.received
     wide = "fp32" if precision == "fp32" else "bf16"
     ragged = model.router.rounding == "none"
-    kinds = {"dense": precision, "grouped": precision, "attention": wide, "head": wide,
+    plain = wide if precision in LOW else precision
+    kinds = {"dense": plain, "grouped": plain, "attention": wide, "head": wide,
              "router": router if router in hardware.tflops else "fp32"}  # fmt: skip
     again = {"none": 0.0, "selective": 1.0, "full": 1.0}[layout.remat]
     timing, layers = Timing(), {True: model.n_dense_layers, False: model.n_layers - model.n_dense_layers}
@@ -157,15 +169,15 @@ def time_of(
         where, count = ("dense layer" if dense else "MoE layer"), layers[dense]
         products = block_products(model, t, attended or layout.seq_len, dense, rows, model.n_experts // layout.expert)
         traffic = block_traffic(model, t, dense, rows, travelled, b)
-        if precision in (
-            "fp8",
-            "fp4",
-        ):  # operands read, and written with their scales, once for each side they are used on
-            traffic["quantize"] = sum(1.5 * b * p.m * p.k for p in products if kinds[p.kind] == precision)
+        low = [quantized_share(p, model, layout, dense) if precision in LOW else 0.0 for p in products]
+        if any(low):  # operands read, and written with their scales, once for each side they are used on
+            traffic["quantize"] = sum(1.5 * b * p.m * p.k * part for p, part in zip(products, low, strict=True))
         for phase, times, attention in (("forward", 1.0, 1.0), ("backward", 2.0, 2.5)):
             work: dict[str, float] = defaultdict(float)
-            for p in products:
+            for p, part in zip(products, low, strict=True):
                 one = product_seconds(p, hardware, kinds[p.kind], b, ragged)
+                if part:
+                    one = part * product_seconds(p, hardware, precision, b, ragged) + (1 - part) * one
                 in_kernel = layout.shared and p.name.startswith("shared")
                 saved = layout.remat == "selective" and (p.kind == "grouped" or in_kernel)
                 repeated = again if phase == "backward" and not saved else 0

@@ -144,10 +144,13 @@ def test_scales_over_all_of_fp32(element: str) -> None:
         (*(p + i for p in (powers, subnormal) for i in (-1, 0, 1)), torch.arange(1, 0x7F800000, 49_999).int())
     )
     amax, kind = bits[(bits > 0) & (bits < 0x7F800000)].view(torch.float32), ELEMENTS[element]
-    for rule in ("floor", "ceil", "rceil"):
+    bits_behind = {"e4m3": 3, "e5m2": 2, "e2m1": 1, "int8": 6, "int4": 2}[element]
+    for rule in ("floor", "ceil", "rceil", "even"):
         x = amax / kind.largest if rule == "rceil" else amax
         mantissa, exponent = np.frexp(x.double().numpy())
-        up = mantissa > 0.5 if rule != "floor" else 0
+        up = mantissa > 0.5 if rule in ("ceil", "rceil") else np.zeros(len(mantissa))
+        if rule == "even":  # whether the mantissa, rounded half up, is that of the next power of two
+            up = np.floor(2 * mantissa * 2**bits_behind + 0.5) == 2 * 2**bits_behind
         exponent = exponent - 1 + up - (0 if rule == "rceil" else kind.exponent)
         expected = np.where(x.numpy() == 0, -127, np.clip(exponent, -127, 127))
         assert np.array_equal(np.log2(power_scales(amax, rule, kind).double().numpy()), expected), rule
@@ -176,6 +179,55 @@ def test_blocks_share_a_scale_and_nothing_else(block: tuple[int, int], shape: tu
         alone = quantize(x[:n, :k], form, amax=x.abs().amax())
         assert torch.equal(alone.dequantize(), q.dequantize()[:n, :k])
         assert relative(q.dequantize() - x, x) < 0.05
+
+
+def nvfp4_by_hand(x: np.ndarray, largest_scale: float, fours: bool) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """(codes, scales, factor) of rows in blocks of 16, by ml_dtypes: a factor that gives the largest value the largest scale."""
+    factor = np.float32(np.abs(x).max()) / np.float32(6 * largest_scale)
+    codes, scales = np.zeros_like(x), np.zeros((x.shape[0], x.shape[1] // 16), np.float32)
+    for r, k in np.ndindex(*scales.shape):
+        block = x[r, 16 * k : 16 * k + 16] / factor
+        tries = []
+        for most in (6, 4) if fours else (6,):
+            scale = (
+                (np.abs(block).max() * (np.float32(1) / np.float32(most)))
+                .astype(ml_dtypes.float8_e4m3fn)
+                .astype(np.float32)
+            )
+            code = np.clip(block / (scale or np.float32(1)), -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+            tries.append((((code * scale - block).astype(float) ** 2).sum(), -most, scale, code))
+        _, _, scales[r, k], codes[r, 16 * k : 16 * k + 16] = min(tries, key=lambda one: one[:2])
+    return codes, scales, factor
+
+
+@pytest.mark.parametrize("rule", ["amax", "four_six"])
+def test_nvfp4_is_that_of_ml_dtypes(rule: str) -> None:
+    """Codes, scales and factor, over rows that spread the blocks over all of e4m3's scales, those that underflow among them."""
+    x = (
+        gaussian(96, 64, 31)
+        * torch.logspace(-8, 8, 96, base=2)[:, None]
+        * torch.logspace(-6, 6, 96, base=2).flip(0)[:, None] ** 2
+    )
+    x[::7] *= 2.0**-16
+    q = quantize(x, Format("e2m1", (1, 16), "e4m3", rule))
+    codes, scales, factor = nvfp4_by_hand(x.numpy(), 256 if rule == "four_six" else 448, rule == "four_six")
+    assert q.factor.item() == factor
+    alike = (q.scales.numpy() == scales).all(axis=1)
+    assert alike.mean() == 1 if rule == "amax" else alike.mean() > 0.9  # two errors may differ in their last bit alone
+    assert np.array_equal(q.codes_NK.numpy()[alike], codes[alike])
+    assert 0 < (scales == 0).mean() < 0.5 and ((scales > 0) & (scales < 2.0**-6)).any() and scales.max() > 200
+
+
+def test_factor_by_hand() -> None:
+    x = torch.full((1, 16), 6.0)
+    x[0, 0] = 6 * 448
+    for form, factor, scale in (
+        (NV4, 1.0, 448.0), (Format("e2m1", (1, 16), "e4m3", "four_six"), 448 / 256, 256.0),
+        (NV4_STOCHASTIC, 17 / 16, 448.0), (Format("int4", (1, 16), "e4m3", "amax"), 6 / 7, 448.0),
+    ):  # fmt: skip
+        q = quantize(x, form)
+        assert q.factor.item() == pytest.approx(factor, rel=1e-6) and q.scales.item() == scale, form
+    assert quantize(x, NV4_EDEN, run=16).factor.item() == pytest.approx(17 / 16 * 0.93 * 448 / 256, rel=1e-6)
 
 
 def test_zeros_infinities_and_nan() -> None:

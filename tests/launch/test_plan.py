@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.launch import cli, options, plan
+from moesaic.parallel.layout import collectives, load_of
 from moesaic.parallel.memory_plan import heap_of
 
 
@@ -79,6 +80,12 @@ def test_what_does_not_fit_is_said(capsys):
         (["nodes=300"], "train.global_batch=1024: leaves some of 2400 ranks without a sequence"),
         (["parallel.expert=7"], "parallel.expert=7: must divide"),
         (["products=fp4"], "precision=fp4: hardware=h100_sxm has"),
+        (["precision=nvfp4"], "precision=nvfp4: hardware=h100_sxm has products of fp32, tf32, bf16, fp8, none of fp4;"),
+        (
+            ["precision=fp8_block", "precision.high_last=99"],
+            "precision.high_last=99: with precision.high_first=0 leaves none",
+        ),
+        (["precision=fp8_block", "precision.layers=[]"], "precision.layers=[]: must name one of"),
         (["parallel.engine=deepspeed", "dry_run=true"], "parallel.engine=deepspeed: a dry run needs fsdp"),
         (["price=abc"], "price=abc: must be a number"),
         (["price=inf"], "price=inf: must be a number, not negative"),
@@ -92,6 +99,43 @@ def test_mistakes(capsys, arguments, line):
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1
     assert line in err or line == "node=3"
+
+
+def planned(*knobs: str) -> plan.Plan:
+    return plan.make_plan(cli.compose(["recipe=7b_moe", *knobs]), plan.PlanOptions(hardware="b200", nodes=1))
+
+
+@pytest.mark.parametrize(
+    ("knob", "experts", "attention"),
+    [("high_tail=0.5", 0.5, 0.5), ("high_first=20", 0.5, 0.5), ("high_last=10", 0.75, 0.75), ("layers=[experts]", 1, 0),
+     ("layers=[attention]", 0, 1)],
+)  # fmt: skip
+def test_what_a_recipe_leaves_high_takes_as_long_as_bf16(knob, experts, attention):
+    """Of 40 blocks, all of them with experts."""
+    high, low, mixed = (
+        planned(*knobs).timing.parts
+        for knobs in (["precision=bf16"], ["precision=mxfp8"], ["precision=mxfp8", f"precision.{knob}"])
+    )
+    for name, part in (("experts up", experts), ("wqkv", attention)):
+        key = "MoE layer", "forward", f"product {name}"
+        assert low[key] < high[key]
+        assert mixed[key] == pytest.approx(part * low[key] + (1 - part) * high[key])
+    key = "MoE layer", "forward", "memory quantize"
+    assert 0 < mixed[key] < low[key] and key not in high
+
+
+@pytest.mark.parametrize("path", ["all_to_all", "two_hop", "fused"])
+def test_numbers_of_tokens_are_planned_where_chance_needs_them(path):
+    """8 bytes a row, over both hops; on the fused path a slot."""
+    knobs = ["parallel.expert=8", f"parallel.expert_path={path}", f"parallel.node_size={4 if path == 'two_hop' else 8}",
+             "parallel.max_recv_tokens_factor=2"]  # fmt: skip
+    sizes = []
+    for name in ("mxfp8", "quartet2"):
+        p = planned(*knobs, f"precision={name}")
+        load = load_of(p.config.model, p.layout)
+        sizes.append(sum(c.size for c in collectives(p.config.model, p.layout, [1]) if c.phase == "forward"))
+    rows = {"all_to_all": 8 * load.rows, "two_hop": 2 * load.node_rows + 8 * load.rows, "fused": 8 * load.slots}[path]
+    assert sizes[1] - sizes[0] == 8 * rows
 
 
 @pytest.mark.parametrize("name", ["none/plan.png", "plan.notaformat"])

@@ -166,6 +166,9 @@ ROW = {"element": "e2m1", "block": "1x16", "scale": "e4m3", "rule": "amax"}
     ("nvfp4", of_operand("dgrad.w", **ROW)),  # squares again, in rows
     ("mxfp8", of_operand("wgrad.x", source="fprop")),
     ("quartet", of_operand("fprop", rotation="0")),
+    # One operand's flags, as wide as its rotated cast, beside the operand as it was.
+    ("quartet", [*of_operand("fprop.w", rule="rceil"), *of_operand("wgrad.x", source="high")]),
+    ("quartet", [*of_operand("fprop.x", rule="rceil"), *of_operand("dgrad.w", source="high")]),
     # Cast by the emulation's functions.
     ("quartet", [*of_operand("fprop", rotation="0"), *of_operand("fprop.w", block="32x32")]),
     ("mxfp4_deosc", of_operand("dgrad.w", element="e2m1", block="32x32", source="high")),

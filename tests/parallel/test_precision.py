@@ -180,7 +180,9 @@ def deoscillate() -> dict[str, tuple[int, dict[str, Tensor], dict[str, Tensor]]]
             engine.loaded(engine.steps())
             snapped = deoscillation.after(step)
             assert (snapped is None) == (step != 8), step
-        assert snapped is not None
+        assert snapped is not None and deoscillation.state
+        model.precision.high = True  # from here to the end of the run
+        assert deoscillation.after(9) is None and not deoscillation.state
         after = {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in weights.items()}
         found[layout] = (snapped, {n: moved(w, 8) for n, w in whole.items()}, after)
     return found
